@@ -1,0 +1,266 @@
+"""Build questions: the synthetic Visual Probe world (default).
+
+Each image is a wall of nine framed parts with nine places each. On some places lies an object: a shape in one of six
+colours that carries a digit. The model sees every view at about 84 x 84 pixels, so it reads an image on three scales:
+
+    whole image     which parts hold something red                  (a hint; shape and digit are not legible)
+    one part        which places hold something red                 (shape and digit are not legible)
+    one place       "red square 7"
+
+Two kinds of question share the search and differ in what decides it and in what is asked:
+    digit   "What digit is on the red square?"                  look-alikes share the colour, not the shape
+    shape   "Which shape is the red object with digit 7?"       look-alikes share the colour, not the digit
+
+Levels differ as in the paper: target size, number of look-alikes, resolution (see LEVELS).
+
+What differs from the paper's VisualProbe:
+1. Drawn, not photographed, so that a 2 M parameter model can learn it in minutes without a network.
+2. The layout of the scene is kept in the row ("objects"); only the scripted teacher reads it, never the policy.
+3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows already: naming what is in
+   a view. It contains nothing of the multi-turn protocol.
+
+Files written to --out: train.jsonl, easy.jsonl, medium.jsonl, hard.jsonl, instruct.jsonl, images/, views/.
+
+Commands (drawing is CPU work: a GPU or more nodes change nothing):
+    1 CPU            python build_data.py --workers 1
+    any other        python build_data.py
+    smaller          python build_data.py --train 300 --test 40 --scenes 100 --out /tmp/data
+"""
+
+import argparse
+import multiprocessing
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import tools
+from tools import PHRASES, PLACES
+
+COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
+           "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
+SHAPES = ["circle", "square", "triangle", "star"]
+# side of the image in pixels, radius of an object relative to its place, look-alikes of the target, other objects
+LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 5},
+          "medium": {"side": 630, "radius": 0.40, "lookalikes": 5, "others": 8},
+          "hard": {"side": 756, "radius": 0.37, "lookalikes": 10, "others": 12}}
+SPLITS = ["train", "easy", "medium", "hard", "instruct"]  # a split's index enters its random seeds: they never overlap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scene: places, objects, question
+
+
+def place_box(place):
+    """Relative box of one of the nine places of a view, as the teacher writes it: three decimals."""
+    row, col = divmod(PLACES.index(place), 3)
+    edges = [0.0, 0.333, 0.667, 1.0]
+    return [edges[col], edges[row], edges[col + 1], edges[row + 1]]
+
+
+def make_scene(rng, level):
+    """Draw lots for one image: its objects and its question. Returns the question row without id and image.
+
+    objects: list of [part, place, colour, shape, digit], parts and places by index into PLACES, the target first.
+    """
+    kind = ["digit", "shape"][rng.integers(2)]
+    colour, shape, digit = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))
+    spots = rng.permutation(81)
+    objects = [[*divmod(int(spots[0]), 9), colour, shape, digit]]
+    for spot in spots[1:1 + LEVELS[level]["lookalikes"]]:
+        other_shape, other_digit = str(rng.choice(SHAPES)), int(rng.integers(10))
+        if kind == "digit":  # the shape decides: no other red square
+            other_shape = str(rng.choice([s for s in SHAPES if s != shape]))
+        else:                # the digit decides: no other red 7
+            other_digit = int(rng.choice([d for d in range(10) if d != digit]))
+        objects.append([*divmod(int(spot), 9), colour, other_shape, other_digit])
+    first = 1 + LEVELS[level]["lookalikes"]
+    for spot in spots[first:first + LEVELS[level]["others"]]:
+        other = str(rng.choice([c for c in COLOURS if c != colour]))
+        objects.append([*divmod(int(spot), 9), other, str(rng.choice(SHAPES)), int(rng.integers(10))])
+    if kind == "digit":
+        question, answer, wanted = f"What digit is on the {colour} {shape}?", str(digit), shape
+    else:
+        question, answer, wanted = f"Which shape is the {colour} object with digit {digit}?", shape, str(digit)
+    part, place = objects[0][:2]
+    x, y = 3 * (part % 3) + place % 3, 3 * (part // 3) + place // 3
+    return {"question": question, "answer": answer, "source": f"synthetic_{kind}", "level": level,
+            "target_bbox": [round(v / 9, 4) for v in (x, y, x + 1, y + 1)],
+            "colour": colour, "wanted": wanted, "objects": objects}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw_shape(draw, shape, x, y, radius, fill):
+    """Fill one shape whose circumscribed circle has centre (x, y) and this radius, in pixels."""
+    if shape == "circle":
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+        return
+    if shape == "square":
+        half = 0.86 * radius
+        draw.rectangle([x - half, y - half, x + half, y + half], fill=fill)
+        return
+    if shape == "triangle":
+        angles, radii = -np.pi / 2 + 2 * np.pi / 3 * np.arange(3), np.full(3, 1.15 * radius)
+        y = y + 0.15 * radius
+    else:  # a star with five points
+        angles, radii = -np.pi / 2 + np.pi / 5 * np.arange(10), np.where(np.arange(10) % 2, 0.5, 1.12) * radius
+    draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)], fill=fill)
+
+
+def draw_scene(rng, scene):
+    """Paint a scene: soft noise, a frame around the wall, a thin one around each part, objects with white digits."""
+    side = LEVELS[scene["level"]]["side"]
+    cell = side / 9
+    noise = rng.integers(95, 165, size=(14, 14, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+    grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
+    image = Image.fromarray(np.asarray(image) + grain)
+    draw = ImageDraw.Draw(image)
+    thin, thick = max(2, round(cell / 24)), max(4, round(cell / 6))
+    for part in range(9):
+        x, y = side * (part % 3) // 3, side * (part // 3) // 3
+        draw.rectangle([x, y, x + side // 3 - 1, y + side // 3 - 1], outline=(20, 20, 20), width=thin)
+    draw.rectangle([0, 0, side - 1, side - 1], outline=(20, 20, 20), width=thick)
+    font = ImageFont.load_default(size=0.58 * cell)
+    for part, place, colour, shape, digit in scene["objects"]:
+        x = (3 * (part % 3) + place % 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
+        y = (3 * (part // 3) + place // 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
+        radius = LEVELS[scene["level"]]["radius"] * cell * rng.uniform(0.94, 1.0)
+        fill = tuple(int(np.clip(c + rng.integers(-15, 16), 0, 255)) for c in COLOURS[colour])
+        draw_shape(draw, shape, x, y, radius, fill)
+        draw.text((x, y), str(digit), font=font, fill=(255, 255, 255), anchor="mm",
+                  stroke_width=max(1, round(cell / 42)), stroke_fill=(0, 0, 0))
+    return image
+
+
+def save_image(image, path, quality):
+    """JPEG, put in place in one step so that a kill never leaves half an image."""
+    tools.write_atomic(path, lambda file: image.save(file, "JPEG", quality=quality, subsampling=0))
+
+
+def make_question(job, out, seed):
+    """One question with its image. job: (split, index, level). Skips drawing where the image exists already (a rerun
+    after a kill), so the layout and the painting use two separate random streams."""
+    split, index, level = job
+    scene = make_scene(np.random.default_rng([seed, SPLITS.index(split), index, 0]), level)
+    row = {"id": f"{split}_{index:05d}", "image": f"images/{split}_{seed}_{index:05d}.jpg", **scene}
+    if not (out / row["image"]).exists():
+        save_image(draw_scene(np.random.default_rng([seed, SPLITS.index(split), index, 1]), scene),
+                   out / row["image"], quality=85)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instruction data: one view, one question, one reply in the words that the teacher uses
+
+
+def places_with(objects, part, colour):
+    """Names of the places that hold this colour, in reading order; part None: the parts of the whole image."""
+    found = {(o[0] if part is None else o[1]) for o in objects if o[2] == colour and part in (None, o[0])}
+    return [PLACES[i] for i in sorted(found)]
+
+
+def describe_view(objects, part, colour):
+    """"I see red in top left." / "I see no red." """
+    places = places_with(objects, part, colour)
+    phrase = PHRASES["part" if places else "no_part"]
+    return phrase.format(colour=colour, places=" ".join(places))
+
+
+def describe_cell(objects, part, place):
+    """"I see red square 7." / "I see nothing." """
+    for p, q, colour, shape, digit in objects:
+        if (p, q) == (part, place):
+            return PHRASES["cell"].format(colour=colour, shape=shape, digit=digit)
+    return PHRASES["empty"]
+
+
+def describe_all(objects, part):
+    """Every colour of a view, in the same words: nine places are trained at once."""
+    said = [describe_view(objects, part, c) for c in COLOURS if places_with(objects, part, c)]
+    return " ".join(said) or PHRASES["empty"]
+
+
+def make_instructions(index, out, seed, min_pixels, max_pixels):
+    """Rows about one scene: the whole image, some parts, some places. Views are cut by the agent's own tool, written
+    with the coordinates it will write, and stored at the size at which the model sees them."""
+    rng = np.random.default_rng([seed, SPLITS.index("instruct"), index])
+    scene = make_scene(rng, list(LEVELS)[rng.integers(3)])
+    objects, image, rows = scene["objects"], draw_scene(rng, scene), []
+
+    def save(view, name):
+        path = f"views/{seed}_{index:05d}_{name}.jpg"
+        save_image(tools.resize_for_model(view, min_pixels, max_pixels), out / path, quality=95)
+        return path
+
+    def add(path, question, reply):
+        rows.append({"id": f"instruct_{index:05d}_{len(rows):02d}", "image": path, "question": question,
+                     "answer": reply, "source": "synthetic_instruct", "system": "", "turns": [{"text": reply}]})
+
+    for part in [None, *rng.permutation(9)[:4].tolist()]:
+        call = part is not None and {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}
+        view = tools.zoom([image], call) if call else image
+        path = save(view, "all" if part is None else f"p{part}")
+        asked = [scene["colour"], str(rng.choice(list(COLOURS)))]
+        for colour in dict.fromkeys(asked):
+            add(path, f"Where is {colour}?", describe_view(objects, part, colour))
+        add(path, "Where is everything?", describe_all(objects, part))
+    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:7]]
+    for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
+        view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
+        view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
+        add(save(view, f"p{part}{place}"), "What is this?", describe_cell(objects, part, place))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parallel(function, jobs, workers, title):
+    """Map over processes in order, with a progress bar. The result does not depend on the number of workers."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return list(tqdm(pool.imap(function, jobs, chunksize=16), total=len(jobs), desc=title))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Draw the synthetic Visual Probe world.")
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--train", type=int, default=3600, help="training questions, levels mixed")
+    group.add_argument("--test", type=int, default=200, help="questions in each of easy, medium and hard")
+    group.add_argument("--scenes", type=int, default=1500, help="scenes for the instruction data, about 22 rows each")
+    group.add_argument("--seed", type=int, default=0, help="another seed draws another world")
+    group = parser.add_argument_group("how")
+    group.add_argument("--min_pixels", type=int, default=6000, help="smallest stored instruction view, in pixels")
+    group.add_argument("--max_pixels", type=int, default=8000, help="largest stored instruction view, in pixels")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    group.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
+    args = parser.parse_args()
+    if min(args.train, args.test, args.scenes, args.workers) < 1 or args.seed < 0:
+        raise tools.InputError("--train, --test, --scenes and --workers must be at least 1, --seed at least 0")
+    return args
+
+
+def main():
+    args = parse_args()
+    levels = list(LEVELS)
+    for split in SPLITS[:4]:
+        count = args.train if split == "train" else args.test
+        jobs = [(split, i, levels[i % 3] if split == "train" else split) for i in range(count)]
+        rows = parallel(partial(make_question, out=args.out, seed=args.seed), jobs, args.workers, f"{split:8}")
+        tools.write_jsonl(args.out / f"{split}.jsonl", rows)
+        kinds = {k: sum(r["source"] == k for r in rows) for k in ("synthetic_digit", "synthetic_shape")}
+        print(f"{args.out / split}.jsonl: {len(rows)} questions, {kinds}")
+    make = partial(make_instructions, out=args.out, seed=args.seed, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    rows = [row for rows in parallel(make, range(args.scenes), args.workers, "instruct") for row in rows]
+    tools.write_jsonl(args.out / "instruct.jsonl", rows)
+    print(f"{args.out / 'instruct.jsonl'}: {len(rows)} single-view questions")
+
+
+if __name__ == "__main__":
+    tools.run(main)

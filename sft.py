@@ -1,0 +1,654 @@
+"""Supervised fine-tuning: teach a vision-language model conversations, by next-token prediction on its own turns.
+
+This file introduces the policy (a tiny Qwen2.5-VL built here, or any pretrained one), how a conversation becomes token
+ids + mask + images, log-probabilities, hand-written data parallel, and checkpoints. rl.py and evaluate.py import them.
+
+What differs from a textbook fine-tuning script and from the Mini-o3 paper:
+1. Loss only on the assistant's tokens, the stop token included; a turn marked "learn": false (a teacher's deliberate
+   mistake) is context, not target.
+2. A batch is right-padded and has no attention mask: under causal attention the padding cannot be seen by real tokens.
+3. Positions are explicit (three axes, M-RoPE), by one function that the rollout engine uses too.
+4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are excluded from the softmax,
+   here as in the sampler.
+5. The loss is divided by the token count of the *global* batch, so gradients are summed over ranks and the result does
+   not depend on the number of processes or on how a batch is cut into micro-batches.
+6. Images go through the family's own processor, but are resized by tools.resize_for_model, once, for every stage.
+
+Commands:
+    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --lr 2e-3 --batch 64 --epochs 2.5
+    cold start     python sft.py
+    2 CPU cores    torchrun --nproc_per_node=2 sft.py
+    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --freeze_vision --checkpointing
+    8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --batch 32 --lr 1e-5 --freeze_vision \\
+                       --checkpointing --tokens 32768 --min_pixels 40000 --max_pixels 2000000
+    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py ...
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+import tools
+
+hf_logging.disable_progress_bar()
+STATE = "state.pt"  # weights, optimizer, step and random state, beside the exported model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data parallel by hand. Every rank holds all weights; gradients are summed in flat buckets.
+
+
+def setup_distributed():
+    """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on CPU, NCCL on GPU."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    elif world > 1 and "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values, device):
+    """Sum a list of numbers over all ranks, in float64. Every rank must call this. Returns a list of floats."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_objects(items):
+    """Lists of picklable items from all ranks, as one list in rank order, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def broadcast_weights(model):
+    """Make every rank start from rank 0's parameters and buffers."""
+    if world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, src=0)
+
+
+def buckets(params, megabytes=25):
+    """Cut parameters into lists of about this many megabytes of one dtype each: few, large messages."""
+    bucket, size = [], 0
+    for param in params:
+        if bucket and (size > megabytes * 2**20 or param.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(param)
+        size += param.numel() * param.element_size()
+    if bucket:
+        yield bucket
+
+
+def sum_gradients(params):
+    """Sum .grad over all ranks, in flat buckets, all in flight at once. A parameter without a gradient on this rank (its
+    batch had no image, or no sample at all) takes part with zeros, so every rank joins every collective."""
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    if world_size() == 1:
+        return
+    flying = []
+    for bucket in buckets(params):
+        flat = torch.cat([p.grad.flatten() for p in bucket])
+        flying.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in flying:
+        work.wait()
+        for param, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
+            param.grad.copy_(grad.view_as(param))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny model: a real Qwen2.5-VL of 1.9 M parameters and a tokenizer made from the project's own texts
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type in ['image', 'image_url'] %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tokenizer(texts, vocab_size=700):
+    """Byte-level BPE over `texts`, with the protocol's strings as single tokens: a turn is short, and a word that must be
+    copied is the same token everywhere. Returns a PreTrainedTokenizerFast."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?[A-Za-z]+(?:-[a-z]+)*|[0-9]|[ \n]|[^A-Za-z0-9 \n]+")  # a digit is always a token of its own
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_tokens(["<think>", "</think>", '<grounding>{"bbox_2d": [', '], "source": "', '"}</grounding>', "<answer>",
+                          "</answer>", "0.0", "0.333", "0.667", "1.0", ", ", "original_image"]
+                         + [f"observation_{i}" for i in range(63, 0, -1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_tiny(texts, seed):
+    """A Qwen2.5-VL with random weights that can learn the default world in minutes. Returns (model, tokenizer,
+    image processor).
+
+    Rotary frequencies: M-RoPE gives the axes t, h, w consecutive blocks of theta^(-i/16). Image columns must differ by
+    roughly 0.3 rad or more, while some frequencies must stay near zero so that a token can be found by its content
+    hundreds of positions back; hence a short t and h block and a moderate theta.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    tokenizer = build_tokenizer(texts)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 13]}),
+        vision_config=dict(
+            depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, window_size=112,
+            fullatt_block_indexes=[2]),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():  # the library's std 0.02 is made for wide models: at this width signals would vanish
+        for name, param in model.named_parameters():
+            if "embed_tokens" in name:
+                param.normal_()
+            elif param.dim() > 1:
+                param.normal_(std=param[0].numel() ** -0.5)  # 1 / sqrt(fan in)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 6000, "longest_edge": 8000})
+    return model, tokenizer, processor
+
+
+def project_texts(data):
+    """Texts from which the tiny tokenizer is made: prompts, the teacher's phrases, and the rows of `data`."""
+    fixed = [*tools.PROMPTS.values(), *tools.PHRASES.values(), *(" " + place for place in tools.PLACES),
+             "What digit is on the red square?", "Which shape is the red object with digit 7?", " Yes. No.", "user\nassistant\n"]
+    said = [text for row in data for text in (row["question"], row["answer"], *(turn["text"] for turn in row["turns"]))]
+    words = [word for text in said for word in text.strip(".?").split()]  # as in <answer>square</answer>: no space before it
+    return fixed * 50 + said + words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy: model, tokenizer, images
+
+
+def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **unused):
+    """Vision attention: all windows of one length in one batched call. query: (1, H, S, D). Returns ((1, S, H, D), None).
+
+    transformers calls the attention once per window in a Python loop unless the implementation's name contains "flash",
+    in which case it hands over the window borders; that is the only reason for this name.
+    """
+    lengths = cu_seq_lens_q.diff()
+    parts, order = [], []
+    for length in lengths.unique().tolist():
+        starts = cu_seq_lens_q[:-1][lengths == length]
+        index = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()                    # (W * length,)
+        q, k, v = (t[0][:, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))  # (W, H, length, D)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        parts.append(out.transpose(1, 2).flatten(0, 1))                                                     # (W * length, H, D)
+        order.append(index)
+    return torch.cat(parts)[torch.cat(order).argsort()].unsqueeze(0), None
+
+
+AttentionInterface.register("windows_flash", windows_flash)
+
+
+@dataclass
+class Policy:
+    """A model with everything needed to talk to it. `banned`: ids it may never write; `stop`: ids that end a turn."""
+    model: torch.nn.Module
+    tokenizer: object
+    processor: object
+    prompts: dict
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self):
+        config, token = self.model.config, self.tokenizer.convert_tokens_to_ids
+        self.device = next(self.model.parameters()).device
+        self.image_id, self.start_id, self.end_id = token("<|image_pad|>"), token("<|im_start|>"), token("<|im_end|>")
+        self.vision_ids = (token("<|vision_start|>"), token("<|vision_end|>"))
+        self.stop = {self.end_id, token("<|endoftext|>")}
+        self.merge = config.vision_config.spatial_merge_size
+        self.factor = config.vision_config.patch_size * self.merge
+        never = {token(t) for t in SPECIAL} - self.stop
+        self.banned = sorted(never | set(range(len(self.tokenizer), config.text_config.vocab_size)))
+        self.banned_index = torch.tensor(self.banned, device=self.device)
+
+    def text(self, text):
+        """Token ids of a text; a special token written by a user or found in data is split into ordinary ones."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def message(self, role, text, image_tokens=None):
+        """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand: text is (before, after)."""
+        before, after = text if isinstance(text, tuple) else (text, "")
+        ids = [self.start_id, *self.text(f"{role}\n{before}")]
+        if image_tokens is not None:
+            ids += [self.vision_ids[0], *[self.image_id] * image_tokens, self.vision_ids[1]]
+        return [*ids, *self.text(after), self.end_id, *self.text("\n")]
+
+    def pixels(self, views):
+        """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
+        small = [tools.resize_for_model(v, self.min_pixels, self.max_pixels, self.factor) for v in views]
+        out = self.processor(images=small, do_resize=False, return_tensors="pt")
+        grids = out["image_grid_thw"].tolist()
+        patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
+        return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
+
+    def image_tokens(self, grid):
+        return grid[0] * grid[1] * grid[2] // self.merge**2
+
+    def opening(self, row, grid):
+        """Ids of system prompt and question up to where the assistant begins to write."""
+        system = self.prompts["system"] if row.get("system") is None else row["system"]
+        ids = self.message("system", system) if system else []
+        before, after = self.prompts["question"].split("<image>")
+        before, after = (part.replace("{question}", row["question"]) for part in (before, after))
+        return ids + self.message("user", (before, after), self.image_tokens(grid)) + self.assistant()
+
+    def assistant(self):
+        return [self.start_id, *self.text("assistant\n")]
+
+    def observation(self, number, grid):
+        """Ids between an assistant's stop token and its next turn: the crop `observation_<number>`."""
+        before, after = self.prompts["observation"].replace("{name}", f"observation_{number}").split("<image>")
+        return self.text("\n") + self.message("user", (before, after), self.image_tokens(grid)) + self.assistant()
+
+    def refusal(self, error):
+        """Ids between an assistant's stop token and its next turn: why the call was refused."""
+        return self.text("\n") + self.message("user", self.prompts["error"].replace("{error}", error)) + self.assistant()
+
+
+def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_pixels=None, hint=""):
+    """A policy from a local folder or hub id of the Qwen2.5-VL family. Raises InputError (hint: how to make the folder)."""
+    if "/" in str(path) and not Path(path).exists() and str(path).startswith(("checkpoints", ".", "/")):
+        raise tools.InputError(f"{path} does not exist" + (f"; make it with: {hint}" if hint else ""))
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+        if family != "qwen2_5_vl":
+            raise tools.InputError(f"{path}: model family '{family}' is not supported; use Qwen2.5-VL (qwen2_5_vl)")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device))
+    except (OSError, ValueError) as error:
+        if isinstance(error, tools.InputError):
+            raise
+        raise tools.InputError(f"{path}: cannot load a model: {str(error).splitlines()[0]}") from None
+    return make_policy(model, tokenizer, processor, device, prompts, min_pixels, max_pixels)
+
+
+def pick_dtype(name, device):
+    """torch dtype of a --dtype flag; auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
+    """Put the parts together; pixel limits default to the image processor's own."""
+    model.set_attn_implementation({"vision_config": "windows_flash"})
+    model.to(device)
+    model.requires_grad_(True)
+    return Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
+                  min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a conversation to tensors
+
+
+@dataclass
+class Sequence:
+    """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images: (patches, grid)."""
+    ids: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    images: list = field(default_factory=list)
+
+    def add(self, ids, written, image=None):
+        self.ids += ids
+        self.mask += [written] * len(ids)
+        self.images += [image] if image is not None else []
+
+
+def encode(policy, row, root):
+    """Trajectory row -> Sequence. root: folder that image paths are relative to. Raises InputError."""
+    views = tools.replay(row, tools.open_image(Path(root) / row["image"]))
+    images, shown = policy.pixels(views), 1
+    sequence = Sequence()
+    sequence.add(policy.opening(row, images[0][1]), False, images[0])
+    for number, turn in enumerate(row["turns"], 1):
+        sequence.add([*policy.text(turn["text"]), policy.end_id], turn.get("learn", True))
+        if number == len(row["turns"]):
+            break
+        if "zoom" in turn:
+            sequence.add(policy.observation(shown, images[shown][1]), False, images[shown])
+            shown += 1
+        else:
+            sequence.add(policy.refusal(turn["error"]), False)
+    return sequence
+
+
+def positions(ids, grids, image_id, merge, start=0):
+    """M-RoPE positions (Qwen2-VL paper, section 2.1) of a piece of a conversation that begins at position `start`.
+
+    Text advances all three axes by one. An image of h x w merged tokens takes t = p, height = p + row, width = p + col,
+    and the text after it goes on at p + max(h, w). Returns ((3, T) long, next position).
+    """
+    columns, grids, i, p = [], iter(grids), 0, start
+    while i < len(ids):
+        if ids[i] != image_id:
+            j = i
+            while j < len(ids) and ids[j] != image_id:
+                j += 1
+            columns.append(torch.arange(p, p + j - i).expand(3, -1))
+            p += j - i
+        else:
+            _, h, w = next(grids)
+            h, w, j = h // merge, w // merge, i + h * w // merge**2
+            cell = torch.arange(h * w)
+            columns.append(torch.stack([torch.zeros_like(cell), cell // w, cell % w]) + p)
+            p += max(h, w)
+        i = j
+    return torch.cat(columns, dim=1), p
+
+
+def collate(policy, sequences):
+    """Right-padded tensors of several Sequences: input_ids (B, T), mask (B, T), position_ids (3, B, T), images."""
+    longest = max(len(s.ids) for s in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    position_ids = torch.zeros(3, len(sequences), longest, dtype=torch.long)
+    for i, s in enumerate(sequences):
+        ids[i, :len(s.ids)] = torch.tensor(s.ids)
+        mask[i, :len(s.ids)] = torch.tensor(s.mask)
+        position_ids[:, i, :len(s.ids)] = positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
+    batch = {"input_ids": ids, "mask": mask, "position_ids": position_ids}
+    images = [image for s in sequences for image in s.images]
+    if images:
+        batch["pixel_values"] = torch.cat([patches for patches, _ in images])         # (sum of patches, C)
+        batch["image_grid_thw"] = torch.tensor([grid for _, grid in images])          # (images, 3)
+    return {name: tensor.to(policy.device) for name, tensor in batch.items()}
+
+
+def micro_batches(sequences, tokens):
+    """Cut a list into batches of at most `tokens` padded tokens, long ones together. One longer than that goes alone."""
+    batch = []
+    for sequence in sorted(sequences, key=lambda s: len(s.ids), reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0].ids) > tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def project(policy, hidden):
+    """Log-probabilities over the vocabulary, in at least float32, without the banned ids. (N, D) -> (N, V)."""
+    logits = policy.model.lm_head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.index_fill(-1, policy.banned_index, -math.inf).log_softmax(-1)
+
+
+def token_logprobs(policy, batch, chunk=4096):
+    """Log-probability of every token the policy wrote, given all before it: flat (N,), in the order of batch["mask"].
+
+    The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in backward: with 152k ids and
+    32k tokens the logits would otherwise be the largest tensor by far.
+    """
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "pixel_values", "image_grid_thw") if k in batch}
+    hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state            # (B, T, D)
+    mask = batch["mask"][:, 1:]                                                         # token t is predicted at t - 1
+    hidden, targets = hidden[:, :-1][mask], batch["input_ids"][:, 1:][mask]             # (N, D), (N,)
+
+    def score(h, t):
+        return project(policy, h).gather(-1, t[:, None])[:, 0]                          # (n, V) -> (n,)
+
+    parts = [checkpoint(score, h, t, use_reentrant=False) if len(targets) > chunk else score(h, t)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return torch.cat(parts) if parts else hidden.sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and checkpoints
+
+
+def trainable(policy, freeze_vision):
+    """Parameters to train. freeze_vision: the vision tower and its projector stay as they are."""
+    policy.model.model.visual.requires_grad_(not freeze_vision)
+    return [p for p in policy.model.parameters() if p.requires_grad]
+
+
+def make_optimizer(params, lr, weight_decay):
+    """AdamW; decay on matrices only, since shrinking norms and biases towards 0 has no use."""
+    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def update(params, optimizer, lr, max_norm):
+    """Sum gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping."""
+    sum_gradients(params)
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def learning_rate(step, total, peak, warmup):
+    """Linear warm-up over the fraction `warmup` of all steps, then half a cosine down to 0."""
+    ramp = max(1, round(warmup * total))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def save_state(out, policy, optimizer, step, extra=None):
+    """Write weights, optimizer, step and random state to out/state.pt in one step (rank 0; all ranks wait for it)."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "rng": torch.get_rng_state(), "world": world_size(), **(extra or {})}
+        try:
+            tools.write_atomic(Path(out) / STATE, lambda file: torch.save(state, file))
+        except RuntimeError as error:  # torch reports a full disk this way
+            raise tools.InputError(f"cannot save {Path(out) / STATE}: {str(error).splitlines()[0]}; free disk space and go on "
+                                   "with --resume (the last complete checkpoint is untouched)") from None
+    if world_size() > 1:
+        dist.barrier()
+
+
+def load_state(out, policy, optimizer):
+    """Continue from out/state.pt. Returns the saved dict, or None if there is none. Raises InputError if unreadable."""
+    path = Path(out) / STATE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=policy.device, weights_only=True)
+        policy.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        raise tools.InputError(f"{path}: cannot resume: {str(error).splitlines()[0]}; delete it to start over") from None
+    torch.set_rng_state(state["rng"].cpu())
+    if state["world"] != world_size() and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{path} was saved by {state['world']} processes, now there are {world_size()}: the run goes on with the same "
+              "data and order, but equals the uninterrupted one only within rounding", flush=True)
+    return state
+
+
+def export(policy, out):
+    """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights last."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    out, aside = Path(out), Path(out) / ".export"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        policy.model.save_pretrained(aside)
+        policy.tokenizer.save_pretrained(aside)
+        policy.processor.save_pretrained(aside)
+    except Exception as error:  # safetensors has exceptions of its own for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free disk space") from None
+    settings = json.loads((aside / "preprocessor_config.json").read_text())
+    settings["size"] = {"shortest_edge": policy.min_pixels, "longest_edge": policy.max_pixels}
+    (aside / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (aside / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}, indent=2) + "\n")
+    for path in sorted(aside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+        os.replace(path, out / path.name)
+    aside.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def step_rows(rows, step, batch, seed):
+    """Rows of one global batch. Epochs follow one another, each shuffled by (seed, epoch); nothing else decides."""
+    picked = []
+    for i in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(i, len(rows))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        if not picked or at == 0:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        picked.append(rows[order[at]])
+    return picked
+
+
+def train_step(policy, params, optimizer, sequences, lr, args):
+    """One optimizer step on this rank's share of the batch: minimise -1/N sum log p(token), N counted over all ranks.
+    Returns (loss, share of tokens that are the most likely ones is not needed, so: gradient norm, N)."""
+    count = sum_over_ranks([sum(sum(s.mask[1:]) for s in sequences)], policy.device)[0]
+    total = 0.0
+    for micro in micro_batches(sequences, args.tokens):
+        loss = -token_logprobs(policy, collate(policy, micro)).sum() / max(count, 1)
+        loss.backward()
+        total += loss.item()
+    norm = update(params, optimizer, lr, args.max_norm)
+    return sum_over_ranks([total], policy.device)[0], norm, int(count)
+
+
+def train(policy, rows, root, args, rank, world):
+    """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log -> save."""
+    params = trainable(policy, args.freeze_vision)
+    optimizer = make_optimizer(params, args.lr, args.weight_decay)
+    if args.checkpointing:
+        policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    state = load_state(args.out, policy, optimizer) if args.resume else None
+    start = state["step"] if state else 0
+    broadcast_weights(policy.model)
+    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
+    log = (args.out / "metrics.jsonl").open("a" if start else "w") if rank == 0 else None
+    bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
+    for step in bar:
+        lr = learning_rate(step, total, args.lr, args.warmup)
+        batch = sorted(step_rows(rows, step, args.batch, args.seed), key=lambda row: len(row["turns"]))
+        sequences = [encode(policy, row, root) for row in batch[rank::world]]
+        longest = max((len(s.ids) for s in sequences), default=0)
+        if longest > args.max_tokens:
+            raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "
+                                   "lower --max_pixels, or remove the longest rows")
+        loss, norm, count = train_step(policy, params, optimizer, sequences, lr, args)
+        if rank == 0:
+            log.write(tools.json_line({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": count}))
+            log.flush()
+            bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}")
+        if (step + 1) % args.save_every == 0 and step + 1 < total:
+            save_state(args.out, policy, optimizer, step + 1)
+    save_state(args.out, policy, optimizer, total)
+    export(policy, args.out)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Supervised fine-tuning on conversations.")
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", default="checkpoints/base", help="'tiny' (built here), a local folder, or a hub id")
+    group.add_argument("--data", type=Path, default=Path("data/coldstart.jsonl"), help="trajectory rows")
+    group.add_argument("--out", type=Path, default=Path("checkpoints/sft"), help="folder for the trained model")
+    group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
+    group.add_argument("--min_pixels", type=int, help="smallest view shown to the model (default: the model's own)")
+    group.add_argument("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
+                       help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=float, default=2.0, help="passes over the data")
+    group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    group.add_argument("--batch", type=int, default=16, help="conversations per step, over all processes")
+    group.add_argument("--tokens", type=int, default=8192, help="padded tokens per forward pass on one process")
+    group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
+    group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
+    group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
+    group.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's decay of matrices")
+    group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
+    group.add_argument("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
+    args = parser.parse_args()
+    if min(args.batch, args.tokens, args.save_every) < 1 or args.epochs <= 0:
+        raise tools.InputError("--batch, --tokens, --save_every and --epochs must be positive")
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, world, device = setup_distributed()
+    hint = "python build_data.py" if args.data.name == "instruct.jsonl" else "python collect_coldstart.py"
+    rows = tools.read_jsonl(args.data, tools.check_trajectory, hint)
+    if not rows:
+        raise tools.InputError(f"{args.data} has no rows")
+    args.out.mkdir(parents=True, exist_ok=True)
+    prompts = tools.load_prompts(args.prompts)
+    if args.model == "tiny":
+        model, tokenizer, processor = build_tiny(project_texts(rows), args.seed)
+        model.to(pick_dtype(args.dtype, device))
+        policy = make_policy(model, tokenizer, processor, device, prompts, args.min_pixels, args.max_pixels)
+    else:
+        policy = load_policy(args.model, device, args.dtype, prompts, args.min_pixels, args.max_pixels,
+                             "python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base")
+    if rank == 0:
+        millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
+        print(f"{args.model}: {millions:.1f} M parameters, vocabulary {len(policy.tokenizer)}; {len(rows)} conversations; "
+              f"{world} process(es) on {device.type}", flush=True)
+    train(policy, rows, args.data.parent, args, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    tools.run(main)

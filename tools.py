@@ -1,0 +1,371 @@
+"""The agent's world, without torch: prompts, the zoom tool, turns, conversations as data, JSONL, answers.
+
+A conversation starts with a question about an image. In every turn the model thinks and then either zooms,
+`<grounding>{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>`, and is shown the crop as the next
+observation, or finishes with `<answer>...</answer>`. Everything that such a conversation consists of is here and is
+used unchanged by the teacher, the trainer and the rollout engine.
+
+What differs from the Mini-o3 paper (arXiv 2509.07969) and its code:
+1. Model output is parsed with json and explicit checks; a bad call is answered with one sentence the model can act on.
+2. Crops come from the *native* pixels of their source; only the copy that the model sees is resized.
+3. Box corners are floored (near) and ceiled (far), so a box never loses the pixels it touches.
+4. The prompts are our own words; `--prompts FILE` puts others in their place (see PROMPTS for the keys).
+
+This file has no command of its own. Try it: python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import unicodedata
+from pathlib import Path
+
+from PIL import Image
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors. Two audiences: the model (ToolError) and the person at the keyboard (InputError).
+
+
+class ToolError(ValueError):
+    """A zoom that cannot be done; its text is one sentence that is sent back to the model."""
+
+
+class InputError(ValueError):
+    """A mistake in a file or a flag; its text is one line: what is wrong, where, and what to do."""
+
+
+def run(main):
+    """Run a stage: print how long it took; a user's mistake is one line on stderr and exit code 1, not a traceback."""
+    start, rank = time.time(), int(os.environ.get("RANK", "0"))
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{name}: error: {error}")
+    except OSError as error:  # disk full, no permission: files are written under a temporary name, so none is half-written
+        sys.exit(f"{name}: error: {error.strerror or error} ({error.filename or 'while writing'}); "
+                 "earlier files are untouched: free the disk or change --out and run again")
+    if rank == 0:
+        minutes, seconds = divmod(time.time() - start, 60)
+        print(f"{name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts. `<image>` marks where the picture goes; {question}, {name} and {error} are filled in.
+
+PROMPTS = {
+    "system": "You answer a question about a large image. You see images at low resolution, so look closer before you "
+              "answer. Think between <think> and </think>, then do one of two things. To zoom, write <grounding>"
+              '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>: the corners of a box as '
+              "fractions of the width and height of the source, which is original_image or an observation such as "
+              "observation_1. To finish, write <answer>your answer</answer>.",
+    "question": "{question}\n<image>",
+    "observation": "{name}:\n<image>",
+    "error": "Error: {error}",
+}
+
+# The small language of the scripted teacher, shared by the base model's data and the cold start: a word that has to be
+# copied from one turn to the next must look the same in both.
+PLACES = ["top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right"]
+PHRASES = {
+    "part": "I see {colour} in {places}.",         # a view of nine places: which hold this colour
+    "no_part": "I see no {colour}.",
+    "cell": "I see {colour} {shape} {digit}.",     # a view of one place
+    "empty": "I see nothing.",
+    "verdict": " Want {wanted}. {verdict}.",       # after a cell: does it carry what the question names?
+    "here": " In {source} {places}.",              # candidates still to be looked at, with where they were seen
+    "later": " Later {places}.",                   # parts of the original image still to be looked at
+    "go": " Go {place}.",
+    "scan": " Scan.", "shuffle": " Shuffle.", "hint": " Hint.", "first": " First all.",   # the plan, said in turn one
+    "again": " Not found. Scan again.",
+    "back": " Wrong guess. Back.",
+    "check": " Check.",
+    "sorry": "That call was refused.",
+}
+
+
+def load_prompts(path):
+    """Prompts from a JSON file that may replace any of PROMPTS' keys (path None: the defaults). Raises InputError."""
+    if path is None:
+        return dict(PROMPTS)
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read prompts as JSON: {error}") from None
+    if not isinstance(given, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in given.items()):
+        raise InputError(f"{path}: prompts are a JSON object of strings with keys among {', '.join(PROMPTS)}")
+    prompts = {**PROMPTS, **given}
+    for key in ("question", "observation"):
+        if prompts[key].count("<image>") != 1:
+            raise InputError(f"{path}: '{key}' must contain <image> exactly once")
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def open_image(path):
+    """Decode an image file to RGB. Raises InputError if it is missing, truncated, not an image or absurdly large."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: image is missing; run the stage that wrote this data again") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); replace it or remove its rows") from None
+
+
+def resize_for_model(image, min_pixels, max_pixels, factor=28):
+    """The copy of a view that the model is shown: sides are multiples of `factor` (patch x merge), the area is in
+    [min_pixels, max_pixels] where that is possible, the aspect ratio is kept as well as the grid allows."""
+    width, height = image.size
+    w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
+    if w * h > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        w, h = (max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
+    elif w * h < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
+    return image if (w, h) == image.size else image.resize((w, h), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The zoom tool
+
+MAX_ASPECT = 200
+SOURCE = re.compile(r"original_image|observation_([1-9][0-9]{0,5})")
+FORMAT = '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}'
+
+
+def check_call(call):
+    """Check an untrusted zoom call: -> ([x0, y0, x1, y1] floats, source name). Raises ToolError with a sentence."""
+    if not isinstance(call, dict) or "bbox_2d" not in call or "source" not in call:
+        raise ToolError(f"The call must be a JSON object such as {FORMAT}.")
+    box, source = call["bbox_2d"], call["source"]
+    if not isinstance(box, list) or len(box) != 4:
+        raise ToolError("bbox_2d must be a list of four numbers.")
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
+        raise ToolError("bbox_2d must be a list of four numbers.")
+    x0, y0, x1, y1 = box
+    # written so that NaN fails too; integers are compared before they become floats, since huge ones would overflow
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise ToolError("The box must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1.")
+    if not isinstance(source, str) or not SOURCE.fullmatch(source):
+        raise ToolError("The source must be original_image or an earlier observation such as observation_1.")
+    return [float(v) for v in box], source
+
+
+def zoom(views, call):
+    """Crop the box of `call` from its source at native resolution.
+
+    views: PIL images, 0 the original, i the observation i; call: {"bbox_2d": relative corners, "source": name}.
+    Pixels: floor of the near corner, ceil of the far one. Returns a PIL image; raises ToolError with a sentence.
+    """
+    (x0, y0, x1, y1), source = check_call(call)
+    index = 0 if source == "original_image" else int(SOURCE.fullmatch(source).group(1))
+    if index >= len(views):
+        raise ToolError(f"There is no {source} yet.")
+    width, height = views[index].size
+    left, top, right, bottom = math.floor(x0 * width), math.floor(y0 * height), math.ceil(x1 * width), math.ceil(y1 * height)
+    w, h = right - left, bottom - top  # >= 1, since x0 < x1 implies floor(x0 w) < ceil(x1 w)
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        raise ToolError("The box is too narrow: make it wider or higher.")
+    return views[index].crop((left, top, right, bottom))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One turn of the model
+
+_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)   # an unclosed thought runs to the end
+_TAG = re.compile(r"<(grounding|answer)>(.*?)</\1>", re.DOTALL)
+
+
+def parse_turn(text):
+    """What a turn asks for. Never raises.
+
+    ("zoom", call) | ("answer", text) | ("error", sentence for the model) | ("void", None: neither call nor answer).
+    Text inside <think> is ignored, thinking is optional, and the first complete tag wins.
+    """
+    match = _TAG.search(_THINK.sub("", text))
+    if match is None:
+        return "void", None
+    kind, body = match.groups()
+    if kind == "answer":
+        return "answer", body.strip()
+    try:
+        box, source = check_call(json.loads(body))
+    except ToolError as error:
+        return "error", str(error)
+    except (ValueError, RecursionError):  # not JSON, an integer of thousands of digits, or brackets nested too deep
+        return "error", f"The call is not valid JSON; write {FORMAT}."
+    return "zoom", {"bbox_2d": box, "source": source}
+
+
+def take_turn(views, text, number, max_turns, max_images):
+    """Apply turn `number` (1-based) of a conversation: parse it, zoom, decide whether the conversation is over.
+
+    views: the images so far, original first; a successful crop is appended. max_images counts the original too.
+    Returns (turn, finish, prediction): turn as stored in a trajectory row; finish None while it goes on, otherwise
+    "answer" | "void" | "over_turn". A refused call costs a turn and is not fatal.
+    """
+    kind, value = parse_turn(text)
+    turn = {"text": text}
+    if kind == "answer":
+        return turn, "answer", value
+    if kind == "void":
+        return turn, "void", None
+    turn["zoom" if kind == "zoom" else "error"] = value
+    if number >= max_turns or (kind == "zoom" and len(views) >= max_images):
+        return turn, "over_turn", None  # that turn keeps its refused zoom
+    if kind == "zoom":
+        try:
+            views.append(zoom(views, value))
+        except ToolError as error:
+            turn = {"text": text, "error": str(error)}
+    return turn, None, None
+
+
+def replay(row, image):
+    """Views of a stored trajectory: [original, observation 1, ...]; crops are not stored, they follow from the zooms.
+    A zoom on the last turn was refused (turn or image cap) and shows nothing. Raises InputError on an impossible zoom."""
+    views = [image]
+    for number, turn in enumerate(row["turns"][:-1], 1):
+        if "zoom" in turn:
+            try:
+                views.append(zoom(views, turn["zoom"]))
+            except ToolError as error:
+                raise InputError(f"trajectory {row['id']}, turn {number}: {error}") from None
+    return views
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSONL
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_jsonl(path, check=None, hint=""):
+    """Rows of a JSONL file, a list of dicts. Raises InputError naming file:line for a bad row and, for a missing file,
+    saying what to do (hint: the command that makes it). check(row) may raise InputError with what is wrong in the row."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist" + (f"; make it with: {hint}" if hint else ""))
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, parse_constant=_no_constant)
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be a JSON object")
+                if check is not None:
+                    check(row)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: {error}; mend or remove this line") from None
+            rows.append(row)
+    return rows
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary binary file beside `path`, flush it to disk, then put it in place in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def json_line(row):
+    """One row as a line of strict JSON (NaN and infinities are refused)."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_jsonl(path, rows):
+    """Write rows atomically: the file is either the old one or the complete new one."""
+    write_atomic(path, lambda file: file.writelines(json_line(row).encode("utf-8", "replace") for row in rows))
+
+
+def check_question(row):
+    """Raises InputError unless `row` has the question fields: id, image (inside the data's folder), question, answer."""
+    for key in ("id", "image", "question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f"field '{key}' must be a non-empty string")
+    if Path(row["image"]).is_absolute() or ".." in Path(row["image"]).parts:
+        raise InputError(f"image path '{row['image']}' must stay inside the folder of this file")
+    options = row.get("options")
+    if options is not None and not (isinstance(options, list) and options and all(isinstance(o, str) for o in options)):
+        raise InputError("field 'options' must be a list of strings or absent")
+    if row.get("level") not in (None, "easy", "medium", "hard"):
+        raise InputError("field 'level' must be easy, medium, hard or absent")
+
+
+def check_trajectory(row):
+    """Raises InputError unless `row` is a question with turns: texts, each with a zoom, an error, or neither at the end."""
+    check_question(row)
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise InputError("field 'turns' must be a non-empty list")
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("text"), str):
+            raise InputError(f"turn {number} must be an object with a 'text'")
+        if "zoom" in turn:
+            try:
+                check_call(turn["zoom"])
+            except ToolError as error:
+                raise InputError(f"turn {number}: {error}") from None
+        elif "error" in turn and not isinstance(turn["error"], str):
+            raise InputError(f"turn {number}: 'error' must be a string")
+        elif "error" not in turn and number < len(turns):
+            raise InputError(f"turn {number} has neither 'zoom' nor 'error' and is not the last")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def normalise(text):
+    """Lower case, compatibility forms folded, articles and outer punctuation dropped, white space squeezed."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(re.sub(r"(?<!\w)[^\w\s+-]+|[^\w\s]+(?!\w)", " ", text).split())
+
+
+def _option(text, options):
+    """Index of the option that `text` names by letter ("B", "(B)", "B. red") or by its words; None if it names none."""
+    words = [normalise(option) for option in options]
+    if normalise(text) in words:
+        return words.index(normalise(text))
+    match = re.fullmatch(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s*(.*))?", text, re.DOTALL) \
+        or re.fullmatch(r"\s*\(([A-Za-z])\)\s*(.*)", text, re.DOTALL)
+    if match is None:
+        return None
+    index, rest = ord(match.group(1).upper()) - ord("A"), normalise(match.group(2) or "")
+    if index >= len(options) or (rest and rest != words[index]):
+        return None
+    return index
+
+
+def match_answer(prediction, answer, options=None):
+    """True if the prediction agrees with the answer: the same option (letter or words) or equal after normalisation."""
+    if prediction is None:
+        return False
+    if options:
+        chosen = _option(prediction, options)
+        return chosen is not None and chosen == _option(answer, options)
+    # an answer that is punctuation only ("-", "?") normalises to nothing and is compared as it stands
+    return (normalise(prediction) or prediction.strip().lower()) == (normalise(answer) or answer.strip().lower())
