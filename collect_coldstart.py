@@ -1,0 +1,248 @@
+"""Collect cold-start trajectories: a teacher solves training questions turn by turn; only correct solutions are kept.
+
+The default teacher is scripted: it reads the scene's layout, but acts through the same tool and the same views as the
+policy, and says in each thought what it sees, what is still to be looked at, and where it goes next. That running list is
+what lets a small policy search for 32 turns: all it must remember stands in its own last turn.
+
+Search patterns, one per trajectory, named in the row ("pattern"):
+    scan            the nine parts in reading order from a random start, every candidate at once
+    depth_first     the nine parts in random order, every candidate at once
+    breadth_first   first all parts that show the colour, noting candidates; then the candidates
+    hint            only the parts in which the overview shows the colour, every candidate at once
+    backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
+    recover         makes a call that the tool refuses, and mends it
+    search_again    overlooks the target, finds nothing, and scans again from the start
+    recheck         looks twice before answering
+
+What differs from the Mini-o3 paper:
+1. The paper prompts a VLM with six exemplars; the scripted teacher needs neither a network nor a GPU.
+2. Deliberate mistakes (a wrong guess, a refused call, an overlooked target) are marked "learn": false in their turn: the
+   student sees them as context and learns the recovery, not the mistake.
+
+Commands (CPU work; a GPU or more nodes change nothing):
+    default     python collect_coldstart.py
+    smaller     python collect_coldstart.py --limit 200 --out data/small.jsonl
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import tools
+from build_data import describe_cell, describe_view, place_box, places_with
+from tools import PHRASES, PLACES
+
+PATTERNS = {"scan": 0.13, "depth_first": 0.13, "breadth_first": 0.08, "hint": 0.3,
+            "backtrack": 0.1, "recover": 0.1, "search_again": 0.06, "recheck": 0.1}
+
+
+def bad_call(rng, call, shown):
+    """A call that the tool refuses, in one of the ways in which small policies go wrong. Returns the JSON text."""
+    x0, y0, x1, y1 = call["bbox_2d"]
+    kinds = [{**call, "source": f"observation_{shown + int(rng.integers(1, 4))}"}, {**call, "bbox_2d": [x1, y1, x0, y0]},
+             {**call, "bbox_2d": [x0, y0, x1 + 1.0, y1]}, {**call, "bbox_2d": [x0, y0, x1]}]
+    kind = int(rng.integers(len(kinds) + 1))
+    return json.dumps(kinds[kind]) if kind < len(kinds) else json.dumps(call)[:-1]
+
+
+class Teacher:
+    """The scripted search. It knows the layout and keeps the state that its thoughts spell out: `here`, a list of
+    (source, places still to be looked at there), and `later`, parts of the original image still to be looked at."""
+
+    def __init__(self, row, pattern, rng):
+        self.row, self.pattern, self.rng = row, pattern, rng
+        self.shown, self.here, self.later = 0, [], []                       # observations so far; what is left
+        self.overlook = pattern == "search_again"
+
+    def think(self, seen, place, source, raw=None):
+        """One turn's text: what is seen, the state, where to go; raw replaces the call's JSON (a deliberate mistake)."""
+        state = "".join(PHRASES["here"].format(source=s, places=" ".join(p)) for s, p in self.here)
+        if self.later:
+            state += PHRASES["later"].format(places=" ".join(self.later))
+        call = raw or json.dumps({"bbox_2d": place_box(place), "source": source})
+        return f"<think>{seen}{state}{PHRASES['go'].format(place=place)}</think><grounding>{call}</grounding>"
+
+    def next(self):
+        """Where to look next: (place, source, is a part). Breadth first empties `later` first, all others `here`."""
+        if self.later and (self.pattern == "breadth_first" or not self.here):
+            return self.later[0], "original_image", True
+        source, places = self.here[0]
+        return places[0], source, False
+
+    def ring(self):
+        start = int(self.rng.integers(9))
+        return PLACES[start:] + PLACES[:start]
+
+    def plan(self):
+        """The order of parts; returns the word for it."""
+        hinted = places_with(self.row["objects"], None, self.row["colour"])
+        order = self.pattern
+        if order in ("backtrack", "recover", "recheck"):
+            order = str(self.rng.choice(["hint", "scan", "depth_first"]))
+        if order == "scan":
+            self.later = self.ring()
+            return PHRASES["scan"]
+        if order == "depth_first":
+            self.later = [PLACES[i] for i in self.rng.permutation(9)]
+            return PHRASES["shuffle"]
+        self.later = hinted
+        return PHRASES["first" if order == "breadth_first" else "hint"]
+
+    def look(self, seen, learn):
+        """Say what is seen and choose the next view, perhaps with the pattern's deliberate mistake first; yields
+        (text, learn) per turn and returns (part, place or None for the whole part) of the crop that will be seen."""
+        place, source, is_part = self.next()
+        slip = self.rng.random() < 0.5  # when during the search the mistake happens
+        if self.pattern == "recover" and slip:
+            call = {"bbox_2d": place_box(place), "source": source}
+            yield self.think(seen, place, source, bad_call(self.rng, call, self.shown)), False
+            seen, self.pattern = PHRASES["sorry"], "recovered"
+        elif self.pattern == "backtrack" and slip and not is_part:
+            part = self.parts[source]
+            free = [p for p in PLACES if describe_cell(self.row["objects"], part, PLACES.index(p)) == PHRASES["empty"]]
+            wrong = str(self.rng.choice(free))
+            yield self.think(seen, wrong, source), False
+            self.shown += 1
+            seen, self.pattern = PHRASES["empty"] + PHRASES["back"], "backtracked"
+        yield self.think(seen, place, source), learn
+        self.shown += 1
+        if is_part:
+            self.later = self.later[1:]
+            self.parts[f"observation_{self.shown}"] = PLACES.index(place)
+            return PLACES.index(place), None
+        self.here = [(s, p[1:] if s == source else p) for s, p in self.here if s != source or len(p) > 1]
+        return self.parts[source], PLACES.index(place)
+
+    def view_part(self, part):
+        """Read a view of one part: what is said, and the candidates noted. Returns (text, target overlooked)."""
+        objects, colour = self.row["objects"], self.row["colour"]
+        seen = objects
+        overlooked = self.overlook and part == objects[0][0]
+        if overlooked:
+            seen, self.overlook = objects[1:], False
+        places = places_with(seen, part, colour)
+        if places:
+            self.here.append((f"observation_{self.shown}", places))
+        return describe_view(seen, part, colour), overlooked
+
+    def turns(self):
+        """Yield (text, learn) turn by turn until the answer."""
+        row, self.parts = self.row, {}
+        seen = describe_view(row["objects"], None, row["colour"]) + self.plan()
+        learn = True
+        while True:
+            part, place = yield from self.look(seen, learn)
+            learn = True
+            if place is None:
+                seen, overlooked = self.view_part(part)
+                learn = not overlooked
+            else:
+                seen = describe_cell(row["objects"], part, place)
+                found = [part, place] == row["objects"][0][:2]
+                seen += PHRASES["verdict"].format(wanted=row["wanted"], verdict="Yes" if found else "No")
+                if found and self.pattern == "recheck":
+                    self.pattern = "rechecked"
+                    source = next(s for s in reversed(self.parts) if self.parts[s] == part)
+                    saved, self.here, self.later = (self.here, self.later), [(source, [PLACES[place]])], []
+                    seen += PHRASES["check"]
+                    continue
+                if found:
+                    yield f"<think>{seen}</think><answer>{row['answer']}</answer>", True
+                    return
+            if not self.here and not self.later:
+                seen += PHRASES["again"]
+                self.later = self.ring()
+
+
+def solve(row, index, root, prompts, max_turns, seed):
+    """One trajectory: the teacher's turns, played through the real tool on the real image. Returns a trajectory row."""
+    rng = np.random.default_rng([seed, index])
+    pattern = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
+    views, turns, finish, prediction = [tools.open_image(root / row["image"])], [], None, None
+    for text, learn in Teacher(row, pattern, rng).turns():
+        turn, finish, prediction = tools.take_turn(views, text, len(turns) + 1, max_turns, max_turns)
+        turns.append(turn if learn else {**turn, "learn": False})
+        if finish:
+            break
+    return {**{k: v for k, v in row.items() if k != "objects"}, "system": prompts["system"], "turns": turns, "finish": finish,
+            "prediction": prediction, "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
+            "teacher": "scripted", "pattern": pattern}
+
+
+def check_layout(row):
+    """A question of the default world with its layout, as the scripted teacher needs it."""
+    tools.check_question(row)
+    if not isinstance(row.get("objects"), list) or not isinstance(row.get("colour"), str) or "wanted" not in row:
+        raise tools.InputError("the scripted teacher needs questions with a layout ('objects'), as build_data.py draws them")
+
+
+def finished_part(path):
+    """Rows that an interrupted run had finished: complete lines only (a kill may cut the last one)."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def collect(rows, args, prompts):
+    """Solve all questions in parallel, in order, each appended to a partial file at once so that a kill loses nothing."""
+    partial_path = args.out.with_name(args.out.name + f".{args.seed}.partial")
+    done = finished_part(partial_path)
+    if any(d["id"] != r["id"] for d, r in zip(done, rows)) or len(done) > len(rows):
+        raise tools.InputError(f"{partial_path} belongs to other questions; delete it and run again")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    tools.write_jsonl(partial_path, done)
+    work = partial(_solve, root=args.data.parent, prompts=prompts, max_turns=args.max_turns, seed=args.seed)
+    jobs = list(enumerate(rows))[len(done):]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, partial_path.open("a", encoding="utf-8") as file:
+        for row in tqdm(pool.imap(work, jobs, chunksize=16), initial=len(done), total=len(rows), desc="collect"):
+            done.append(row)
+            file.write(tools.json_line(row))
+            file.flush()
+    kept = [row for row in done if row["reward"] == 1.0]
+    tools.write_jsonl(args.out, kept)
+    partial_path.unlink()
+    return done, kept
+
+
+def _solve(job, **settings):
+    return solve(job[1], job[0], **settings)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.")
+    parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions with their layout")
+    parser.add_argument("--out", type=Path, default=Path("data/coldstart.jsonl"), help="trajectories; in the folder of --data, "
+                        "since image paths are relative to it")
+    parser.add_argument("--teacher", default="scripted", choices=["scripted"], help="who solves the questions")
+    parser.add_argument("--prompts", type=Path, help="JSON file with another system text, stored in the rows")
+    parser.add_argument("--max_turns", type=int, default=32, help="longer solutions are counted and left out")
+    parser.add_argument("--limit", type=int, help="use only the first questions")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--seed", type=int, default=0, help="patterns and the teacher's choices")
+    args = parser.parse_args()
+    if args.out.parent.resolve() != args.data.parent.resolve():
+        raise tools.InputError(f"--out {args.out} must be in the folder of --data ({args.data.parent}), where the images are")
+    return args
+
+
+def main():
+    args = parse_args()
+    rows = tools.read_jsonl(args.data, check_layout, "python build_data.py")[:args.limit]
+    done, kept = collect(rows, args, tools.load_prompts(args.prompts))
+    print(f"teacher {args.teacher}: {len(done)} trajectories, {len(kept)} correct and kept, {len(done) - len(kept)} left out "
+          f"({dict(collections.Counter(r['finish'] for r in done if r['reward'] != 1.0))})")
+    for name, key in (("pattern", lambda r: r["pattern"]), ("turns", lambda r: len(r["turns"]))):
+        counts = collections.Counter(map(key, kept))
+        print(f"per {name}: " + ", ".join(f"{k}: {counts[k]}" for k in sorted(counts)))
+
+
+if __name__ == "__main__":
+    tools.run(main)
