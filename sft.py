@@ -509,6 +509,14 @@ def load_state(out, policy, optimizer):
     return state
 
 
+def open_log(out, step):
+    """metrics.jsonl for appending; lines after `step`, written by a run that was killed before its next checkpoint, go."""
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:step] if path.exists() and step else []
+    tools.write_atomic(path, lambda file: file.writelines(line + b"\n" for line in lines))
+    return path.open("a", encoding="utf-8")
+
+
 def export(policy, out):
     """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights last."""
     if int(os.environ.get("RANK", "0")) != 0:
@@ -549,7 +557,7 @@ def step_rows(rows, step, batch, seed):
 
 def train_step(policy, params, optimizer, sequences, lr, args):
     """One optimizer step on this rank's share of the batch: minimise -1/N sum log p(token), N counted over all ranks.
-    Returns (loss, share of tokens that are the most likely ones is not needed, so: gradient norm, N)."""
+    Returns (loss, gradient norm, N)."""
     count = sum_over_ranks([sum(sum(s.mask[1:]) for s in sequences)], policy.device)[0]
     total = 0.0
     for micro in micro_batches(sequences, args.tokens):
@@ -571,7 +579,7 @@ def train(policy, rows, root, args, rank, world):
     start = state["step"] if state else 0
     broadcast_weights(policy.model)
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
-    log = (args.out / "metrics.jsonl").open("a" if start else "w") if rank == 0 else None
+    log = open_log(args.out, start) if rank == 0 else None
     bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
     for step in bar:
         lr = learning_rate(step, total, args.lr, args.warmup)

@@ -1,0 +1,523 @@
+"""Evaluation: play questions with the policy, and report Avg@K accuracy over turn budgets.
+
+This file introduces the rollout engine, which rl.py uses unchanged: many conversations at once in the slots of one KV
+cache. A conversation keeps its cache over turns, so only new tokens are ever fed; the question's image and prompt are
+encoded once and shared by the K samples of a question; a finished conversation's slot is refilled at once.
+
+What differs from a textbook sampling loop and from the Mini-o3 paper:
+1. Token in, token out: sampled ids are appended as they are, with a mask and their log-probability; text is decoded only
+   to be parsed. Image placeholders can never be sampled.
+2. Each draw is a function of (seed, step, prompt, sample, position) and the logits, so a sample does not depend on what
+   else is in the batch, on the number of slots or on the number of processes (beyond rounding).
+3. Accuracy at every turn budget T comes from one run with the largest budget: correct *and* finished within T turns. The
+   policy is not told its budget, so its first T turns are the same whatever the budget is.
+4. The standard error is over questions: the K samples of a question are not independent.
+
+Commands:
+    1 CPU          python evaluate.py
+    2 CPU cores    torchrun --nproc_per_node=2 evaluate.py
+    1 GPU          python evaluate.py --model checkpoints/rl --slots 64
+    8 GPUs         torchrun --nproc_per_node=8 evaluate.py --model checkpoints/rl --data data/visualprobe/hard.jsonl --samples 32 \\
+                       --max_turn_tokens 2048 --max_context 32768 --slots 16
+    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 evaluate.py ...
+"""
+
+import argparse
+import collections
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import sft
+import tools
+
+BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
+FINISHES = ["answer", "void", "over_turn", "over_context"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rollout engine
+
+
+@dataclass
+class Limits:
+    """What ends a conversation. Turns and images are counts (the original is an image); tokens are per turn and in all."""
+    max_turns: int = 32
+    max_images: int = 32
+    max_turn_tokens: int = 96
+    max_context: int = 4096
+
+
+@dataclass
+class Rollout(sft.Sequence):
+    """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
+
+    fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image: an observation that
+    was appended but not fed yet.
+    """
+    row: dict = None
+    prompt: int = 0
+    sample: int = 0
+    logprobs: list = field(default_factory=list)
+    views: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
+    finish: str = None
+    prediction: str = None
+    reward: float = 0.0
+    random: object = None
+    fed: int = 0
+    next_position: int = 0
+    new_image: tuple = None
+    turn_start: int = 0
+    job: tuple = None
+
+    def as_row(self):
+        """The trajectory row that is written to JSONL."""
+        return {**{k: v for k, v in self.row.items() if k != "objects"}, "turns": self.turns, "finish": self.finish,
+                "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
+
+
+class SlotCache:
+    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the longest conversation.
+
+    The model calls update() in every layer; the engine says beforehand, with at(), which rows and columns are written.
+    """
+
+    def __init__(self, config, slots, dtype, device):
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
+                       for _ in range(config.num_hidden_layers)]
+
+    def at(self, rows, columns, length):
+        """Next forward: write at rows (n,) x columns (n, w); attend to the first `length` columns."""
+        self.rows, self.columns, self.length = rows, columns, length
+        self.all = rows.tolist() == list(range(len(rows)))
+        need, have = int(columns.max()) + 1, self.layers[0][0].shape[2]
+        if need > have:
+            more = max(need - have, have // 2)
+            self.layers = [[torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer] for layer in self.layers]
+
+    def update(self, key, value, layer, *args, **kwargs):
+        """key, value: (n, heads, w, D) of the new tokens. Returns all keys and values to attend to: (n, heads, length, D)."""
+        for store, new in zip(self.layers[layer], (key, value)):
+            store[self.rows[:, None], :, self.columns] = new.transpose(1, 2)             # (n, w, heads, D)
+        # the first n slots are a view without a copy, which is what makes decoding fast
+        return tuple(t[:len(self.rows), :, :self.length] if self.all else t[self.rows, :, :self.length]
+                     for t in self.layers[layer])
+
+    def read(self, slot, length):
+        return [[t[slot, :, :length].clone() for t in layer] for layer in self.layers]
+
+    def write(self, slot, saved):
+        for layer, parts in zip(self.layers, saved):
+            for store, part in zip(layer, parts):
+                store[slot, :, :part.shape[1]] = part
+
+
+class Engine:
+    """Plays (row, prompt, sample) jobs to the end: fill the slots -> feed what is pending -> draw -> step the tool."""
+
+    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False):
+        self.policy, self.limits, self.greedy = policy, limits, greedy
+        self.max_slots, self.key = slots, (seed, step)
+        self.cache = SlotCache(policy.model.config.text_config, slots, policy.model.dtype, policy.device)
+
+    @torch.inference_mode()
+    def run(self, rows, samples, root, prompts=None, bar=None):
+        """Play every row `samples` times. prompts: a number per row that enters its random stream (default: its index).
+        Returns Rollouts ordered by row, then sample. Raises InputError if a prompt does not fit in max_context."""
+        prompts = list(range(len(rows))) if prompts is None else prompts
+        self.queue = collections.deque((i, s) for i in range(len(rows)) for s in range(samples))
+        self.rows, self.root, self.prompts, self.bar = rows, root, prompts, bar
+        self.slots, self.done, self.opened = [], {}, None
+        training, _ = self.policy.model.training, self.policy.model.eval()
+        while self.queue and len(self.slots) < self.max_slots:
+            self.slots.append(None)
+            self.start(len(self.slots) - 1)
+        while self.slots:
+            waiting = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed > 1]     # have an observation to be fed
+            if 4 * len(waiting) >= len(self.slots):     # a batch worth its overhead; until then the others go on decoding
+                self.draw(waiting, self.prefill(waiting))
+            else:
+                self.draw(*self.decode())
+        self.policy.model.train(training)
+        return [self.done[key] for key in sorted(self.done)]
+
+    def start(self, slot):
+        """Put the next job into a slot. The prompt is encoded by the first sample of a question; the others copy its keys
+        and values. The prompt's last token stays pending, so that the first draw is like every other."""
+        i, sample = self.queue.popleft()
+        if self.opened is None or self.opened[0] != i:
+            image = tools.open_image(Path(self.root) / self.rows[i]["image"])
+            shown = self.policy.pixels([image])[0]
+            ids = self.policy.opening(self.rows[i], shown[1])
+            if len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
+                raise tools.InputError(f"question {self.rows[i]['id']}: prompt ({len(ids)} tokens) and one turn "
+                                       f"({self.limits.max_turn_tokens}) do not fit in --max_context {self.limits.max_context}: "
+                                       "raise it or lower --max_pixels")
+            rollout = self.slots[slot] = Rollout(ids=ids[:-1], new_image=shown)
+            self.prefill([slot])
+            self.opened = (i, image, shown, ids, self.cache.read(slot, rollout.fed), rollout.next_position)
+        _, image, shown, ids, saved, position = self.opened
+        self.cache.write(slot, saved)
+        self.slots[slot] = Rollout(
+            ids=list(ids), mask=[False] * len(ids), images=[shown], row=self.rows[i], prompt=self.prompts[i], sample=sample,
+            views=[image], fed=len(ids) - 1, next_position=position, turn_start=len(ids),
+            random=np.random.default_rng([*self.key, self.prompts[i], sample]), job=(i, sample))
+
+    def prefill(self, slots):
+        """Feed everything that is pending in these slots. Returns log-probs of what comes next: (n, V)."""
+        rollouts = [self.slots[i] for i in slots]
+        logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts], [r.new_image for r in rollouts])
+        for r, position in zip(rollouts, after):
+            r.fed, r.next_position, r.new_image = len(r.ids), position, None
+        return logprobs
+
+    def decode(self):
+        """Feed one token in every slot. A slot that waits for its observation to be fed goes through the motions: what it
+        writes to the cache is overwritten before it can be seen. Returns (slots that moved on, their log-probs (n, V))."""
+        logprobs, _ = self.forward(range(len(self.slots)), [r.ids[-1:] for r in self.slots], [None] * len(self.slots))
+        running = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed == 1]
+        for i in running:
+            self.slots[i].fed += 1
+            self.slots[i].next_position += 1
+        return running, logprobs if len(running) == len(self.slots) else logprobs[running]
+
+    def forward(self, slots, pieces, images):
+        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already. Right-padded: a
+        padding token's keys land on columns that its row overwrites before it can see them.
+
+        images: (patches, grid) or None per slot. Returns (log-probs after each piece (n, V), next position per slot).
+        """
+        rollouts, width, device = [self.slots[i] for i in slots], max(map(len, pieces)), self.policy.device
+        ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)                  # (n, w)
+        starts = torch.tensor([r.next_position for r in rollouts])
+        where = (starts[:, None] + torch.arange(width)).repeat(3, 1, 1)                                              # (3, n, w)
+        after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
+        pixels = {}
+        for j, image in enumerate(images):
+            if image is not None:
+                where[:, j, :len(pieces[j])], after[j] = sft.positions(
+                    pieces[j], [image[1]], self.policy.image_id, self.policy.merge, rollouts[j].next_position)
+        if any(image is not None for image in images):
+            pixels = {"pixel_values": torch.cat([i[0] for i in images if i is not None]).to(device),
+                      "image_grid_thw": torch.tensor([i[1] for i in images if i is not None], device=device)}
+        length = max(r.fed + len(piece) for r, piece in zip(rollouts, pieces))
+        columns = (torch.tensor([r.fed for r in rollouts])[:, None] + torch.arange(width)).to(device)                # (n, w)
+        self.cache.at(torch.tensor(list(slots), device=device), columns, length)
+        mask = torch.arange(length, device=device) <= columns[:, None, :, None]                                      # (n, 1, w, length)
+        hidden = self.policy.model.model(
+            input_ids=ids, position_ids=where.to(device), attention_mask=mask, past_key_values=self.cache,
+            use_cache=True, **pixels).last_hidden_state                                                              # (n, w, D)
+        last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
+        return sft.project(self.policy, hidden[torch.arange(len(pieces), device=device), last]), after               # (n, V)
+
+    def draw(self, slots, logprobs):
+        """Sample one token for each of these slots by inverting the cumulative distribution at the conversation's own
+        next random number; record it with its log-probability; step the tool where a turn has ended."""
+        rollouts = [self.slots[i] for i in slots]
+        if self.greedy:
+            ids = logprobs.argmax(-1)
+        else:
+            u = torch.tensor([r.random.random(dtype=np.float32) for r in rollouts], dtype=torch.float64, device=logprobs.device)
+            total = logprobs.double().exp().cumsum(-1)                                                 # (n, V)
+            ids = (total <= u[:, None] * total[:, -1:]).sum(-1)      # first id whose cumulative mass exceeds u: never a banned one
+        scores = logprobs.gather(-1, ids[:, None])[:, 0]
+        ended = []
+        for slot, r, token, score in zip(slots, rollouts, ids.tolist(), scores.tolist()):
+            r.add([token], True)
+            r.logprobs.append(score)
+            if token in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens:
+                self.step_tool(r)
+                ended.append((slot, r))
+        self.append_observations([r for _, r in ended if r.finish is None])
+        for slot, r in reversed(ended):     # from the back, so that moving the last slot into a hole stays correct
+            if r.finish is not None:
+                self.retire(slot)
+
+    def step_tool(self, r):
+        """A turn is complete: parse it, zoom, and decide whether the conversation is over."""
+        limits, written = self.limits, r.ids[r.turn_start:]
+        stopped = written[-1] in self.policy.stop
+        text = self.policy.tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=False)
+        if stopped:
+            turn, r.finish, r.prediction = tools.take_turn(r.views, text, len(r.turns) + 1, limits.max_turns, limits.max_images)
+        else:
+            turn, r.finish = {"text": text}, "void"  # hit the per-turn token cap
+        r.turns.append(turn)
+
+    def append_observations(self, rollouts):
+        """Append what the tool returned to these conversations, unless it would not fit: then they end as over_context."""
+        crops = self.policy.pixels([r.views[-1] for r in rollouts if "zoom" in r.turns[-1]]) if rollouts else []
+        crops = iter(crops)
+        for r in rollouts:
+            image = next(crops) if "zoom" in r.turns[-1] else None
+            ids = self.policy.observation(len(r.views) - 1, image[1]) if image else self.policy.refusal(r.turns[-1]["error"])
+            if len(r.ids) + len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
+                r.finish = "over_context"
+                continue
+            r.add(ids, False, image)
+            r.new_image, r.turn_start = image, len(r.ids)
+
+    def retire(self, slot):
+        """Score a finished conversation and free its slot: refill it, or move the last one in to keep the slots compact."""
+        r = self.slots[slot]
+        r.reward = float(tools.match_answer(r.prediction, r.row["answer"], r.row.get("options")))
+        self.done[r.job] = r
+        if self.bar is not None:
+            self.bar.update()
+        if self.queue:
+            self.start(slot)
+            return
+        last = len(self.slots) - 1
+        if slot != last:
+            self.cache.write(slot, self.cache.read(last, self.slots[last].fed))
+            self.slots[slot] = self.slots[last]
+        self.slots.pop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def mean_and_error(per_question):
+    """Mean over questions and its standard error: s / sqrt(Q), s the unbiased deviation of the questions' own means."""
+    error = statistics.stdev(per_question) / math.sqrt(len(per_question)) if len(per_question) > 1 else 0.0
+    return statistics.fmean(per_question), error
+
+
+def avg_at_k(rows, budget):
+    """Avg@K at a turn budget: the share of samples that are correct and finished within `budget` turns, first per
+    question, then over questions. rows: trajectory rows of one level. Returns (mean, standard error)."""
+    questions = collections.defaultdict(list)
+    for row in rows:
+        questions[row["id"]].append(float(row["reward"] == 1.0 and len(row["turns"]) <= budget))
+    return mean_and_error([statistics.fmean(hits) for hits in questions.values()])
+
+
+def summarise(levels, budgets):
+    """{level: trajectory rows} -> one dict per level: accuracy and standard error per budget, mean turns, finish shares."""
+    table = {}
+    for level, rows in levels.items():
+        correct = [len(r["turns"]) for r in rows if r["reward"] == 1.0]
+        table[level] = {
+            "questions": len({r["id"] for r in rows}), "samples": len(rows),
+            "accuracy": {str(b): avg_at_k(rows, b)[0] for b in budgets},
+            "standard_error": {str(b): avg_at_k(rows, b)[1] for b in budgets},
+            "mean_turns": statistics.fmean(len(r["turns"]) for r in rows),
+            "mean_turns_correct": statistics.fmean(correct) if correct else None,
+            "finish": {f: sum(r["finish"] == f for r in rows) / len(rows) for f in FINISHES}}
+    if len(table) > 1:  # levels weigh the same; their errors are independent
+        table["mean"] = {
+            "accuracy": {str(b): statistics.fmean(t["accuracy"][str(b)] for t in table.values()) for b in budgets},
+            "standard_error": {str(b): math.sqrt(sum(t["standard_error"][str(b)] ** 2 for t in table.values())) / len(table)
+                               for b in budgets}}
+    return table
+
+
+def print_table(table, budgets, samples):
+    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error."""
+    print(f"Avg@{samples} in % (standard error) when at most T turns are allowed")
+    print("| level | " + " | ".join(f"T={b}" for b in budgets) + " | turns (correct) | " + " | ".join(FINISHES) + " |")
+    print("|---" * (len(budgets) + 2 + len(FINISHES)) + "|")
+    for level, t in table.items():
+        cells = [f"{100 * t['accuracy'][str(b)]:.1f} ({100 * t['standard_error'][str(b)]:.1f})" for b in budgets]
+        if "finish" in t:
+            right = f" ({t['mean_turns_correct']:.1f})" if t["mean_turns_correct"] else ""
+            cells += [f"{t['mean_turns']:.1f}{right}"] + [f"{100 * t['finish'][f]:.1f}" for f in FINISHES]
+        else:
+            cells += [""] * (1 + len(FINISHES))
+        print(f"| {level} | " + " | ".join(cells) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture of one trajectory
+
+
+def draw_trajectory(row, root, path, height=300):
+    """PNG of one trajectory: the image with numbered boxes, then each turn's crop with its thought. Boxes of nested zooms
+    are drawn where they lie in the original."""
+    image = tools.open_image(Path(root) / row["image"])
+    views, boxes = tools.replay(row, image), [(0.0, 0.0, 1.0, 1.0)]
+    font, side = ImageFont.load_default(size=15), 560
+    canvas = image.resize((side, round(side * image.height / image.width)), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    for turn in row["turns"][:-1]:
+        if "zoom" not in turn:
+            continue
+        source = turn["zoom"]["source"]
+        a, b, c, d = boxes[0 if source == "original_image" else int(source.split("_")[1])]
+        x0, y0, x1, y1 = turn["zoom"]["bbox_2d"]
+        boxes.append((a + x0 * (c - a), b + y0 * (d - b), a + x1 * (c - a), b + y1 * (d - b)))
+        inset = 2 + 2 * (len(boxes) % 3)
+        corners = [v * s + o for v, s, o in zip(boxes[-1], canvas.size * 2, (inset, inset, -inset, -inset))]
+        draw.rectangle(corners, outline=(255, 0, 120), width=2)
+        draw.text((corners[0] + 4, corners[1] + 2), str(len(boxes) - 1), font=font, fill=(255, 255, 255),
+                  stroke_width=2, stroke_fill=(0, 0, 0))
+    line, size, pad = 19, 110, 10
+    shown, tiles = 0, []
+    for number, turn in enumerate(row["turns"], 1):
+        tiles.append((views[shown] if number == 1 or "zoom" in row["turns"][number - 2] else None, turn["text"]))
+        shown += number < len(row["turns"]) and "zoom" in turn
+    lines = [_wrap(f"turn {i}  {text}", font, 560) for i, (_, text) in enumerate(tiles, 1)]
+    heights = [max(size, line * len(text)) + pad for text in lines]
+    sheet = Image.new("RGB", (side + size + 560 + 5 * pad, max(canvas.height + 4 * line, sum(heights)) + 2 * pad), (255, 255, 255))
+    sheet.paste(canvas, (pad, pad))
+    draw, y = ImageDraw.Draw(sheet), pad
+    facts = [row["question"], f"answer: {row['answer']}   prediction: {row['prediction']}   finish: {row['finish']}"]
+    for i, text in enumerate(_wrap("\n".join(facts), font, side)):
+        draw.text((pad, canvas.height + 2 * pad + i * line), text, font=font, fill=(0, 0, 0))
+    for (view, _), text, tall in zip(tiles, lines, heights):
+        if view is not None:
+            thumb = view.resize((size, max(1, min(size, round(size * view.height / view.width)))), Image.Resampling.BICUBIC)
+            sheet.paste(thumb, (side + 2 * pad, y))
+        for i, piece in enumerate(text):
+            draw.text((side + size + 3 * pad, y + i * line), piece, font=font, fill=(0, 0, 0))
+        y += tall
+    tools.write_atomic(path, lambda file: sheet.save(file, "PNG"))
+
+
+def _wrap(text, font, width):
+    """Lines of at most `width` pixels, cut at spaces, or anywhere in a word that is too long."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            while font.getlength(word) > width:
+                cut = next(i for i in range(len(word), 0, -1) if font.getlength(word[:i]) <= width)
+                lines += [line] if line else []
+                line, word = "", word[cut:] if lines.append(word[:cut]) is None else word
+            joined = f"{line} {word}" if line else word
+            if font.getlength(joined) > width:
+                lines.append(line)
+                joined = word
+            line = joined
+        lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """Finished trajectories of an interrupted run, one file per rank. A run with the same settings skips what is there,
+    whatever its number of processes; a run with other settings starts over."""
+
+    def __init__(self, out, settings, rank):
+        self.path, self.rank, self.rows = Path(out), rank, []
+        for path in sorted(self.path.glob("partial.*.jsonl")):
+            lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut the last line
+            if lines and json.loads(lines[0]) == settings:
+                self.rows += [json.loads(line) for line in lines[1:]]
+        if dist.is_initialized():
+            dist.barrier()  # everybody has read before anybody writes
+        mine = self.path / f"partial.{rank}.jsonl"
+        tools.write_jsonl(mine, [settings, *(self.rows if rank == 0 else [])])
+        self.file = mine.open("a", encoding="utf-8")
+
+    def add(self, rows):
+        for row in rows:
+            self.file.write(tools.json_line(row))
+        self.file.flush()
+
+    def remove(self):
+        self.file.close()
+        (self.path / f"partial.{self.rank}.jsonl").unlink(missing_ok=True)
+
+
+def play_level(engine, path, args, rank, world, settings):
+    """All questions of one file, `samples` times each, shared out over ranks. Returns all trajectory rows in order."""
+    rows = tools.read_jsonl(path, tools.check_question, "python build_data.py")[:args.limit]
+    if not rows:
+        raise tools.InputError(f"{path} has no rows")
+    kept = Partial(args.out, {**settings, "data": str(path)}, rank)
+    have = {row["id"] for row in kept.rows}
+    todo = [i for i, row in enumerate(rows) if row["id"] not in have]
+    mine = todo[rank::world]
+    bar = tqdm(total=len(mine) * args.samples, disable=rank != 0, desc=path.stem, mininterval=2)
+    played = []
+    chunk = max(1, 4 * args.slots // args.samples)  # questions between two saves
+    for at in range(0, len(mine), chunk):
+        part = mine[at:at + chunk]
+        done = engine.run([rows[i] for i in part], args.samples, path.parent, prompts=part, bar=bar)
+        played += [r.as_row() for r in done]
+        kept.add(played[-len(done):])
+    rows_of = collections.defaultdict(list)
+    for row in (kept.rows if rank == 0 else []) + played:
+        rows_of[row["id"]].append(row)
+    merged = collections.defaultdict(list)
+    for ident, group in sft.gather_objects(rows_of.items()):
+        merged[ident] += group
+    kept.remove()
+    return [r for row in rows for r in sorted(merged[row["id"]], key=lambda r: r["sample"])]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Avg@K over turn budgets.")
+    group = parser.add_argument_group("what is evaluated")
+    group.add_argument("--model", default="checkpoints/rl", help="local folder or hub id")
+    group.add_argument("--data", type=Path, nargs="+", default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")],
+                       help="question files, one level each")
+    group.add_argument("--out", type=Path, help="folder for table.json and trajectories (default: results/<model's name>)")
+    group.add_argument("--limit", type=int, help="use only the first questions of each file")
+    group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
+    group.add_argument("--min_pixels", type=int, help="smallest view shown to the model (default: the model's own)")
+    group.add_argument("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
+                       help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
+    group = parser.add_argument_group("how it is played")
+    group.add_argument("--samples", type=int, default=4, help="K: samples per question, at temperature 1")
+    group.add_argument("--greedy", action="store_true", help="take the most likely token instead (use with --samples 1)")
+    group.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="turn budgets; the largest is played")
+    group.add_argument("--max_images", type=int, help="images per conversation, the original included (default: the turn cap)")
+    group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
+    group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation")
+    group.add_argument("--slots", type=int, default=64, help="conversations at once on one process")
+    group.add_argument("--seed", type=int, default=0, help="random numbers of the samples")
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--picture", type=Path, help="draw a correct trajectory of five to seven turns into this PNG")
+    args = parser.parse_args()
+    if min(args.samples, args.slots, *args.budgets) < 1:
+        raise tools.InputError("--samples, --slots and --budgets must be at least 1")
+    args.out = args.out or Path("results") / Path(args.model).name
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, world, device = sft.setup_distributed()
+    policy = sft.load_policy(args.model, device, args.dtype, tools.load_prompts(args.prompts), args.min_pixels, args.max_pixels,
+                             "torchrun --nproc_per_node=2 rl.py (or name another with --model)")
+    turns = max(args.budgets)
+    limits = Limits(turns, args.max_images or turns, args.max_turn_tokens, args.max_context)
+    engine = Engine(policy, limits, args.slots, args.seed, greedy=args.greedy)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("data", "slots", "picture", "out")}
+    levels = {path.stem: play_level(engine, path, args, rank, world, settings) for path in args.data}
+    if rank == 0:
+        table = summarise(levels, args.budgets)
+        print_table(table, args.budgets, args.samples)
+        for level, rows in levels.items():
+            tools.write_jsonl(args.out / f"{level}.jsonl", rows)
+        tools.write_atomic(args.out / "table.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
+        print(f"written to {args.out}/: table.json, " + ", ".join(f"{level}.jsonl" for level in levels))
+        if args.picture:
+            fits = [(r, path.parent) for path, rows in zip(args.data, levels.values()) for r in rows
+                    if r["reward"] == 1.0 and 5 <= len(r["turns"]) <= 7]
+            if fits:
+                draw_trajectory(*fits[len(fits) // 2], args.picture)
+                print(f"drew {args.picture}")
+            else:
+                print("no correct trajectory of five to seven turns to draw")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    tools.run(main)

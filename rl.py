@@ -1,0 +1,310 @@
+"""Reinforcement learning: GRPO with over-turn masking.
+
+For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if the answer is right,
+else 0. The one new thing here is the loss (Mini-o3, section on reinforcement learning): with rewards r and the completion
+mask M of a group (M = 0 for a conversation that ran out of turns or context),
+
+    A_i  = (r_i - mean(r)) / (std(r) + eps)          A'_i = M_i A_i
+    J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
+
+Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a wrong answer, and the
+policy learns to answer early instead of to search on; with it, a policy trained with 6 turns goes on searching at 32.
+
+What differs from textbook GRPO and from the paper:
+1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
+2. Whether incomplete conversations enter mean and std is open in the paper. Default: they do, with reward 0, as in the
+   official code; --no-incomplete_in_baseline takes them out.
+3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
+4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
+   micro-batches are cut or on the number of processes.
+5. Old log-probabilities come from the sampler, token by token; the mismatch to the trainer's own is logged.
+6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
+   is left over then is dropped from the update and counted ("groups_without_signal").
+7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
+
+Commands:
+    1 CPU          python rl.py
+    2 CPU cores    torchrun --nproc_per_node=2 rl.py
+    1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 --checkpointing --freeze_vision \\
+                       --max_turn_tokens 1024 --max_context 16384 --slots 16
+    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/train.jsonl --lr 1e-6 \\
+                       --prompts_per_step 256 --minibatch 32 --group 16 --checkpointing --max_turn_tokens 2048 --max_context 32768 \\
+                       --max_images 12 --slots 16
+    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 rl.py ...
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import evaluate
+import sft
+import tools
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def group_advantages(rewards, completed, *, incomplete_in_baseline=True, eps=1e-6):
+    """A'_i = M_i (r_i - mean(r)) / (std(r) + eps), per group.
+
+    rewards (P, G) float, completed M (P, G) bool -> (P, G). std is unbiased. incomplete_in_baseline: responses with M = 0
+    enter mean and std (with their reward, 0), otherwise only completed ones do. With fewer than two responses in the
+    baseline, or no spread, A = 0, never NaN.
+    """
+    weight = torch.ones_like(rewards) if incomplete_in_baseline else completed.to(rewards.dtype)     # (P, G)
+    count = weight.sum(1, keepdim=True)                                                              # (P, 1)
+    mean = (weight * rewards).sum(1, keepdim=True) / count.clamp(min=1)
+    variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    advantages = torch.where((count >= 2) & (variance > 0), (rewards - mean) / (variance.sqrt() + eps), 0.0)
+    return advantages * completed                                                                    # (P, G)
+
+
+def count_denominator(mask, completed, *, divisor="completed", aggregation="response", max_tokens=None):
+    """What the summed loss is divided by. mask (B, T) bool: sampled tokens; completed (B,) bool. Returns a float tensor.
+
+    response: number of responses; token: their sampled tokens; constant: max_tokens x number of responses; over completed
+    responses only (divisor "completed", the paper) or over all ("all").
+    """
+    counted = completed if divisor == "completed" else torch.ones_like(completed)                    # (B,)
+    if aggregation == "token":
+        return (mask.sum(1) * counted).sum().double()
+    return counted.sum().double() * (max_tokens if aggregation == "constant" else 1)
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0.2, clip_high=0.3, divisor="completed",
+              aggregation="response", denominator=None, max_tokens=None):
+    """-J: clipped policy gradient with over-turn mask, a scalar to minimise.
+
+    logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy; advantages (B,);
+    mask (B, T) bool: 1 where the policy wrote the token; completed M (B,) bool. aggregation: "response" averages the tokens
+    of each response, then responses (paper); "token" averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO).
+    denominator: the count over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
+    that is still connected to logprobs. Raises ValueError for an unknown divisor or aggregation.
+    """
+    if divisor not in ("completed", "all") or aggregation not in ("response", "token", "constant"):
+        raise ValueError(f"unknown divisor '{divisor}' or aggregation '{aggregation}'")
+    if aggregation == "constant" and not max_tokens:
+        raise ValueError("aggregation 'constant' needs max_tokens")
+    if denominator is None:
+        denominator = count_denominator(mask, completed, divisor=divisor, aggregation=aggregation, max_tokens=max_tokens).item()
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()                                    # (B, T)
+    advantage = (advantages * completed)[:, None]                                                    # (B, 1)
+    objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)   # (B, T)
+    objective = torch.where(mask, objective, 0.0).sum(1)                                             # (B,)
+    if aggregation == "response":
+        objective = objective / mask.sum(1).clamp(min=1)
+    return -objective.sum() / denominator if denominator else torch.where(mask, logprobs, 0.0).sum() * 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def is_completed(rollout):
+    """M_i: the conversation ended by itself (answer or void), not for lack of turns or context."""
+    return rollout.finish in ("answer", "void")
+
+
+def pick_rows(count, places, seed, step, attempt):
+    """Indices of the questions that fill the P places of a step: without repetition, from (seed, step, attempt) only."""
+    order = np.random.default_rng([seed, step, attempt]).permutation(count)
+    return [int(order[place % count]) for place in places]
+
+
+def collect_groups(policy, engine, rows, root, step, places, args):
+    """Play this rank's places of one step. Returns ({place: (rollouts of the group, A' (G,))}, everything that was played,
+    places left without signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
+    groups, played = {}, []
+    engine.key = (args.seed, step)
+    for attempt in range(args.resample + 1):
+        if not places:
+            break
+        chosen = [rows[i] for i in pick_rows(len(rows), places, args.seed, step, attempt)]
+        prompts = [attempt * args.prompts_per_step + place for place in places]
+        rollouts = engine.run(chosen, args.group, root, prompts)
+        played += rollouts
+        parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
+        rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)    # (P, G)
+        completed = torch.tensor([[is_completed(r) or not args.overturn_mask for r in part] for part in parts])
+        advantages = group_advantages(rewards, completed, incomplete_in_baseline=args.incomplete_in_baseline)
+        signal = (advantages != 0).any(1).tolist()
+        groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
+        places = [place for place, s in zip(places, signal) if not s]
+    return groups, played, places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def collate_rollouts(policy, rollouts):
+    """sft.collate plus the sampler's log-probs: (batch, old_logprobs (B, T - 1)), aligned with batch["mask"][:, 1:]."""
+    batch = sft.collate(policy, rollouts)
+    mask = batch["mask"][:, 1:]
+    flat = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float64, device=policy.device)
+    dtype = torch.float64 if policy.model.dtype == torch.float64 else torch.float32
+    return batch, torch.zeros(mask.shape, dtype=dtype, device=policy.device).masked_scatter(mask, flat.to(dtype))
+
+
+def update_policy(policy, params, optimizer, groups, args, lr):
+    """One optimizer step on the groups of one mini-batch (this rank's share). Returns sums for the log."""
+    every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
+    completed = torch.tensor([is_completed(r) or not args.overturn_mask for r, _ in every], dtype=torch.bool)
+    lengths = torch.tensor([sum(r.mask) for r, _ in every])
+    mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
+    how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
+    denominator = sft.sum_over_ranks([count_denominator(mask, completed, **how).item() if every else 0.0], policy.device)[0]
+    advantage_of = {id(r): a for r, a in every}
+    sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
+    for micro in sft.micro_batches([r for r, a in every if a != 0], args.tokens):
+        batch, old = collate_rollouts(policy, micro)
+        mask = batch["mask"][:, 1:]                                                                  # (B, T - 1)
+        new = torch.zeros_like(old).masked_scatter(mask, sft.token_logprobs(policy, batch).to(old.dtype))
+        advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
+        done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
+        loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
+                         denominator=denominator, **how)
+        loss.backward()
+        gap = (new.detach() - old)[mask]                                                             # (N,)
+        sums["loss"] += loss.item()
+        sums["mismatch"] += gap.abs().sum().item()
+        sums["clipped"] += ((gap.exp() < 1 - args.clip_low) | (gap.exp() > 1 + args.clip_high)).sum().item()
+        sums["tokens"] += len(gap)
+        sums["responses"] += len(micro)
+    return sums, sft.update(params, optimizer, lr, args.max_norm)
+
+
+def measure(played, sums, norms, unsignalled, seconds, args, device):
+    """One row of metrics.jsonl, over all ranks (every metric is explained in the README)."""
+    right = [r for r in played if r.reward == 1.0]
+    local = [len(played), len(right), sum(len(r.turns) for r in played), sum(len(r.turns) for r in right),
+             *(sum(r.finish == f for r in played) for f in evaluate.FINISHES), sum(sum(r.mask) for r in played),
+             unsignalled, *sums.values()]
+    total = sft.sum_over_ranks(local, device)
+    n, correct, turns, right_turns, answer, void, over_turn, over_context, sampled, silent, *rest = total
+    loss, mismatch, clipped, tokens, responses = rest
+    return {"reward": correct / n, "rollouts": int(n), "turns": turns / n, "turns_correct": right_turns / max(correct, 1),
+            "answer": answer / n, "void": void / n, "over_turn": over_turn / n, "over_context": over_context / n,
+            "wrong": (answer - correct) / n, "sampled_tokens": int(sampled), "groups_without_signal": int(silent),
+            "trained_responses": int(responses), "loss": loss, "mismatch": mismatch / max(tokens, 1),
+            "clip_fraction": clipped / max(tokens, 1), "grad_norm": sum(norms) / max(len(norms), 1),
+            "seconds_rollout": seconds[0], "seconds_update": seconds[1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(policy, rows, root, args, rank, world):
+    """rollouts -> advantages -> mini-batches -> log -> save, `steps` times."""
+    params = sft.trainable(policy, args.freeze_vision)
+    optimizer = sft.make_optimizer(params, args.lr, args.weight_decay)
+    if args.checkpointing:
+        policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    state = sft.load_state(args.out, policy, optimizer) if args.resume else None
+    start = state["step"] if state else 0
+    sft.broadcast_weights(policy.model)
+    limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
+    engine = evaluate.Engine(policy, limits, args.slots)
+    log = sft.open_log(args.out, start) if rank == 0 else None
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
+    for step in bar:
+        begin = time.time()
+        places = list(range(rank, args.prompts_per_step, world))
+        groups, played, silent = collect_groups(policy, engine, rows, root, step, places, args)
+        middle = time.time()
+        totals, norms = {}, []
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        for first in range(0, args.prompts_per_step, args.minibatch or args.prompts_per_step):
+            last = first + (args.minibatch or args.prompts_per_step)
+            share = [groups[place] for place in sorted(groups) if first <= place < last]
+            sums, norm = update_policy(policy, params, optimizer, share, args, lr)
+            totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
+            norms.append(norm)
+        seconds = (middle - begin, time.time() - middle)
+        metrics = {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device)}
+        if rank == 0:
+            log.write(tools.json_line(metrics))
+            log.flush()
+            bar.set_postfix_str(f"reward {metrics['reward']:.3f} over_turn {metrics['over_turn']:.2f} wrong {metrics['wrong']:.2f}")
+        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            sft.save_state(args.out, policy, optimizer, step + 1)
+    sft.save_state(args.out, policy, optimizer, args.steps)
+    sft.export(policy, args.out)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", default="checkpoints/sft", help="local folder or hub id of the policy to start from")
+    group.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions")
+    group.add_argument("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
+    group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
+    group.add_argument("--min_pixels", type=int, help="smallest view shown to the model (default: the model's own)")
+    group.add_argument("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
+                       help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
+    group = parser.add_argument_group("rollouts")
+    group.add_argument("--steps", type=int, default=40, help="RL steps")
+    group.add_argument("--prompts_per_step", type=int, default=32, help="P: questions per step over all processes (paper: 256)")
+    group.add_argument("--group", type=int, default=12, help="G: conversations per question (paper: 16)")
+    group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
+    group.add_argument("--max_turns", type=int, default=6, help="turns per conversation, the answer included (paper: 6)")
+    group.add_argument("--max_images", type=int, help="images per conversation, the original included (default: the turn cap)")
+    group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
+    group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
+    group.add_argument("--slots", type=int, default=64, help="conversations at once on one process")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
+                       help="mask conversations that ran out of turns or context; without: they count as wrong answers")
+    group.add_argument("--incomplete_in_baseline", action=argparse.BooleanOptionalAction, default=True,
+                       help="masked conversations enter their group's mean and std with reward 0")
+    group.add_argument("--divisor", default="completed", choices=["completed", "all"], help="what the loss is divided by")
+    group.add_argument("--aggregation", default="response", choices=["response", "token", "constant"],
+                       help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
+    group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
+    group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, default=2e-4, help="learning rate, constant after warm-up (paper: 1e-6)")
+    group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
+    group.add_argument("--minibatch", type=int, help="prompts per optimizer step (default: all of a step; paper: 32)")
+    group.add_argument("--tokens", type=int, default=8192, help="padded tokens per forward pass on one process")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices")
+    group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
+    group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
+    args = parser.parse_args()
+    if min(args.prompts_per_step, args.group, args.max_turns, args.slots, args.tokens, args.save_every) < 1:
+        raise tools.InputError("--prompts_per_step, --group, --max_turns, --slots, --tokens and --save_every must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, world, device = sft.setup_distributed()
+    if args.prompts_per_step < world:
+        raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")
+    rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    if len(rows) < args.prompts_per_step:
+        raise tools.InputError(f"{args.data} has {len(rows)} rows, fewer than --prompts_per_step {args.prompts_per_step}")
+    policy = sft.load_policy(args.model, device, args.dtype, tools.load_prompts(args.prompts), args.min_pixels, args.max_pixels,
+                             "python sft.py")
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(policy, rows, args.data.parent, args, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    tools.run(main)
