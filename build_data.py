@@ -114,28 +114,27 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 
 def draw_scene(rng, scene):
-    """Paint a scene: soft noise, a frame around the wall, a thin one around each part, objects with white digits."""
+    """Paint a scene: soft greyish noise, a thick frame around the wall, a thin one around each part, objects with white digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
-    noise = rng.integers(95, 165, size=(14, 14, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+    noise = rng.integers(85, 165, size=(14, 14, 1)) + rng.integers(-12, 13, size=(14, 14, 3))
+    image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
     image = Image.fromarray(np.asarray(image) + grain)
     draw = ImageDraw.Draw(image)
-    thin, thick = max(2, round(cell / 24)), max(4, round(cell / 6))
+    thin, thick = round(cell / 10), round(cell / 3.5)  # frames tell where in a view a place lies
     for part in range(9):
         x, y = side * (part % 3) // 3, side * (part // 3) // 3
         draw.rectangle([x, y, x + side // 3 - 1, y + side // 3 - 1], outline=(20, 20, 20), width=thin)
     draw.rectangle([0, 0, side - 1, side - 1], outline=(20, 20, 20), width=thick)
-    font = ImageFont.load_default(size=0.58 * cell)
+    font = ImageFont.load_default(size=0.55 * cell)
     for part, place, colour, shape, digit in scene["objects"]:
         x = (3 * (part % 3) + place % 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
         y = (3 * (part // 3) + place // 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
         radius = LEVELS[scene["level"]]["radius"] * cell * rng.uniform(0.94, 1.0)
         fill = tuple(int(np.clip(c + rng.integers(-15, 16), 0, 255)) for c in COLOURS[colour])
         draw_shape(draw, shape, x, y, radius, fill)
-        draw.text((x, y), str(digit), font=font, fill=(255, 255, 255), anchor="mm",
-                  stroke_width=max(1, round(cell / 42)), stroke_fill=(0, 0, 0))
+        draw.text((x, y), str(digit), font=font, fill=(255, 255, 255), anchor="mm")
     return image
 
 
@@ -207,11 +206,11 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         call = part is not None and {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}
         view = tools.zoom([image], call) if call else image
         path = save(view, "all" if part is None else f"p{part}")
-        asked = [scene["colour"], str(rng.choice(list(COLOURS)))]
-        for colour in dict.fromkeys(asked):
+        others = [c for c in rng.permutation(list(COLOURS)).tolist() if c != scene["colour"]]
+        for colour in [scene["colour"], *others[:3 if part is None else 1]]:   # the whole image is the hardest view
             add(path, f"Where is {colour}?", describe_view(objects, part, colour))
         add(path, "Where is everything?", describe_all(objects, part))
-    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:7]]
+    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:6]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})

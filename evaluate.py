@@ -255,8 +255,7 @@ class Engine:
 
     def append_observations(self, rollouts):
         """Append what the tool returned to these conversations, unless it would not fit: then they end as over_context."""
-        crops = self.policy.pixels([r.views[-1] for r in rollouts if "zoom" in r.turns[-1]]) if rollouts else []
-        crops = iter(crops)
+        crops = iter(self.policy.pixels([r.views[-1] for r in rollouts if "zoom" in r.turns[-1]]))
         for r in rollouts:
             image = next(crops) if "zoom" in r.turns[-1] else None
             ids = self.policy.observation(len(r.views) - 1, image[1]) if image else self.policy.refusal(r.turns[-1]["error"])

@@ -172,7 +172,7 @@ def build_tiny(texts, seed):
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-            rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 13]}),
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "mrope_section": [0, 1, 15]}),
         vision_config=dict(
             depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, window_size=112,
             fullatt_block_indexes=[2]),
@@ -262,6 +262,8 @@ class Policy:
 
     def pixels(self, views):
         """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
+        if not views:
+            return []
         small = [tools.resize_for_model(v, self.min_pixels, self.max_pixels, self.factor) for v in views]
         out = self.processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
@@ -322,8 +324,10 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
     model.set_attn_implementation({"vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
-    return Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
-                  min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
+    policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
+                    min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
+    model.generation_config.suppress_tokens = policy.banned  # a served copy must not write image placeholders either
+    return policy
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Fixtures shared by all tests: a small world, a tiny policy with random weights, and one that has learned the protocol."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import build_data
+import collect_coldstart
+import sft
+import tools
+
+torch.set_num_threads(2)
+
+
+def run_script(*args, nproc=1, env=None, check=True, timeout=300):
+    """Run a stage as a user would, on one process or under torchrun; returns the finished process with its output."""
+    launcher = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}",
+                                                    "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run([*launcher, str(ROOT / args[0]), *map(str, args[1:])], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
+    if check and done.returncode != 0:
+        raise AssertionError(f"{args} exited with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A data folder with 12 questions (levels mixed) in train.jsonl, their trajectories in coldstart.jsonl, and
+    single-view rows in instruct.jsonl."""
+    out = tmp_path_factory.mktemp("world")
+    levels = list(build_data.LEVELS)
+    rows = [build_data.make_question(("train", i, levels[i % 3]), out, 0) for i in range(12)]
+    tools.write_jsonl(out / "train.jsonl", rows)
+    prompts = dict(tools.PROMPTS, system="Look closer.")  # a short system prompt keeps the tests fast
+    solved = [collect_coldstart.solve(row, i, out, prompts, 32, 0) for i, row in enumerate(rows)]
+    tools.write_jsonl(out / "coldstart.jsonl", sorted(solved, key=lambda r: len(r["turns"]))[:8])
+    tools.write_jsonl(out / "instruct.jsonl", build_data.make_instructions(0, out, 0, 6000, 8000))
+    return out
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return dict(tools.PROMPTS, system="Look closer.")
+
+
+@pytest.fixture(scope="session")
+def make_tiny(world, prompts):
+    """make_tiny(dtype, seed) -> a Policy with random weights."""
+    texts = sft.project_texts(tools.read_jsonl(world / "instruct.jsonl"))
+
+    def make(dtype=torch.float64, seed=0):
+        model, tokenizer, processor = sft.build_tiny(texts, seed)
+        return sft.make_policy(model.to(dtype), tokenizer, processor, "cpu", prompts)
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_folder(world, make_tiny, tmp_path_factory):
+    """Hugging Face folder of a policy that was over-fitted to a few short trajectories for some seconds: it zooms, makes
+    calls that are refused, answers, and babbles, which a random policy never would."""
+    out = tmp_path_factory.mktemp("trained")
+    policy = make_tiny(torch.float32)
+    rows = tools.read_jsonl(world / "coldstart.jsonl")[:4]
+    sequences = [sft.encode(policy, row, world) for row in rows]
+    params = sft.trainable(policy, freeze_vision=True)
+    optimizer = sft.make_optimizer(params, 3e-3, 0.0)
+    batch = sft.collate(policy, sequences)
+    for step in range(60):
+        (-sft.token_logprobs(policy, batch).mean()).backward()
+        sft.update(params, optimizer, 3e-3 * min(1, (step + 1) / 10), 1.0)
+    sft.export(policy, out)
+    return out
+
+
+@pytest.fixture
+def trained(trained_folder, prompts):
+    """The same policy in float64, freshly loaded."""
+    return sft.load_policy(str(trained_folder), "cpu", "float64", prompts)

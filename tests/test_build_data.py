@@ -1,0 +1,279 @@
+"""Specification of the synthetic Visual Probe world.
+
+Every question has exactly one answer, which can be read from the image and from nothing else in it; the seed decides every
+byte, whatever the number of processes; what the instruction data says about a view is true.
+"""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+import build_data
+import tools
+from build_data import COLOURS, LEVELS, SHAPES
+from conftest import run_script
+from tools import PLACES
+
+
+def scenes(count=120):
+    """`count` scenes of each level."""
+    return [build_data.make_scene(np.random.default_rng([n, i]), level)
+            for n, level in enumerate(LEVELS) for i in range(count)]
+
+
+def asked_for(scene):
+    """The objects that satisfy the question, read from its words alone, and what it asks for."""
+    digit = re.fullmatch(r"What digit is on the (\w+) (\w+)\?", scene["question"])
+    shape = re.fullmatch(r"Which shape is the (\w+) object with digit (\d)\?", scene["question"])
+    assert bool(digit) != bool(shape)
+    if digit:
+        return [o for o in scene["objects"] if o[2:4] == list(digit.groups())], 4
+    return [o for o in scene["objects"] if o[2] == shape[1] and o[4] == int(shape[2])], 3
+
+
+def close(image, colour):
+    """Boolean map of the pixels that look like this colour."""
+    return np.abs(np.asarray(image).astype(int) - COLOURS[colour]).max(axis=-1) < 45
+
+
+def ninth(pixels, index):
+    """One of the nine places of a view."""
+    side, (y, x) = len(pixels) // 3, divmod(index, 3)
+    return pixels[side * y:side * (y + 1), side * x:side * (x + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+
+def test_exactly_one_object_satisfies_the_question():
+    for scene in scenes():
+        found, field = asked_for(scene)
+        assert found == scene["objects"][:1] and str(found[0][field]) == scene["answer"]
+
+
+def test_both_kinds_all_colours_shapes_and_digits_are_asked_for():
+    rows = scenes()
+    for level in LEVELS:
+        assert {r["source"] for r in rows if r["level"] == level} == {"synthetic_digit", "synthetic_shape"}
+    targets = [r["objects"][0] for r in rows]
+    assert {t[2] for t in targets} == set(COLOURS) and {t[3] for t in targets} == set(SHAPES)
+    assert {t[4] for t in targets} == set(range(10)) and {t[0] for t in targets} == {t[1] for t in targets} == set(range(9))
+    answers = {kind: [r["answer"] for r in rows if r["source"] == kind] for kind in ("synthetic_digit", "synthetic_shape")}
+    assert max(map(answers["synthetic_digit"].count, "0123456789")) < 0.25 * len(answers["synthetic_digit"])
+    assert max(map(answers["synthetic_shape"].count, SHAPES)) < 0.4 * len(answers["synthetic_shape"])  # no answer to bet on
+
+
+def test_no_two_objects_share_a_place():
+    for scene in scenes():
+        spots = [tuple(o[:2]) for o in scene["objects"]]
+        assert len(set(spots)) == len(spots) and all(0 <= v < 9 for spot in spots for v in spot)
+
+
+def test_lookalikes_share_the_colour_and_nobody_else_does():
+    for scene in scenes():
+        same = [o for o in scene["objects"] if o[2] == scene["colour"]]
+        assert len(same) == 1 + LEVELS[scene["level"]]["lookalikes"]
+        assert len(scene["objects"]) == len(same) + LEVELS[scene["level"]]["others"]
+
+
+def test_levels_get_harder_in_every_respect():
+    easy, medium, hard = (LEVELS[level] for level in ("easy", "medium", "hard"))
+    for a, b in ((easy, medium), (medium, hard)):
+        assert a["side"] < b["side"] and a["lookalikes"] < b["lookalikes"] and a["others"] < b["others"]
+        assert a["radius"] > b["radius"]  # relative to its place; each place is an 81st of any image
+
+
+def test_the_row_keeps_what_the_teacher_needs_and_is_a_question():
+    for scene in scenes(20):
+        tools.check_question({"id": "1", "image": "1.jpg", **scene})
+        _, _, colour, shape, digit = scene["objects"][0]
+        assert scene["colour"] == colour and {scene["wanted"], scene["answer"]} == {shape, str(digit)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_the_target_box_shows_the_target():
+    """Zooming into target_bbox, or into its part and then its place, returns the pixels of the target's place."""
+    for scene in scenes(8):
+        image = build_data.draw_scene(np.random.default_rng(0), scene)
+        side, (part, place, colour) = LEVELS[scene["level"]]["side"], scene["objects"][0][:3]
+        assert image.size == (side, side)
+        left, top = (side // 9 * (3 * (part // k % 3) + place // k % 3) for k in (1, 3))
+        x0, y0, x1, y1 = (v * side for v in scene["target_bbox"])
+        assert abs(x0 - left) + abs(y0 - top) + abs(x1 - left - side / 9) + abs(y1 - top - side / 9) < 0.2
+        direct = tools.zoom([image], {"bbox_2d": scene["target_bbox"], "source": "original_image"})
+        steps = [image]
+        for number, index in enumerate((part, place)):
+            source = "observation_1" if number else "original_image"
+            steps.append(tools.zoom(steps, {"bbox_2d": build_data.place_box(PLACES[index]), "source": source}))
+        for view in (direct, steps[-1]):
+            assert max(abs(v - side // 9) for v in view.size) <= 2
+            assert 0.1 < close(view, colour).mean() < 0.8
+
+
+def test_the_image_shows_every_object_and_no_other():
+    for scene in scenes(4):
+        image = build_data.draw_scene(np.random.default_rng(0), scene)
+        seen = [[part, place, colour] for colour in COLOURS for pixels in [close(image, colour)]
+                for part, place in itertools.product(range(9), repeat=2) if ninth(ninth(pixels, part), place).mean() > 0.1]
+        assert sorted(seen) == sorted(o[:3] for o in scene["objects"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Determinism and splits
+
+
+def test_the_seed_decides_every_byte(tmp_path):
+    job = ("train", 5, "medium")
+    row = build_data.make_question(job, tmp_path / "a", 3)
+    assert build_data.make_question(job, tmp_path / "b", 3) == row
+    assert (tmp_path / "a" / row["image"]).read_bytes() == (tmp_path / "b" / row["image"]).read_bytes()
+    other = build_data.make_question(job, tmp_path / "a", 4)
+    assert other["objects"] != row["objects"] and other["image"] != row["image"]  # two seeds can share a folder
+
+
+def test_a_rerun_draws_only_what_is_missing(tmp_path):
+    """After a kill: a finished image is left alone, a lost one is drawn again to the byte, and the rows are the same."""
+    jobs = [("easy", 0, "easy"), ("easy", 1, "easy")]
+    rows = [build_data.make_question(job, tmp_path, 0) for job in jobs]
+    first, second = (tmp_path / row["image"] for row in rows)
+    before = first.read_bytes()
+    first.unlink()
+    second.write_bytes(b"finished")
+    assert [build_data.make_question(job, tmp_path, 0) for job in jobs] == rows
+    assert first.read_bytes() == before and second.read_bytes() == b"finished"
+
+
+def test_splits_and_questions_differ(tmp_path):
+    """No scene appears twice, within a split or across them, at the same level and index as well."""
+    jobs = [(split, i, "easy") for split in build_data.SPLITS[:4] for i in range(4)]
+    rows = [build_data.make_question(job, tmp_path, 0) for job in jobs]
+    for key in ("id", "image", "objects"):
+        assert len({str(r[key]) for r in rows}) == len(rows)
+    assert len({(tmp_path / r["image"]).read_bytes() for r in rows}) == len(rows)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A small world, as the command makes it, in two processes."""
+    out = tmp_path_factory.mktemp("built")
+    done = run_script("build_data.py", "--train", 6, "--test", 3, "--scenes", 2, "--seed", 1, "--workers", 2, "--out", out)
+    return out, done
+
+
+def test_the_command_writes_what_one_process_would(built, tmp_path):
+    out, done = built
+    for split in build_data.SPLITS[:4]:
+        rows = tools.read_jsonl(out / f"{split}.jsonl", tools.check_question)
+        levels = ["easy", "medium", "hard"] * 2 if split == "train" else [split] * 3
+        assert rows == [build_data.make_question((split, i, level), tmp_path, 1) for i, level in enumerate(levels)]
+        assert f"{split}.jsonl: {len(rows)} questions" in done.stdout
+    rows = tools.read_jsonl(out / "instruct.jsonl", tools.check_trajectory)
+    assert rows == [row for i in range(2) for row in build_data.make_instructions(i, tmp_path, 1, 6000, 8000)]
+    assert f"instruct.jsonl: {len(rows)} single-view questions" in done.stdout and "finished in" in done.stdout
+    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.jpg"))
+    assert files == sorted(p.relative_to(out) for p in out.rglob("*.jpg"))
+    assert all((tmp_path / f).read_bytes() == (out / f).read_bytes() for f in files)
+
+
+def test_every_image_of_every_row_opens(built):
+    out, _ = built
+    for split in build_data.SPLITS:
+        for row in tools.read_jsonl(out / f"{split}.jsonl"):
+            image = tools.open_image(out / row["image"])
+            side = 84 if split == "instruct" else LEVELS[row["level"]]["side"]
+            assert image.size == (side, side)
+    assert not [p for p in out.rglob(".*")]  # no temporary file is left behind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instruction data
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    out = tmp_path_factory.mktemp("instructions")
+    return out, [row for i in range(6) for row in build_data.make_instructions(i, out, 0, 6000, 8000)]
+
+
+def test_instructions_are_one_turn_trajectories_without_the_protocol(instructions):
+    out, rows = instructions
+    assert len({r["id"] for r in rows}) == len(rows)
+    for row in rows:
+        tools.check_trajectory(row)
+        assert [set(t) for t in row["turns"]] == [{"text"}] and row["turns"][0]["text"] == row["answer"]
+        assert not re.search("<|observation|original_image", row["question"] + row["answer"])
+        assert tools.open_image(out / row["image"]).size == (84, 84)  # the size at which the model sees it
+
+
+def test_instructions_about_colours_are_true_of_the_pixels(instructions):
+    """ "Where is red?" names exactly those ninths of the stored view in which red pixels are."""
+    out, rows = instructions
+    checked = {True: 0, False: 0}
+    for row in rows:
+        about = re.fullmatch(r"Where is (\w+)\?", row["question"])
+        if about is None:
+            continue
+        pixels = tools.open_image(out / row["image"])
+        colours = list(COLOURS) if about[1] == "everything" else [about[1]]
+        said = dict.fromkeys(colours, "")
+        if row["answer"] != f"I see no {about[1]}." and row["answer"] != "I see nothing.":
+            said.update(re.findall(r"I see (\w+) in ([a-z -]+)\.", row["answer"]))
+        assert set(said) == set(colours)
+        for colour, places in said.items():
+            assert places.split() == [p for i, p in enumerate(PLACES) if ninth(close(pixels, colour), i).sum() > 2]
+            checked[bool(places)] += 1
+    assert min(checked.values()) > 20
+
+
+def test_instructions_about_a_place_name_its_object(instructions):
+    """The colour is checked against the pixels, shape and digit against the layout (the scene comes from the same seed)."""
+    out, rows = instructions
+    empty = 0
+    for row in (r for r in rows if r["question"] == "What is this?"):
+        index, part, place = re.fullmatch(r"views/0_(\d+)_p(\d)(\d)\.jpg", row["image"]).groups()
+        rng = np.random.default_rng([0, build_data.SPLITS.index("instruct"), int(index)])
+        objects = build_data.make_scene(rng, list(LEVELS)[rng.integers(3)])["objects"]
+        there = [o for o in objects if o[:2] == [int(part), int(place)]]
+        assert row["answer"] == ("I see {} {} {}.".format(*there[0][2:]) if there else "I see nothing.")
+        pixels = tools.open_image(out / row["image"])
+        assert [c for c in COLOURS if close(pixels, c).mean() > 0.1] == [o[2] for o in there]
+        empty += not there
+    assert empty > 0
+
+
+def test_descriptions_by_hand():
+    objects = [[0, 8, "red", "star", 7], [0, 2, "red", "circle", 1], [0, 4, "blue", "square", 0], [5, 0, "red", "star", 2]]
+    assert build_data.describe_view(objects, None, "red") == "I see red in top-left right."
+    assert build_data.describe_view(objects, 0, "red") == "I see red in top-right bottom-right."
+    assert build_data.describe_view(objects, 5, "blue") == "I see no blue."
+    assert build_data.describe_all(objects, 0) == "I see red in top-right bottom-right. I see blue in center."
+    assert build_data.describe_all(objects, 1) == "I see nothing."
+    assert build_data.describe_cell(objects, 0, 8) == "I see red star 7."
+    assert build_data.describe_cell(objects, 0, 0) == "I see nothing."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes of the user
+
+
+@pytest.mark.parametrize("flags", [["--train", 0], ["--test", -1], ["--scenes", 0], ["--workers", 0], ["--seed", -1],
+                                   ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
+def test_a_bad_flag_is_one_line_and_exit_code_1(tmp_path, flags):
+    small = ["--train", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "out"]
+    done = run_script("build_data.py", *small, *flags, check=False)
+    assert done.returncode == 1 and re.fullmatch(r"build_data\.py: error: .*\n", done.stderr) and flags[0] in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    done = run_script("build_data.py", "--train", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "file",
+                      check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "build_data.py: error:" in done.stderr
+    assert (tmp_path / "file").read_text() == "kept"

@@ -1,0 +1,354 @@
+"""Specification of the scripted teacher and of the collection around it.
+
+What the student learns from is true, legal and leads to the answer; deliberate mistakes are context only. A killed
+collection goes on where it was, and its result is that of an undisturbed one, byte for byte.
+"""
+
+import collections
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import build_data
+import collect_coldstart
+import tools
+from build_data import LEVELS, describe_cell, describe_view, place_box
+from collect_coldstart import PATTERNS, Teacher
+from conftest import ROOT, run_script
+from tools import PHRASES, PLACES
+
+PLACE_OF = {tuple(place_box(place)): index for index, place in enumerate(PLACES)}
+
+
+def scene(level, index):
+    return build_data.make_scene(np.random.default_rng([9, index]), level)
+
+
+def lessons(pattern, count=30):
+    """(scene, the teacher's [(text, learn), ...]) for `count` scenes of each level."""
+    for level, index in itertools.product(LEVELS, range(count)):
+        row = scene(level, index)
+        yield row, list(Teacher(row, pattern, np.random.default_rng([1, index])).turns())
+
+
+def follow(row, texts):
+    """Play the calls on the layout. Yields (text, kind, view): the view that the text speaks about, (part, place) with None
+    for "all of it", or "refused" after a call that the tool refuses; kind is parse_turn's, "error" for any refused call."""
+    views, view = [(None, None)], (None, None)
+    for text in texts:
+        kind, value = tools.parse_turn(text)
+        if kind == "zoom":
+            index = int(value["source"].removeprefix("observation_")) if value["source"] != "original_image" else 0
+            kind = "zoom" if index < len(views) else "error"
+        yield text, kind, view
+        view = "refused"
+        if kind == "zoom":
+            part, place = views[index]
+            assert place is None  # no pattern zooms into a single place: there is nothing smaller
+            target = PLACE_OF[tuple(value["bbox_2d"])]
+            view = (target, None) if part is None else (part, target)
+            views.append(view)
+
+
+def truth(row, view):
+    """What an honest look at this view says first."""
+    if view == "refused":
+        return PHRASES["sorry"]
+    part, place = view
+    return describe_view(row["objects"], part, row["colour"]) if place is None else describe_cell(row["objects"], part, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_pattern_finds_the_answer_and_only_then_gives_it(pattern):
+    for row, turns in lessons(pattern):
+        steps = list(follow(row, [text for text, _ in turns]))
+        text, kind, view = steps[-1]
+        assert tools.parse_turn(text) == ("answer", row["answer"])
+        assert view == tuple(row["objects"][0][:2])  # it is looking at the target
+        assert all(kind in ("zoom", "error") for _, kind, _ in steps[:-1])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_taught_call_is_legal_and_goes_where_the_thought_says(pattern):
+    for row, turns in lessons(pattern):
+        for (text, learn), (_, kind, _) in zip(turns, follow(row, [text for text, _ in turns])):
+            if learn and kind != "answer":
+                assert kind == "zoom"
+                place = PLACES[PLACE_OF[tuple(tools.parse_turn(text)[1]["bbox_2d"])]]
+                assert PHRASES["go"].format(place=place) + "</think>" in text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_mistakes_and_only_mistakes_are_not_learned(pattern):
+    """A mistake is a call that the tool refuses, a false word about the view, or a zoom at a place with nothing on it."""
+    found = collections.Counter()
+    for row, turns in lessons(pattern):
+        steps = list(follow(row, [text for text, _ in turns]))
+        for (text, learn), (_, kind, view), after in zip(turns, steps, [*(s[2] for s in steps[1:]), None]):
+            empty = kind == "zoom" and after[1] is not None and truth(row, after) == PHRASES["empty"]
+            false = not text.startswith("<think>" + truth(row, view))
+            assert learn == (kind != "error" and not empty and not false), text
+            found.update({"error": kind == "error", "empty": empty, "false": false})
+    expected = {"recover": "error", "backtrack": "empty", "search_again": "false"}.get(pattern)
+    assert {name for name, times in found.items() if times} == ({expected} if expected else set())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_verdicts_are_true(pattern):
+    """ "Want square. Yes." is said in front of the target and nowhere else, "No." in front of every other object."""
+    for row, turns in lessons(pattern, 10):
+        for text, _, view in follow(row, [text for text, _ in turns]):
+            at_object = view != "refused" and view[1] is not None and truth(row, view) != PHRASES["empty"]
+            verdict = re.search(r" Want (\w+)\. (Yes|No)\.", text)
+            assert (verdict is not None) == at_object
+            if verdict:
+                assert verdict[1] == row["wanted"] and (verdict[2] == "Yes") == (view == tuple(row["objects"][0][:2]))
+
+
+@pytest.mark.parametrize("pattern", ["scan", "depth_first", "breadth_first", "hint"])
+def test_plain_patterns_never_look_twice(pattern):
+    for row, turns in lessons(pattern):
+        views = [view for _, _, view in follow(row, [text for text, _ in turns])]
+        assert len(set(views)) == len(views)
+
+
+def test_orders_of_search():
+    """scan: reading order from a random start. hint, breadth_first: only parts with the colour; parts before places."""
+    starts = set()
+    for row, turns in lessons("scan"):
+        parts = [v[0] for _, _, v in follow(row, [t for t, _ in turns]) if v[0] is not None and v[1] is None]
+        assert parts == [(parts[0] + i) % 9 for i in range(len(parts))]
+        starts.add(parts[0])
+    assert starts == set(range(9))
+    coloured = {"hint": [], "breadth_first": []}
+    for pattern in coloured:
+        for row, turns in lessons(pattern):
+            views = [v for _, _, v in follow(row, [t for t, _ in turns])][1:]
+            assert {part for part, _ in views} <= {o[0] for o in row["objects"] if o[2] == row["colour"]}
+            coloured[pattern].append([place is None for _, place in views])
+    assert all(kinds == sorted(kinds, reverse=True) for kinds in coloured["breadth_first"])
+    assert not all(kinds == sorted(kinds, reverse=True) for kinds in coloured["hint"])
+
+
+def test_recover_mends_its_call_in_the_next_turn():
+    mended = 0
+    for row, turns in lessons("recover"):
+        steps = list(follow(row, [text for text, _ in turns]))
+        for (bad, kind, _), (good, next_kind, _) in zip(steps, steps[1:]):
+            if kind == "error":
+                assert next_kind == "zoom" and good.startswith("<think>" + PHRASES["sorry"])
+                assert re.findall(r" Go [a-z-]+\.", bad) == re.findall(r" Go [a-z-]+\.", good)
+                mended += 1
+    assert mended > 60  # the slip is left to chance, so a short search may end before it
+
+
+def test_bad_calls_are_refused_in_several_ways():
+    """Malformed JSON, a box out of range, swapped corners, three numbers, an observation that does not exist."""
+    rng, call, said = np.random.default_rng(0), {"bbox_2d": place_box("center"), "source": "observation_1"}, collections.Counter()
+    image = tools.Image.new("RGB", (90, 90))
+    for _ in range(200):
+        turn, finish, _ = tools.take_turn([image, image], f"<grounding>{collect_coldstart.bad_call(rng, call, 1)}</grounding>", 1, 9, 9)
+        assert finish is None
+        said[re.sub("[2-9]", "n", turn["error"])] += 1
+    assert len(said) == 4 and min(said.values()) > 10
+
+
+def test_search_again_overlooks_the_target_once():
+    for row, turns in lessons("search_again"):
+        texts = [text for text, _ in turns]
+        assert sum("Not found" in text for text in texts) == 1
+        looks = [view for _, _, view in follow(row, texts)].count((row["objects"][0][0], None))
+        assert looks == 2  # at the target's part: overlooked, then seen
+
+
+def test_recheck_looks_at_the_target_twice():
+    for row, turns in lessons("recheck"):
+        texts = [text for text, _ in turns]
+        views = [view for _, _, view in follow(row, texts)]
+        assert views[-2:] == [tuple(row["objects"][0][:2])] * 2 and views.count(views[-1]) == 2
+        assert [PHRASES["check"] in text for text in texts[-2:]] == [True, False]
+
+
+def test_backtrack_says_so_and_returns_to_its_candidates():
+    slips = 0
+    for row, turns in lessons("backtrack"):
+        for (_, learn), (text, after) in zip(turns, turns[1:]):
+            if not learn:
+                assert text.startswith("<think>" + PHRASES["empty"] + PHRASES["back"]) and after
+                slips += 1
+    assert slips > 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
+
+
+def test_trajectories_are_played_through_the_real_tool(world, prompts):
+    """Every pattern, with images: rows are complete, correct, and replay to the views that the turns speak about."""
+    rows, seen = tools.read_jsonl(world / "train.jsonl"), set()
+    for index in range(40):
+        row = rows[index % len(rows)]
+        solved = collect_coldstart.solve(row, index, world, prompts, 32, 0)
+        if solved["finish"] == "over_turn":
+            continue
+        tools.check_trajectory(solved)
+        seen.add(solved["pattern"])
+        assert (solved["finish"], solved["prediction"], solved["reward"]) == ("answer", row["answer"], 1.0)
+        assert solved["system"] == prompts["system"] and solved["teacher"] == "scripted" and "objects" not in solved
+        assert {k: solved[k] for k in row if k != "objects"} == {k: v for k, v in row.items() if k != "objects"}
+        for turn, (_, kind, _) in zip(solved["turns"], follow(row, [t["text"] for t in solved["turns"]])):
+            assert kind == ("zoom" if "zoom" in turn else "error" if "error" in turn else "answer")
+        image = tools.open_image(world / row["image"])
+        views = tools.replay(solved, image)
+        assert len(views) == 1 + sum("zoom" in turn for turn in solved["turns"])
+        assert abs(views[-1].size[0] - image.size[0] / 9) <= 2
+    assert seen == set(PATTERNS)
+
+
+def test_a_trajectory_depends_on_seed_and_index_only(world, prompts):
+    row = tools.read_jsonl(world / "train.jsonl")[0]
+    dump = [json.dumps(collect_coldstart.solve(row, index, world, prompts, 32, seed)) for seed in (0, 1) for index in range(4)]
+    assert len(set(dump)) > 4
+    assert dump[5] == json.dumps(collect_coldstart.solve(row, 1, world, prompts, 32, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def collect(folder, out, *flags, check=True):
+    return run_script("collect_coldstart.py", "--data", folder / "train.jsonl", "--out", folder / out, "--workers", 2, *flags,
+                      check=check)
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    """160 questions about twelve images, and the result of an undisturbed collection in whole.jsonl."""
+    out = tmp_path_factory.mktemp("collect")
+    (out / "images").symlink_to(world / "images")
+    rows = tools.read_jsonl(world / "train.jsonl")
+    tools.write_jsonl(out / "train.jsonl", [{**rows[i % 12], "id": f"q{i}"} for i in range(160)])
+    (out / "whole.txt").write_text(collect(out, "whole.jsonl").stdout)
+    return out
+
+
+def test_the_command_keeps_correct_trajectories_and_counts(folder):
+    rows = tools.read_jsonl(folder / "whole.jsonl", tools.check_trajectory)
+    said = (folder / "whole.txt").read_text()
+    assert all(r["reward"] == 1.0 and r["finish"] == "answer" and len(r["turns"]) <= 32 for r in rows)
+    assert f"160 trajectories, {len(rows)} correct and kept, {160 - len(rows)} left out" in said and "finished in" in said
+    for key, value in (("pattern", lambda r: r["pattern"]), ("turns", lambda r: len(r["turns"]))):
+        counts = collections.Counter(map(value, rows))
+        assert f"per {key}: " + ", ".join(f"{k}: {counts[k]}" for k in sorted(counts)) in said
+    assert {r["pattern"] for r in rows} == set(PATTERNS)
+    assert [r["id"] for r in rows] == sorted((r["id"] for r in rows), key=lambda i: int(i[1:]))
+    assert not list(folder.glob("*whole*partial*"))
+
+
+def test_long_and_wrong_solutions_are_left_out_and_counted(folder, world):
+    """Two questions that no answer fits (the teacher's is not among the options), and a cap of 5 turns."""
+    rows = tools.read_jsonl(folder / "train.jsonl")[:40]
+    rows = [{**row, "options": ["nothing", "of this"]} if i < 2 else row for i, row in enumerate(rows)]
+    tools.write_jsonl(folder / "odd.jsonl", rows)
+    said = collect(folder, "short.jsonl", "--data", folder / "odd.jsonl", "--max_turns", 5).stdout
+    kept = tools.read_jsonl(folder / "short.jsonl")
+    assert 0 < len(kept) < 38 and all(len(r["turns"]) <= 5 and r["reward"] == 1.0 and "options" not in r for r in kept)
+    left = re.search(r"40 trajectories, (\d+) correct and kept, (\d+) left out \((.*)\)", said)
+    assert int(left[1]) == len(kept) and int(left[2]) == 40 - len(kept)
+    reasons = {name: int(times) for name, times in re.findall(r"'(\w+)': (\d+)", left[3])}
+    assert sum(reasons.values()) == 40 - len(kept) and reasons["over_turn"] > 0 and set(reasons) <= {"over_turn", "answer"}
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """The complete lines that a collection into killed.jsonl had finished when it was killed, and the path they were at."""
+    def partial():
+        return [path for path in folder.glob("killed.jsonl*partial") if path.read_bytes().count(b"\n") >= 3]
+
+    command = [sys.executable, str(ROOT / "collect_coldstart.py"), "--data", str(folder / "train.jsonl"),
+               "--out", str(folder / "killed.jsonl"), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not partial():
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)  # its worker too
+    assert process.wait() == -signal.SIGKILL and not (folder / "killed.jsonl").exists()
+    path, = partial()
+    lines = path.read_bytes().split(b"\n")[:-1]
+    path.unlink()
+    assert 3 <= len(lines) < 160
+    return path, lines
+
+
+def test_a_killed_collection_goes_on_where_it_was(folder, killed):
+    """The kill came in the middle of a line. What was finished is not solved again: a mark in it is still there."""
+    path, lines = killed
+    path.write_bytes(b"\n".join(lines)[:-len(lines[-1]) // 2])
+    collect(folder, "killed.jsonl")
+    assert (folder / "killed.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    marked = next(i for i, line in enumerate(lines) if json.loads(line)["reward"] == 1.0)
+    path.write_bytes(b"".join([*lines[:marked], json.dumps({**json.loads(lines[marked]), "mark": 1}).encode()])
+                     .replace(b"}{", b"}\n{") + b"\n")
+    collect(folder, "killed.jsonl")
+    assert "mark" in tools.read_jsonl(folder / "killed.jsonl")[0]
+    assert not list(folder.glob("*killed*partial*")) and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("change", ["questions", "ids", "max_turns", "prompts"])
+def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change):
+    """Either it is refused by name, or it is not used: every row kept belongs to this collection."""
+    path, lines = killed
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    rows = tools.read_jsonl(folder / "train.jsonl")[:40]
+    if change == "questions":  # drawn with another seed: other images under the same ids
+        rows = [{**other, "id": row["id"]} for row, other in zip(rows, rows[1:])]
+    if change == "ids":
+        rows = [{**row, "id": "x" + row["id"]} for row in rows]
+    tools.write_jsonl(folder / "other.jsonl", rows)
+    (folder / "prompts.json").write_text(json.dumps({"system": "Look."} if change == "prompts" else {}))
+    cap = 5 if change == "max_turns" else 32
+    done = collect(folder, "killed.jsonl", "--data", folder / "other.jsonl", "--max_turns", cap,
+                   "--prompts", folder / "prompts.json", check=False)
+    path.unlink(missing_ok=True)
+    if done.returncode:
+        assert done.returncode == 1 and "partial" in done.stderr and "Traceback" not in done.stderr
+        return
+    asked = {row["id"]: row for row in rows}
+    for row in tools.read_jsonl(folder / "killed.jsonl"):
+        assert all(row[key] == asked[row["id"]][key] for key in ("image", "question", "answer"))
+        assert len(row["turns"]) <= cap and row["system"] == tools.load_prompts(folder / "prompts.json")["system"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--workers", 0], "--workers"), (["--seed", -1], "--seed"), (["--limit", -1], "--limit"), (["--max_turns", 0], "--max_turns"),
+    (["--data", "nowhere/train.jsonl", "--out", "nowhere/x.jsonl"], "python build_data.py"),
+    (["--out", "elsewhere.jsonl"], "folder"), (["--prompts", "nowhere.json"], "nowhere.json")], ids=str)
+def test_a_bad_flag_is_one_line_and_exit_code_1(folder, flags, words):
+    done = collect(folder, "bad.jsonl", *flags, check=False)
+    assert done.returncode == 1 and re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
+    assert not list(folder.glob("bad*"))
+
+
+def test_the_questions_are_not_overwritten(folder):
+    before = (folder / "train.jsonl").read_bytes()
+    done = collect(folder, "train.jsonl", "--limit", 1, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (folder / "train.jsonl").read_bytes() == before
+
+
+def test_questions_without_a_layout_are_refused_by_line(folder):
+    rows = tools.read_jsonl(folder / "train.jsonl")[:2]
+    tools.write_jsonl(folder / "plain.jsonl", [rows[0], {k: v for k, v in rows[1].items() if k != "objects"}])
+    done = collect(folder, "bad.jsonl", "--data", folder / "plain.jsonl", check=False)
+    assert done.returncode == 1 and "plain.jsonl:2:" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,223 @@
+"""Specification of GRPO with over-turn masking: numbers worked by hand, an independent reference, float64 autograd, and
+real runs on one and two processes."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import rl
+import sft
+import tools
+from conftest import run_script
+
+T, F = True, False
+
+
+def test_group_advantages_by_hand():
+    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two incomplete: r = (1, 0), mean 1/2, std sqrt(1/2)."""
+    rewards, completed = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64), torch.tensor([[T, T, F, F]])
+    inside = rl.group_advantages(rewards, completed, eps=0.0)
+    assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64), atol=1e-12)
+    outside = rl.group_advantages(rewards, completed, incomplete_in_baseline=False, eps=0.0)
+    assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]], dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("rewards, completed", [
+    ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]), ([0.0, 0, 0], [F, F, F])])
+@pytest.mark.parametrize("inside", [T, F])
+def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, inside):
+    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), incomplete_in_baseline=inside)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_one_completed_response_outside_the_baseline_has_no_advantage():
+    args = torch.tensor([[1.0, 0, 0]]), torch.tensor([[T, F, F]])
+    assert rl.group_advantages(*args, incomplete_in_baseline=False).abs().sum() == 0
+    assert rl.group_advantages(*args)[0, 0] > 0
+
+
+def test_incomplete_responses_never_carry_advantage():
+    torch.manual_seed(0)
+    completed = torch.rand(50, 6) < 0.5
+    rewards = (torch.rand(50, 6) < 0.5).double() * completed
+    for inside in (T, F):
+        assert (rl.group_advantages(rewards, completed, incomplete_in_baseline=inside)[~completed] == 0).all()
+
+
+def test_grpo_loss_by_hand():
+    """Three responses of 2, 1 and 2 tokens; the last ran out of turns.
+
+    Ratios (2, 1), (0.5), (1, 1); A = (1, -1, 0). Clipped at 0.8 and 1.3: first min(2, 1.3) = 1.3 and 1, mean 1.15; second
+    min(-0.5, -0.8) = -0.8. J = (1.15 - 0.8) / 2 over the completed, / 3 over all; tokens: (2.3 - 0.8) / 3 or / 5;
+    constant with 10 tokens: 1.5 / 20 or / 30.
+    """
+    old = torch.zeros(3, 2, dtype=torch.float64)
+    new = torch.tensor([[math.log(2), 0.0], [math.log(0.5), 7.0], [0.0, 0.0]], dtype=torch.float64)
+    args = (new, old, torch.tensor([1.0, -1, 0], dtype=torch.float64), torch.tensor([[T, T], [T, F], [T, T]]), torch.tensor([T, T, F]))
+    expected = {("response", "completed"): 0.35 / 2, ("response", "all"): 0.35 / 3, ("token", "completed"): 1.5 / 3,
+                ("token", "all"): 1.5 / 5, ("constant", "completed"): 1.5 / 20, ("constant", "all"): 1.5 / 30}
+    for (aggregation, divisor), value in expected.items():
+        loss = rl.grpo_loss(*args, aggregation=aggregation, divisor=divisor, max_tokens=10)
+        assert loss.item() == pytest.approx(-value, abs=1e-12)
+    assert rl.grpo_loss(*args, denominator=7).item() == pytest.approx(-0.35 / 7)
+
+
+def reference_loss(new, old, advantages, mask, completed, low, high):
+    """The formula of the paper, one token at a time in plain Python floats (response means, over completed ones)."""
+    total = 0.0
+    for i in range(len(new)):
+        if not completed[i]:
+            continue
+        terms = []
+        for t in range(len(new[i])):
+            if mask[i][t]:
+                ratio = math.exp(new[i][t] - old[i][t])
+                terms.append(min(ratio * advantages[i], min(max(ratio, 1 - low), 1 + high) * advantages[i]))
+        total += sum(terms) / max(len(terms), 1)
+    return -total / max(sum(completed), 1)
+
+
+def random_batch(seed, b=5, t=7):
+    g = torch.Generator().manual_seed(seed)
+    old = -torch.rand(b, t, generator=g, dtype=torch.float64)
+    new = old + 0.5 * torch.randn(b, t, generator=g, dtype=torch.float64)
+    advantages = torch.randn(b, generator=g, dtype=torch.float64)
+    mask, completed = torch.rand(b, t, generator=g) < 0.7, torch.rand(b, generator=g) < 0.6
+    return new, old, advantages, mask, completed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grpo_loss_equals_the_formula(seed):
+    batch = random_batch(seed)
+    expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3)
+    assert rl.grpo_loss(*batch).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradient_by_finite_differences():
+    new, *rest = random_batch(3)
+    new.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: rl.grpo_loss(x, *rest), (new,), eps=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
+@pytest.mark.parametrize("divisor", ["completed", "all"])
+def test_micro_batches_add_up(aggregation, divisor):
+    """With the global denominator the pieces' losses sum to the whole, however the batch is cut."""
+    batch = random_batch(1, b=8)
+    how = dict(aggregation=aggregation, divisor=divisor, max_tokens=9)
+    denominator = rl.count_denominator(batch[3], batch[4], **how).item()
+    whole = rl.grpo_loss(*batch, **how)
+    for cut in (1, 3, 5):
+        parts = sum(rl.grpo_loss(*(x[i:i + cut] for x in batch), **how, denominator=denominator) for i in range(0, 8, cut))
+        assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+def test_masked_responses_get_no_gradient_and_no_garbage():
+    """Neither an over-turn response nor an unsampled position moves anything, whatever stands there."""
+    new, old, advantages, mask, completed = random_batch(5)
+    completed[0], completed[1] = F, T
+    old = torch.where(mask, old, torch.tensor(-1e30, dtype=torch.float64))
+    new.requires_grad_(True)
+    rl.grpo_loss(new, old, advantages, mask, completed).backward()
+    assert torch.isfinite(new.grad).all()
+    assert (new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all() and new.grad.abs().sum() > 0
+
+
+def test_nothing_completed_is_a_zero_loss_still_connected():
+    new, old, advantages, mask, _ = random_batch(2)
+    new.requires_grad_(True)
+    loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and (new.grad == 0).all()
+
+
+def test_unknown_flags_are_refused():
+    with pytest.raises(ValueError):
+        rl.grpo_loss(*random_batch(0), divisor="some")
+    with pytest.raises(ValueError):
+        rl.grpo_loss(*random_batch(0), aggregation="constant")
+
+
+def test_questions_of_a_step_depend_on_seed_step_and_place_only():
+    assert rl.pick_rows(50, [1, 3], 0, 7, 0) == [rl.pick_rows(50, range(4), 0, 7, 0)[i] for i in (1, 3)]
+    assert len(set(rl.pick_rows(50, range(50), 0, 7, 0))) == 50
+    assert rl.pick_rows(50, range(8), 0, 7, 0) != rl.pick_rows(50, range(8), 0, 8, 0)
+
+
+def test_trainer_agrees_with_sampler(trained, world):
+    """The log-probs of an update, before any step, are those the sampler recorded: every ratio is 1."""
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 48, 1200), 8).run(rows, 4, world)
+    batch, old = rl.collate_rollouts(trained, rollouts)
+    mask = batch["mask"][:, 1:]
+    with torch.no_grad():
+        new = torch.zeros_like(old).masked_scatter(mask, sft.token_logprobs(trained, batch))
+    assert ((new - old)[mask]).abs().max() < 1e-9 and (old[~mask] == 0).all()
+
+
+COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 4, "--max_turn_tokens", 48, "--dtype", "float64", "--slots", 8,
+          "--max_context", 1200, "--warmup_steps", 0]
+
+
+@pytest.fixture(scope="module")
+def runs(trained_folder, world, tmp_path_factory):
+    """Three steps on one process, and the same on two."""
+    out = tmp_path_factory.mktemp("rl")
+    prompts = out / "prompts.json"
+    prompts.write_text(json.dumps({"system": "Look closer."}))
+    common = ["rl.py", "--model", trained_folder, "--data", world / "train.jsonl", "--prompts", prompts, *COMMON, "--save_every", 1]
+    run_script(*common, "--steps", 3, "--out", out / "one")
+    run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
+    return out, common
+
+
+def largest_difference(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def read(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").open()]
+
+
+def test_two_processes_equal_one(runs, trained_folder):
+    out, _ = runs
+    one, two = read(out / "one"), read(out / "two")
+    assert any(m["trained_responses"] > 0 for m in one)
+    assert largest_difference(out / "one", trained_folder) > 1e-6
+    assert largest_difference(out / "one", out / "two") < 1e-10
+    for a, b in zip(one, two):
+        assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if not k.startswith("seconds"))
+        assert a["mismatch"] < 1e-9
+
+
+def test_resume_is_exact(runs):
+    """One step, stopped, two more with --resume: the same weights, bit for bit, and one line per step in the log."""
+    out, common = runs
+    run_script(*common, "--steps", 1, "--out", out / "cut")
+    run_script(*common, "--steps", 3, "--out", out / "cut", "--resume")
+    assert largest_difference(out / "one", out / "cut") == 0
+    assert [m["step"] for m in read(out / "cut")] == [1, 2, 3]
+
+
+def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, world, tmp_path):
+    """A random policy never finishes a turn: no group carries signal on any rank, every collective is still joined."""
+    policy = make_tiny(torch.float64)
+    policy.model.config.save_pretrained(tmp_path / "random")
+    sft.export(policy, tmp_path / "random")
+    run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl", *COMMON, "--max_turn_tokens", 4,
+               "--steps", 1, "--out", tmp_path / "out", nproc=2)
+    metrics = read(tmp_path / "out")[0]
+    assert metrics["groups_without_signal"] == 4 and metrics["void"] == 1.0 and metrics["trained_responses"] == 0
+    assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
+
+
+def test_mistakes_are_one_line(trained_folder, world, tmp_path):
+    done = run_script("rl.py", "--model", trained_folder, "--data", world / "train.jsonl", "--prompts_per_step", 1, nproc=2, check=False)
+    assert done.returncode != 0 and "--prompts_per_step 1 is less than the number of processes 2" in done.stderr
+    done = run_script("rl.py", "--model", "checkpoints/none", "--data", world / "train.jsonl", "--prompts_per_step", 4, check=False)
+    assert done.returncode == 1 and "python sft.py" in done.stderr and "Traceback" not in done.stderr

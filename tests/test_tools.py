@@ -1,0 +1,495 @@
+"""Specification of the agent's world: what a turn means, which pixels a zoom returns, when a conversation ends, how rows
+are read and written, and when an answer counts as right.
+
+Whatever a model writes ends in a crop, an answer or one sentence that it can act on; nothing it writes raises.
+"""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+import tools
+
+WHOLE = [0.0, 0.0, 1.0, 1.0]
+
+
+def call_text(box, source="original_image"):
+    return f"<grounding>{json.dumps({'bbox_2d': box, 'source': source})}</grounding>"
+
+
+def picture(width, height):
+    """Every pixel tells where it is: red its column, green its row."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+
+
+def corners(crop):
+    """(left, top, right, bottom) in pixels of the `picture` that a crop was cut from, right and bottom exclusive."""
+    pixels = np.asarray(crop)
+    (left, top), (right, bottom) = pixels[0, 0, :2].tolist(), pixels[-1, -1, :2].tolist()
+    assert crop.size == (right - left + 1, bottom - top + 1)
+    return left, top, right + 1, bottom + 1
+
+
+def is_sentence(error):
+    return isinstance(error, str) and len(error) < 200 and error.endswith(".") and ". " not in error and "\n" not in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parse_turn
+
+
+def test_the_four_kinds_of_turn():
+    zoom = {"bbox_2d": [0.25, 0.0, 0.5, 1.0], "source": "observation_3"}
+    assert tools.parse_turn("<think>there</think>" + call_text([0.25, 0, 0.5, 1], "observation_3")) == ("zoom", zoom)
+    assert tools.parse_turn("<think>seen</think><answer> red \n</answer>") == ("answer", "red")
+    assert tools.parse_turn("I do not know.") == ("void", None)
+    kind, sentence = tools.parse_turn("<grounding>zoom in!</grounding>")
+    assert kind == "error" and is_sentence(sentence) and "JSON" in sentence
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
+    ("<think>a</think><think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
+    ("<answer>2</answer><think>too late", ("answer", "2")),
+    ("<think><answer>1</answer>", ("void", None)),                            # an unclosed thought runs to the end
+    ("<think>a</think> b <think><answer>1</answer>", ("void", None)),
+    ("</think><answer>2</answer>", ("answer", "2")),                          # thinking is optional
+    ("<think>two\nlines</think>\n<answer>2\n3</answer>", ("answer", "2\n3")),
+])
+def test_thoughts_are_ignored(text, expected):
+    assert tools.parse_turn(text) == expected
+
+
+def test_the_first_complete_tag_wins():
+    zoom = ("zoom", {"bbox_2d": WHOLE, "source": "original_image"})
+    assert tools.parse_turn(call_text(WHOLE) + "<answer>7</answer>") == zoom
+    assert tools.parse_turn("<answer>7</answer>" + call_text(WHOLE)) == ("answer", "7")
+    assert tools.parse_turn("<answer>7</answer><answer>8</answer>") == ("answer", "7")
+    assert tools.parse_turn("<grounding>{<answer>7</answer>") == ("answer", "7")  # the call is never closed
+    assert tools.parse_turn("<answer>7</grounding>") == ("void", None)
+    assert tools.parse_turn("</answer><answer>") == ("void", None)
+    assert tools.parse_turn("<answer></answer>") == ("answer", "")
+
+
+@pytest.mark.parametrize("box", [
+    "[NaN, 0, 1, 1]", "[0, 0, NaN, 1]", "[0, 0, Infinity, 1]", "[0, -Infinity, 1, 1]", "[0, 0, 1e999, 1]",
+    "[false, 0, 1, 1]", "[0, 0, true, true]", '["0", "0", "1", "1"]', "[null, 0, 1, 1]", "[[0], 0, 1, 1]",
+    "[0, 0, 1]", "[0, 0, 1, 1, 1]", "[]", "{}", '"0011"', "null", "1",
+    "[0.5, 0, 0.5, 1]", "[0, 0.5, 1, 0.5]", "[0.6, 0, 0.4, 1]", "[0, 0, 1, 1.0001]", "[-0.1, 0, 1, 1]", "[1, 1, 1, 1]",
+    "[0, 0, 1" + "0" * 400 + ", 1]", "[0, 0, " + "9" * 5000 + ", 1]", "[-" + "9" * 4000 + ", 0, 1, 1]",
+    "[" * 100_000, "[" * 100_000 + "]" * 100_000,
+], ids=lambda box: box[:24])
+def test_boxes_that_are_refused(box):
+    kind, sentence = tools.parse_turn('<grounding>{"bbox_2d": %s, "source": "original_image"}</grounding>' % box)
+    assert kind == "error" and is_sentence(sentence)
+
+
+@pytest.mark.parametrize("source", ["observation_0", "observation_01", "observation_", "observation_-1", "observation_1.0",
+                                    "observation_1234567", "Original_image", "original_image ", "observation_٣", "", "🦊",
+                                    "observation_1\n", 1, None, True, ["original_image"], {"original_image": 0}])
+def test_sources_that_are_refused(source):
+    kind, sentence = tools.parse_turn(call_text(WHOLE, source))
+    assert kind == "error" and is_sentence(sentence) and "source" in sentence
+
+
+@pytest.mark.parametrize("body", ["", " ", "[]", "7", "null", "[0, 0, 1, 1]", '{"bbox_2d": [0, 0, 1, 1]}',
+                                  '{"source": "original_image"}', "{'bbox_2d': [0, 0, 1, 1], 'source': 'original_image'}",
+                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"',
+                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"} {}', "\ud800", "\x00"])
+def test_calls_that_are_refused(body):
+    kind, sentence = tools.parse_turn(f"<grounding>{body}</grounding>")
+    assert kind == "error" and is_sentence(sentence)
+
+
+def test_calls_that_are_accepted():
+    """JSON is JSON: white space, further keys and integers are no mistakes, and the result is four plain floats."""
+    kind, call = tools.parse_turn('<grounding>\n{"label": "a fox", "bbox_2d": [0, 0.5, 1, 1], "source": "observation_12"}\n'
+                                  "</grounding>")
+    assert (kind, call) == ("zoom", {"bbox_2d": [0.0, 0.5, 1.0, 1.0], "source": "observation_12"})
+    assert all(type(v) is float for v in call["bbox_2d"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# zoom
+
+
+@pytest.mark.parametrize("size, box, expected", [
+    ((100, 50), [0, 0, 1, 1], (0, 0, 100, 50)),
+    ((100, 50), [0.25, 0.5, 0.5, 0.75], (25, 25, 50, 38)),        # 0.75 x 50 = 37.5: the far corner is ceiled
+    ((10, 10), [0.19, 0.11, 0.21, 0.99], (1, 1, 3, 10)),          # the near corner is floored
+    ((10, 10), [0.55, 0.55, 0.56, 0.56], (5, 5, 6, 6)),           # less than a pixel: the pixel it lies in
+    ((3, 3), [0.333, 0.333, 0.667, 0.667], (0, 0, 3, 3)),         # a box never loses a pixel that it touches
+    ((90, 90), [0.333, 0.0, 0.667, 0.333], (29, 0, 61, 30)),      # 29.97 and 60.03
+    ((1, 1), [0.4, 0.4, 0.6, 0.6], (0, 0, 1, 1)),
+    ((200, 1), [0, 0, 1, 1], (0, 0, 200, 1)),                     # an aspect ratio of 200 is still allowed
+    ((250, 250), [5e-324, 0, 1 - 2**-53, 1], (0, 0, 250, 250)),
+])
+def test_zoom_returns_exactly_these_pixels(size, box, expected):
+    assert corners(tools.zoom([picture(*size)], {"bbox_2d": box, "source": "original_image"})) == expected
+
+
+def test_zoom_into_an_observation_uses_its_native_pixels():
+    """Crops of crops add up to places in the original: nothing is resized on the way."""
+    views = [picture(200, 100)]
+    views.append(tools.zoom(views, {"bbox_2d": [0.5, 0.5, 1.0, 1.0], "source": "original_image"}))
+    views.append(tools.zoom(views, {"bbox_2d": [0.1, 0.2, 0.3, 0.4], "source": "observation_1"}))
+    views.append(tools.zoom(views, {"bbox_2d": [0.5, 0.5, 1.0, 1.0], "source": "observation_2"}))
+    views.append(tools.zoom(views, {"bbox_2d": [0.0, 0.0, 0.1, 0.1], "source": "original_image"}))
+    assert [corners(v) for v in views] == [(0, 0, 200, 100), (100, 50, 200, 100), (110, 60, 130, 70), (120, 65, 130, 70),
+                                           (0, 0, 20, 10)]
+
+
+def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
+    """1/3 and the next float both round to pixel 1 of 3: the crop must not be empty in either direction."""
+    thin = [0.3333333333333333, 0.33333333333333337]
+    crop = tools.zoom([picture(3, 3)], {"bbox_2d": [thin[0], thin[0], thin[1], thin[1]], "source": "original_image"})
+    assert min(crop.size) >= 1
+
+
+@pytest.mark.parametrize("box, source, word", [
+    (WHOLE, "observation_2", "observation_2"), (WHOLE, "observation_999999", "observation_999999"),
+    ([0, 0, 1, 0.001], "original_image", "narrow"), ([0, 0, 2, 1], "original_image", "x1 <= 1")])
+def test_zoom_refuses_with_one_sentence(box, source, word):
+    with pytest.raises(tools.ToolError) as error:
+        tools.zoom([picture(250, 250), picture(2, 2)], {"bbox_2d": box, "source": source})
+    assert is_sentence(str(error.value)) and word in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One hundred thousand turns that a confused model might write
+
+
+def strange_number(rng):
+    edge = rng.randrange(1, 39) / 39
+    return rng.choice([0, 1, 0.5, rng.random(), rng.random(), rng.random(), -rng.random(), 1 + rng.random(), -0.0, 5e-324,
+                       edge, math.nextafter(edge, 1), 1 - 2**-53, math.nan, math.inf, -math.inf, 10**400, -10**20,
+                       True, None, "0.5", "１", [0.5], [[0.1]], {"x": 0.1}, "🦊"])
+
+
+def strange_box(rng):
+    kind = rng.randrange(8)
+    if kind < 4:  # in order, most of them legal
+        x0, x1 = sorted([rng.random(), rng.random()])
+        y0, y1 = sorted([rng.random(), rng.random()])
+        return [[x0, y0, x1, y1], [x1, y0, x0, y1], [x0, y1, x1, y0], [x0, y0, x1, y1]][kind]
+    if kind == 4:  # next to nothing, at the edge of a pixel
+        x, y = (rng.randrange(1, 39) / 39 for _ in range(2))
+        return [x, y, math.nextafter(x, 1), math.nextafter(y, 1)]
+    if kind == 5:
+        return strange_number(rng)
+    return [strange_number(rng) for _ in range(rng.choice([4, 4, 4, 4, 3, 5, 0]))]
+
+
+def strange_turn(rng):
+    source = rng.choice(["original_image"] * 4 + ["observation_1", "observation_2"] * 2
+                        + ["observation_0", "observation_3", "observation_99", "image", "ｏbservation_1", 1, None])
+    call = json.dumps({"bbox_2d": strange_box(rng), "source": source}, ensure_ascii=rng.random() < 0.5)
+    if rng.random() < 0.15:  # spoil a character, or cut the call
+        at = rng.randrange(len(call))
+        spoilt = rng.choice(["", "}", "]", "\\", "\x00", "é", "<", "</think>"])
+        call = call[:at] + spoilt + call[at + rng.choice([0, 1, 200]):]
+    parts = ["<answer>7</answer>", "<answer>", "</answer>", "<grounding>", "<think>", "</think>", "<think>x</think>",
+             "🦊\u2028\ud800", ""] + [f"<grounding>{call}</grounding>"] * 6
+    return "".join(rng.choice(parts) for _ in range(rng.choice([1, 1, 1, 2, 3])))
+
+
+def test_whatever_a_model_writes_ends_in_a_crop_an_answer_or_a_sentence():
+    rng, views = random.Random(0), [picture(39, 39), picture(20, 5), picture(1, 1)]
+    counts = dict.fromkeys(["crop", "error", "answer", "void"], 0)
+    for _ in range(100_000):
+        text, now = strange_turn(rng), list(views)
+        kind, _ = tools.parse_turn(text)
+        turn, finish, prediction = tools.take_turn(now, text, 1, 9, 9)
+        assert turn["text"] == text
+        if finish is not None:
+            assert kind == finish and now == views and turn == {"text": text} and (finish == "void") == (prediction is None)
+            counts[finish] += 1
+        elif "zoom" in turn:
+            assert kind == "zoom" and len(now) == 4 and "error" not in turn
+            assert min(now[3].size) >= 1 and all(a <= b for a, b in zip(now[3].size, views[0].size)), text
+            counts["crop"] += 1
+        else:
+            assert now == views and is_sentence(turn["error"]), (text, turn)
+            counts["error"] += 1
+    assert min(counts.values()) > 4000  # every way out was taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# take_turn and replay
+
+
+def test_a_conversation_until_its_answer():
+    views = [picture(90, 90)]
+    first, finish, _ = tools.take_turn(views, call_text([0, 0, 0.5, 0.5]), 1, 3, 3)
+    assert finish is None and first == {"text": call_text([0, 0, 0.5, 0.5]),
+                                        "zoom": {"bbox_2d": [0.0, 0.0, 0.5, 0.5], "source": "original_image"}}
+    assert corners(views[1]) == (0, 0, 45, 45)
+    second, finish, _ = tools.take_turn(views, call_text(WHOLE, "observation_2"), 2, 3, 3)
+    assert finish is None and second["error"] == "There is no observation_2 yet." and "zoom" not in second
+    assert len(views) == 2                                             # a refused call shows nothing
+    third = tools.take_turn(views, "<answer>7</answer>", 3, 3, 3)      # answering on the last turn is in time
+    assert third == ({"text": "<answer>7</answer>"}, "answer", "7")
+
+
+def test_void_ends_the_conversation():
+    assert tools.take_turn([picture(9, 9)], "hm", 1, 3, 3) == ({"text": "hm"}, "void", None)
+    assert tools.take_turn([picture(9, 9)], "hm", 3, 3, 3)[1] == "void"  # void, not over_turn: it asked for nothing
+
+
+def test_a_turn_at_the_turn_cap_keeps_its_refused_zoom():
+    views = [picture(9, 9)]
+    turn, finish, prediction = tools.take_turn(views, call_text(WHOLE), 3, 3, 99)
+    assert turn["zoom"]["bbox_2d"] == WHOLE and (finish, prediction) == ("over_turn", None) and len(views) == 1
+    turn, finish, _ = tools.take_turn(views, call_text([0, 0, 0, 0]), 3, 3, 99)
+    assert finish == "over_turn" and is_sentence(turn["error"])
+
+
+def test_a_turn_at_the_image_cap_keeps_its_refused_zoom():
+    """The cap counts the original: with 2 images there is one zoom. A refused call needs no image and goes on."""
+    views = [picture(9, 9)]
+    assert tools.take_turn(views, call_text(WHOLE), 1, 99, 2)[1] is None and len(views) == 2
+    turn, finish, _ = tools.take_turn(views, call_text(WHOLE, "observation_1"), 2, 99, 2)
+    assert finish == "over_turn" and turn["zoom"]["source"] == "observation_1" and len(views) == 2
+    assert tools.take_turn(views, call_text([0, 0, 0, 0]), 2, 99, 2)[1] is None
+
+
+def test_replay_shows_what_the_model_was_shown():
+    views, turns = [picture(90, 60)], []
+    texts = [call_text([0, 0, 0.5, 0.5]), call_text(WHOLE, "observation_7"), call_text([0.5, 0.5, 1, 1], "observation_1"),
+             call_text(WHOLE)]
+    for number, text in enumerate(texts, 1):
+        turn, finish, _ = tools.take_turn(views, text, number, 4, 99)
+        turns.append(turn)
+    assert finish == "over_turn"
+    again = tools.replay({"id": "x", "turns": turns}, picture(90, 60))
+    assert [corners(v) for v in again] == [corners(v) for v in views] == [(0, 0, 90, 60), (0, 0, 45, 30), (22, 15, 45, 30)]
+
+
+def test_replay_of_an_impossible_zoom_names_the_trajectory():
+    turns = [{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_1"}}, {"text": ""}]
+    with pytest.raises(tools.InputError, match="fox, turn 1: There is no observation_1 yet"):
+        tools.replay({"id": "fox", "turns": turns}, picture(9, 9))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@pytest.mark.parametrize("size, limits, expected", [
+    ((84, 84), (6000, 8000), (84, 84)),
+    ((756, 756), (6000, 8000), (84, 84)),         # 89.4 fits three times 28
+    ((56, 56), (6000, 8000), (84, 84)),           # 77.5 is rounded up, so that the area is reached
+    ((85, 83), (6000, 8000), (84, 84)),
+    ((1000, 500), (3136, 1_000_000), (1008, 504)),
+    ((2000, 1000), (3136, 1_000_000), (1400, 700)),
+    ((100, 20), (6272, 1_000_000), (196, 56)),    # 177.1 x 35.4
+    ((5000, 30), (784, 10_000), (1288, 28)),      # 1290.99 x 7.7: a side is never less than one patch
+])
+def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
+    assert tools.resize_for_model(Image.new("RGB", size), *limits).size == expected
+
+
+def test_sizes_agree_with_qwens_own_processor():
+    """For sides of 17 pixels and more, where Qwen's rounding does not give a side of 0."""
+    rng = random.Random(0)
+    for _ in range(400):
+        width = int(17 * 100 ** rng.random())
+        height = min(1700, max(17, int(width * 30 ** rng.uniform(-1, 1))))
+        limits = rng.choice([(3136, 50_000), (6000, 8000), (40_000, 200_000), (784, 300_000)])
+        factor = rng.choice([28, 32])
+        theirs = smart_resize(height, width, factor, *limits)
+        ours = tools.resize_for_model(Image.new("L", (width, height)), *limits, factor)
+        assert ours.size == theirs[::-1], (width, height, limits, factor)
+
+
+def test_resizing_keeps_a_fitting_image_and_repeats_nothing():
+    image = picture(84, 84)
+    assert tools.resize_for_model(image, 6000, 8000) is image
+    once = tools.resize_for_model(picture(250, 100), 6000, 8000)
+    assert tools.resize_for_model(once, 6000, 8000) is once
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image", "truncated"])
+def test_an_unreadable_image_is_one_line(tmp_path, content):
+    path = tmp_path / "fox.png"
+    if content == "truncated":
+        picture(200, 200).save(path)
+        content = path.read_bytes()[:300]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tools.InputError, match="fox.png") as error:
+        tools.open_image(path)
+    assert "\n" not in str(error.value) and ("missing" if content is None else "not a readable image") in str(error.value)
+
+
+def test_every_image_becomes_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P", "1", "CMYK"):
+        Image.new(mode, (5, 4)).save(tmp_path / "x.tiff")
+        image = tools.open_image(tmp_path / "x.tiff")
+        assert (image.mode, image.size) == ("RGB", (5, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSONL
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [{"id": "1", "text": "🦊 é\n\u2028 \"quoted\"", "box": [0.1, 1 / 3], "none": None}, {"id": "2"}]
+    tools.write_jsonl(tmp_path / "deep" / "rows.jsonl", rows)
+    assert tools.read_jsonl(tmp_path / "deep" / "rows.jsonl") == rows
+    assert (tmp_path / "deep" / "rows.jsonl").read_text(encoding="utf-8").count("\n") == 2
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "null", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1} {"b": 2}', "\ufeff{}",
+                                  "[" * 100_000], ids=lambda line: line[:12])
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"ok": 1}\n\n' + line + '\n{"ok": 2}\n', encoding="utf-8")
+    with pytest.raises(tools.InputError) as error:
+        tools.read_jsonl(path)
+    assert f"{path}:3:" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_that_fails_its_check_is_named(tmp_path):
+    tools.write_jsonl(tmp_path / "q.jsonl", [question(), question(answer="")])
+    with pytest.raises(tools.InputError, match=r"q.jsonl:2: field 'answer' must"):
+        tools.read_jsonl(tmp_path / "q.jsonl", tools.check_question)
+
+
+def test_a_missing_file_says_which_command_makes_it(tmp_path):
+    with pytest.raises(tools.InputError, match="rows.jsonl does not exist; make it with: python fox.py"):
+        tools.read_jsonl(tmp_path / "rows.jsonl", hint="python fox.py")
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    """A writer that fails half-way, at a row that cannot be stored or by itself, leaves the old file and nothing else."""
+    def interrupted():
+        yield {"id": "1"}
+        raise KeyboardInterrupt
+    path = tmp_path / "rows.jsonl"
+    tools.write_jsonl(path, [{"id": "old"}])
+    for rows, error in [([{"id": "1"}, {"x": math.nan}], ValueError), ([{"x": math.inf}], ValueError),
+                        ([{"id": "1"}, {"x": object()}], TypeError), (interrupted(), KeyboardInterrupt)]:
+        with pytest.raises(error):
+            tools.write_jsonl(path, rows)
+        assert tools.read_jsonl(path) == [{"id": "old"}]
+        assert list(tmp_path.iterdir()) == [path]
+    tools.write_jsonl(path, [{"id": "new"}])
+    assert tools.read_jsonl(path) == [{"id": "new"}] and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def question(**changes):
+    row = {"id": "1", "image": "images/1.jpg", "question": "What?", "answer": "7", **changes}
+    return {k: v for k, v in row.items() if v is not KeyError}
+
+
+def trajectory(*turns):
+    return question(turns=list(turns))
+
+
+@pytest.mark.parametrize("changes", [{}, {"options": ["red", "blue"]}, {"level": "hard"}, {"level": None},
+                                     {"image": "..jpg"}, {"image": "a..b/c.jpg"}, {"unknown": 1}])
+def test_good_questions(changes):
+    tools.check_question(question(**changes))
+
+
+@pytest.mark.parametrize("changes", [
+    *({key: bad} for key in ("id", "image", "question", "answer") for bad in (KeyError, "", " ", 7, None)),
+    *({"image": path} for path in ("/etc/passwd", "../secret.jpg", "images/../../secret.jpg", "..")),
+    {"options": []}, {"options": "red"}, {"options": [1, 2]}, {"level": "extreme"}, {"level": 1}])
+def test_bad_questions(changes):
+    with pytest.raises(tools.InputError) as error:
+        tools.check_question(question(**changes))
+    assert next(iter(changes)) in str(error.value) and "\n" not in str(error.value)
+
+
+ZOOM = {"text": "a", "zoom": {"bbox_2d": WHOLE, "source": "original_image"}}
+ERROR = {"text": "b", "error": "Too narrow."}
+LAST = {"text": "c"}
+
+
+@pytest.mark.parametrize("turns", [[LAST], [ZOOM], [ERROR], [ZOOM, ERROR, LAST], [ZOOM, {**ZOOM, "learn": False}]])
+def test_good_trajectories(turns):
+    tools.check_trajectory(trajectory(*turns))
+
+
+@pytest.mark.parametrize("turns, words", [
+    ([], "'turns'"), ([LAST, ZOOM], "turn 1"), ([ZOOM, LAST, ZOOM], "turn 2"), (["text"], "turn 1"), ([{}], "turn 1"),
+    ([{"text": 7}], "turn 1"), ([ZOOM, {"text": "", "error": 7}], "turn 2"), ([{"text": "", "zoom": None}], "turn 1"),
+    ([{"text": "", "zoom": {"bbox_2d": [1, 0, 0, 1], "source": "original_image"}}, LAST], "turn 1: The box"),
+    ([{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_0"}}, LAST], "turn 1: The source")])
+def test_bad_trajectories(turns, words):
+    with pytest.raises(tools.InputError, match=words):
+        tools.check_trajectory(trajectory(*turns))
+
+
+def test_a_trajectory_is_a_question():
+    with pytest.raises(tools.InputError, match="'answer'"):
+        tools.check_trajectory({**trajectory(LAST), "answer": None})
+    with pytest.raises(tools.InputError, match="'turns'"):
+        tools.check_trajectory(question(turns="none"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("prediction, answer, expected", [
+    ("7", "7", True), ("7", "8", False), (" Red. ", "red", True), ("the red", "Red", True), ("**red**", "red", True),
+    ("a red fox", "red fox", True), ("The 'red' fox!", "red fox", True), ('"The red fox"', "a red fox", True),
+    ("red  fox", "red fox", True), ("redfox", "red fox", False), ("red", "dark red", False), ("it is red", "red", False),
+    ("White.", "white", True), ("ＲＥＤ", "red", True), ("é", "e\u0301", True), ("", "7", False), (None, "7", False),
+    ("-5", "5", False), ("+5", "-5", False), ("3.5", "35", False), (".5", "5", False), ("$5", "5", True), ("5%", "5", True),
+    ("B+", "B-", False), ("C++", "C", False), ("-", "-", True), ("-", "?", False), ("?", "?", True), ("", "?", False),
+    ("A", "a", True), ("A.", "A", True), ("(A)", "A", True), ("(B)", "B", True), ("A", "the", False), ("B", "A", False),
+    ("vitamin A", "vitamin", False)])
+def test_open_answers(prediction, answer, expected):
+    assert tools.match_answer(prediction, answer) is expected
+
+
+RIGHT = ["B", "b", "(B)", "B.", "B)", "(b) Red.", "B. red", "B: the red", "Red", "the red", " b \n"]
+WRONG = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red", "(A) red", "cat or red"]
+
+
+@pytest.mark.parametrize("prediction, answer, options, expected", [
+    *((text, "B", ["cat", "red"], True) for text in RIGHT), *((text, "B", ["cat", "red"], False) for text in WRONG),
+    ("B", "red", ["cat", "red"], True), ("A", "red", ["cat", "red"], False), ("red", "(B) red", ["cat", "red"], True),
+    ("A", "A", ["B", "A"], True), ("B", "A", ["B", "A"], False),      # an option's own words come before its letter
+    ("B", "B", ["cat", "?"], True), ("A", "B", ["cat", "?"], False),  # an option that is punctuation only
+    ("?", "B", ["cat", "?"], True), ("-", "B", ["+", "-"], True), ("+", "B", ["+", "-"], False),
+    ("a", "B", ["+", "-"], False), ("7", "7", ["8", "9"], False), (None, "B", ["cat", "red"], False)])
+def test_multiple_choice(prediction, answer, options, expected):
+    assert tools.match_answer(prediction, answer, options) is expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_prompts_from_a_file_replace_some_of_the_defaults(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"question": "<image>\n{question} {braces}"}))
+    prompts = tools.load_prompts(path)
+    assert prompts == {**tools.PROMPTS, "question": "<image>\n{question} {braces}"}
+    assert tools.load_prompts(None) == tools.PROMPTS and tools.load_prompts(None) is not tools.PROMPTS
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"sistem": "x"}', '{"system": 7}', '{"question": "{question}"}',
+                                  '{"observation": "<image><image>"}', "\udcff"])
+def test_bad_prompts_are_one_line(tmp_path, text):
+    path = tmp_path / "prompts.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(tools.InputError, match="prompts.json") as error:
+        tools.load_prompts(path)
+    assert "\n" not in str(error.value)
