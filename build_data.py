@@ -3,7 +3,7 @@
 Each image is a wall of nine framed parts with nine places each. On some places lies an object: a shape in one of six
 colours that carries a digit. The model sees every view at about 84 x 84 pixels, so it reads an image on three scales:
 
-    whole image     which parts hold something red                  (a hint; shape and digit are not legible)
+    whole image     which parts hold something red                  (a hint, from the painted frames)
     one part        which places hold something red                 (shape and digit are not legible)
     one place       "red square 7"
 
@@ -42,6 +42,7 @@ from tools import PHRASES, PLACES
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
            "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
+DARK = (20, 20, 20)
 SHAPES = ["circle", "square", "triangle", "star"]
 # side of the image in pixels, radius of an object relative to its place, look-alikes of the target, other objects
 LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 5},
@@ -113,8 +114,18 @@ def draw_shape(draw, shape, x, y, radius, fill):
     draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)], fill=fill)
 
 
+def draw_frame(draw, x, y, side, width, colours):
+    """The frame of one part, corner (x, y). Each colour has its own stretch of it, painted where the part holds that colour
+    and dark elsewhere: top left and right, right, bottom right and left, left."""
+    half, end = side // 2, side - 1
+    stretches = [(0, 0, half, width), (half, 0, end, width), (end - width, 0, end, end),
+                 (half, end - width, end, end), (0, end - width, half, end), (0, 0, width, end)]
+    for name, (x0, y0, x1, y1) in sorted(zip(COLOURS, stretches), key=lambda s: s[0] in colours):
+        draw.rectangle([x + x0, y + y0, x + x1, y + y1], fill=COLOURS[name] if name in colours else DARK)
+
+
 def draw_scene(rng, scene):
-    """Paint a scene: soft greyish noise, a thick frame around the wall, a thin one around each part, objects with white digits."""
+    """Paint a scene: soft greyish noise, a frame around each part, objects with white digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
     noise = rng.integers(85, 165, size=(14, 14, 1)) + rng.integers(-12, 13, size=(14, 14, 3))
@@ -122,19 +133,18 @@ def draw_scene(rng, scene):
     grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
     image = Image.fromarray(np.asarray(image) + grain)
     draw = ImageDraw.Draw(image)
-    thin, thick = round(cell / 10), round(cell / 3.5)  # frames tell where in a view a place lies
     for part in range(9):
-        x, y = side * (part % 3) // 3, side * (part // 3) // 3
-        draw.rectangle([x, y, x + side // 3 - 1, y + side // 3 - 1], outline=(20, 20, 20), width=thin)
-    draw.rectangle([0, 0, side - 1, side - 1], outline=(20, 20, 20), width=thick)
-    font = ImageFont.load_default(size=0.55 * cell)
+        draw_frame(draw, side * (part % 3) // 3, side * (part // 3) // 3, side // 3, round(cell / 6),
+                   {o[2] for o in scene["objects"] if o[0] == part})
+    font = ImageFont.load_default(size=0.58 * cell)
     for part, place, colour, shape, digit in scene["objects"]:
         x = (3 * (part % 3) + place % 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
         y = (3 * (part // 3) + place // 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
         radius = LEVELS[scene["level"]]["radius"] * cell * rng.uniform(0.94, 1.0)
         fill = tuple(int(np.clip(c + rng.integers(-15, 16), 0, 255)) for c in COLOURS[colour])
         draw_shape(draw, shape, x, y, radius, fill)
-        draw.text((x, y), str(digit), font=font, fill=(255, 255, 255), anchor="mm")
+        draw.text((x, y), str(digit), font=font, fill=(255, 255, 255), anchor="mm",
+                  stroke_width=max(1, round(cell / 42)), stroke_fill=(0, 0, 0))
     return image
 
 
@@ -210,7 +220,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         for colour in [scene["colour"], *others[:3 if part is None else 1]]:   # the whole image is the hardest view
             add(path, f"Where is {colour}?", describe_view(objects, part, colour))
         add(path, "Where is everything?", describe_all(objects, part))
-    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:6]]
+    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import build_data
 import collect_coldstart
@@ -63,7 +64,9 @@ def truth(row, view):
     if view == "refused":
         return PHRASES["sorry"]
     part, place = view
-    return describe_view(row["objects"], part, row["colour"]) if place is None else describe_cell(row["objects"], part, place)
+    if place is None:
+        return describe_view(row["objects"], part, row["colour"])
+    return describe_cell(row["objects"], part, place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,10 +159,11 @@ def test_recover_mends_its_call_in_the_next_turn():
 
 def test_bad_calls_are_refused_in_several_ways():
     """Malformed JSON, a box out of range, swapped corners, three numbers, an observation that does not exist."""
-    rng, call, said = np.random.default_rng(0), {"bbox_2d": place_box("center"), "source": "observation_1"}, collections.Counter()
-    image = tools.Image.new("RGB", (90, 90))
+    rng, said = np.random.default_rng(0), collections.Counter()
+    call, image = {"bbox_2d": place_box("center"), "source": "observation_1"}, Image.new("RGB", (90, 90))
     for _ in range(200):
-        turn, finish, _ = tools.take_turn([image, image], f"<grounding>{collect_coldstart.bad_call(rng, call, 1)}</grounding>", 1, 9, 9)
+        text = f"<grounding>{collect_coldstart.bad_call(rng, call, 1)}</grounding>"
+        turn, finish, _ = tools.take_turn([image, image], text, 1, 9, 9)
         assert finish is None
         said[re.sub("[2-9]", "n", turn["error"])] += 1
     assert len(said) == 4 and min(said.values()) > 10
@@ -219,9 +223,9 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
 
 def test_a_trajectory_depends_on_seed_and_index_only(world, prompts):
     row = tools.read_jsonl(world / "train.jsonl")[0]
-    dump = [json.dumps(collect_coldstart.solve(row, index, world, prompts, 32, seed)) for seed in (0, 1) for index in range(4)]
-    assert len(set(dump)) > 4
-    assert dump[5] == json.dumps(collect_coldstart.solve(row, 1, world, prompts, 32, 1))
+    jobs = list(itertools.product(range(4), range(2)))
+    once, again = ([collect_coldstart.solve(row, index, world, prompts, 32, seed) for index, seed in jobs] for _ in range(2))
+    assert once == again and len({str(solved["turns"]) for solved in once}) > 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +233,8 @@ def test_a_trajectory_depends_on_seed_and_index_only(world, prompts):
 
 
 def collect(folder, out, *flags, check=True):
-    return run_script("collect_coldstart.py", "--data", folder / "train.jsonl", "--out", folder / out, "--workers", 2, *flags,
-                      check=check)
+    common = ["--data", folder / "train.jsonl", "--out", folder / out, "--workers", 2]
+    return run_script("collect_coldstart.py", *common, *flags, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +286,7 @@ def killed(folder):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not partial():
         time.sleep(0.005)
+    assert process.poll() is None, "it ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)  # its worker too
     assert process.wait() == -signal.SIGKILL and not (folder / "killed.jsonl").exists()
     path, = partial()
@@ -297,11 +302,11 @@ def test_a_killed_collection_goes_on_where_it_was(folder, killed):
     path.write_bytes(b"\n".join(lines)[:-len(lines[-1]) // 2])
     collect(folder, "killed.jsonl")
     assert (folder / "killed.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
-    marked = next(i for i, line in enumerate(lines) if json.loads(line)["reward"] == 1.0)
-    path.write_bytes(b"".join([*lines[:marked], json.dumps({**json.loads(lines[marked]), "mark": 1}).encode()])
-                     .replace(b"}{", b"}\n{") + b"\n")
+    marked = [{**json.loads(line), "mark": True} for line in lines]
+    tools.write_jsonl(path, marked)
     collect(folder, "killed.jsonl")
-    assert "mark" in tools.read_jsonl(folder / "killed.jsonl")[0]
+    rows = tools.read_jsonl(folder / "killed.jsonl")
+    assert [row for row in rows if "mark" in row] == [row for row in marked if row["reward"] == 1.0]
     assert not list(folder.glob("*killed*partial*")) and not list(folder.glob(".*"))
 
 
@@ -310,7 +315,7 @@ def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change)
     """Either it is refused by name, or it is not used: every row kept belongs to this collection."""
     path, lines = killed
     path.write_bytes(b"\n".join(lines) + b"\n")
-    rows = tools.read_jsonl(folder / "train.jsonl")[:40]
+    rows = tools.read_jsonl(folder / "train.jsonl")[:80]
     if change == "questions":  # drawn with another seed: other images under the same ids
         rows = [{**other, "id": row["id"]} for row, other in zip(rows, rows[1:])]
     if change == "ids":
@@ -330,25 +335,33 @@ def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change)
         assert len(row["turns"]) <= cap and row["system"] == tools.load_prompts(folder / "prompts.json")["system"]
 
 
+@pytest.fixture
+def small(folder, tmp_path):
+    """Two questions in a folder of their own, for a user's mistakes."""
+    (tmp_path / "images").symlink_to(folder / "images")
+    tools.write_jsonl(tmp_path / "train.jsonl", tools.read_jsonl(folder / "train.jsonl")[:2])
+    return tmp_path
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--workers", 0], "--workers"), (["--seed", -1], "--seed"), (["--limit", -1], "--limit"), (["--max_turns", 0], "--max_turns"),
-    (["--data", "nowhere/train.jsonl", "--out", "nowhere/x.jsonl"], "python build_data.py"),
-    (["--out", "elsewhere.jsonl"], "folder"), (["--prompts", "nowhere.json"], "nowhere.json")], ids=str)
-def test_a_bad_flag_is_one_line_and_exit_code_1(folder, flags, words):
-    done = collect(folder, "bad.jsonl", *flags, check=False)
+    (["--workers", 0], "--workers"), (["--seed", -1], "--seed"), (["--limit", -1], "--limit"),
+    (["--max_turns", 0], "--max_turns"), (["--out", "elsewhere.jsonl"], "folder"), (["--prompts", "no.json"], "no.json"),
+    (["--data", "nowhere/train.jsonl", "--out", "nowhere/x.jsonl"], "python build_data.py")], ids=str)
+def test_a_bad_flag_is_one_line_and_exit_code_1(small, flags, words):
+    done = collect(small, "bad.jsonl", *flags, check=False)
     assert done.returncode == 1 and re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
-    assert not list(folder.glob("bad*"))
+    assert not list(small.glob("bad*"))
 
 
-def test_the_questions_are_not_overwritten(folder):
-    before = (folder / "train.jsonl").read_bytes()
-    done = collect(folder, "train.jsonl", "--limit", 1, check=False)
+def test_the_questions_are_not_overwritten(small):
+    before = (small / "train.jsonl").read_bytes()
+    done = collect(small, "train.jsonl", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (folder / "train.jsonl").read_bytes() == before
+    assert (small / "train.jsonl").read_bytes() == before
 
 
-def test_questions_without_a_layout_are_refused_by_line(folder):
-    rows = tools.read_jsonl(folder / "train.jsonl")[:2]
-    tools.write_jsonl(folder / "plain.jsonl", [rows[0], {k: v for k, v in rows[1].items() if k != "objects"}])
-    done = collect(folder, "bad.jsonl", "--data", folder / "plain.jsonl", check=False)
-    assert done.returncode == 1 and "plain.jsonl:2:" in done.stderr and done.stderr.count("\n") == 1
+def test_questions_without_a_layout_are_refused_by_line(small):
+    first, second = tools.read_jsonl(small / "train.jsonl")
+    tools.write_jsonl(small / "train.jsonl", [first, {k: v for k, v in second.items() if k != "objects"}])
+    done = collect(small, "bad.jsonl", check=False)
+    assert done.returncode == 1 and "train.jsonl:2:" in done.stderr and done.stderr.count("\n") == 1
