@@ -42,7 +42,6 @@ from tools import PHRASES, PLACES
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
            "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
-DARK = (20, 20, 20)
 SHAPES = ["circle", "square", "triangle", "star"]
 # side of the image in pixels, radius of an object relative to its place, look-alikes of the target, other objects
 LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 5},
@@ -114,27 +113,32 @@ def draw_shape(draw, shape, x, y, radius, fill):
     draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)], fill=fill)
 
 
-def draw_frame(draw, x, y, side, width, colours):
+def draw_frame(draw, x, y, side, width, wood, colours):
     """The frame of one part, corner (x, y). Each colour has its own stretch of it, painted where the part holds that colour
-    and dark elsewhere: top left and right, right, bottom right and left, left."""
+    and of bare wood elsewhere: top left and right, right, bottom right and left, left."""
     half, end = side // 2, side - 1
     stretches = [(0, 0, half, width), (half, 0, end, width), (end - width, 0, end, end),
                  (half, end - width, end, end), (0, end - width, half, end), (0, 0, width, end)]
     for name, (x0, y0, x1, y1) in sorted(zip(COLOURS, stretches), key=lambda s: s[0] in colours):
-        draw.rectangle([x + x0, y + y0, x + x1, y + y1], fill=COLOURS[name] if name in colours else DARK)
+        draw.rectangle([x + x0, y + y0, x + x1, y + y1], fill=COLOURS[name] if name in colours else wood)
 
 
 def draw_scene(rng, scene):
-    """Paint a scene: soft greyish noise, a frame around each part, objects with white digits."""
+    """Paint a scene: noise and shading, a frame around each part (its wood differs from part to part, so that a view tells
+    where in it something lies), objects with white digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
-    noise = rng.integers(85, 165, size=(14, 14, 1)) + rng.integers(-12, 13, size=(14, 14, 3))
-    image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
-    image = Image.fromarray(np.asarray(image) + grain)
+    noise = rng.integers(-18, 19, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
+    noise = Image.fromarray((128 + noise).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    ramp = (np.arange(side) % (side // 3)) / (side // 3) - 0.5            # light falls from the right, warm from above: within
+    shade = 100 * ramp[None, :, None] + 60 * ramp[:, None, None] * np.array([-1, 0, 1])   # a part every place looks different
+    grain = rng.integers(-5, 6, size=(side, side, 1))
+    image = Image.fromarray(np.clip(np.asarray(noise) + shade + grain, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for part in range(9):
-        draw_frame(draw, side * (part % 3) // 3, side * (part // 3) // 3, side // 3, round(cell / 6),
+        row, col = divmod(part, 3)
+        wood = (45 + 40 * (col - 1) - 25 * (row - 1), 45 + 40 * (col - 1), 45 + 40 * (col - 1) + 25 * (row - 1))
+        draw_frame(draw, side * col // 3, side * row // 3, side // 3, round(cell / 6), wood,
                    {o[2] for o in scene["objects"] if o[0] == part})
     font = ImageFont.load_default(size=0.58 * cell)
     for part, place, colour, shape, digit in scene["objects"]:
@@ -252,6 +256,8 @@ def parse_args():
     args = parser.parse_args()
     if min(args.train, args.test, args.scenes, args.workers) < 1 or args.seed < 0:
         raise tools.InputError("--train, --test, --scenes and --workers must be at least 1, --seed at least 0")
+    if not 1 <= args.min_pixels <= args.max_pixels:
+        raise tools.InputError("--min_pixels must be at least 1 and --max_pixels at least --min_pixels")
     return args
 
 

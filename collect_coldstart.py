@@ -26,6 +26,7 @@ Commands (CPU work; a GPU or more nodes change nothing):
 
 import argparse
 import collections
+import hashlib
 import json
 import multiprocessing
 import os
@@ -83,9 +84,10 @@ class Teacher:
     def plan(self):
         """The order of parts; returns the word for it."""
         hinted = places_with(self.row["objects"], None, self.row["colour"])
-        order = self.pattern
-        if order in ("backtrack", "recover", "recheck"):
+        order = self.pattern if self.pattern in ("scan", "depth_first", "breadth_first") else "hint"
+        if self.pattern in ("backtrack", "recover", "recheck"):
             order = str(self.rng.choice(["hint", "scan", "depth_first"]))
+        self.order = order
         if order == "scan":
             self.later = self.ring()
             return PHRASES["scan"]
@@ -107,7 +109,7 @@ class Teacher:
         elif self.pattern == "backtrack" and slip and not is_part:
             part = self.parts[source]
             free = [p for p in PLACES if describe_cell(self.row["objects"], part, PLACES.index(p)) == PHRASES["empty"]]
-            wrong = str(self.rng.choice(free))
+            wrong = str(self.rng.choice(free or PLACES))
             yield self.think(seen, wrong, source), False
             self.shown += 1
             seen, self.pattern = PHRASES["empty"] + PHRASES["back"], "backtracked"
@@ -150,7 +152,7 @@ class Teacher:
                 if found and self.pattern == "recheck":
                     self.pattern = "rechecked"
                     source = next(s for s in reversed(self.parts) if self.parts[s] == part)
-                    saved, self.here, self.later = (self.here, self.later), [(source, [PLACES[place]])], []
+                    self.here, self.later = [(source, [PLACES[place]])], []
                     seen += PHRASES["check"]
                     continue
                 if found:
@@ -166,14 +168,16 @@ def solve(row, index, root, prompts, max_turns, seed):
     rng = np.random.default_rng([seed, index])
     pattern = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
     views, turns, finish, prediction = [tools.open_image(root / row["image"])], [], None, None
-    for text, learn in Teacher(row, pattern, rng).turns():
+    teacher = Teacher(row, pattern, rng)
+    for text, learn in teacher.turns():
         turn, finish, prediction = tools.take_turn(views, text, len(turns) + 1, max_turns, max_turns)
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
     return {**{k: v for k, v in row.items() if k != "objects"}, "system": prompts["system"], "turns": turns, "finish": finish,
             "prediction": prediction, "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
-            "teacher": "scripted", "pattern": pattern}
+            "teacher": "scripted",
+            "pattern": teacher.order if teacher.pattern in ("recover", "backtrack") else pattern}  # ended before its mistake
 
 
 def check_layout(row):
@@ -193,10 +197,9 @@ def finished_part(path):
 
 def collect(rows, args, prompts):
     """Solve all questions in parallel, in order, each appended to a partial file at once so that a kill loses nothing."""
-    partial_path = args.out.with_name(args.out.name + f".{args.seed}.partial")
+    settings = json.dumps([rows, prompts["system"], args.max_turns, args.seed])  # another collection has another partial file
+    partial_path = args.out.with_name(f"{args.out.name}.{hashlib.sha256(settings.encode()).hexdigest()[:8]}.partial")
     done = finished_part(partial_path)
-    if any(d["id"] != r["id"] for d, r in zip(done, rows)) or len(done) > len(rows):
-        raise tools.InputError(f"{partial_path} belongs to other questions; delete it and run again")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     tools.write_jsonl(partial_path, done)
     work = partial(_solve, root=args.data.parent, prompts=prompts, max_turns=args.max_turns, seed=args.seed)
@@ -230,6 +233,10 @@ def parse_args():
     args = parser.parse_args()
     if args.out.parent.resolve() != args.data.parent.resolve():
         raise tools.InputError(f"--out {args.out} must be in the folder of --data ({args.data.parent}), where the images are")
+    if args.out.resolve() == args.data.resolve():
+        raise tools.InputError(f"--out {args.out} would overwrite the questions in --data; choose another name")
+    if min(args.workers, args.max_turns, 1 if args.limit is None else args.limit) < 1 or args.seed < 0:
+        raise tools.InputError("--workers, --max_turns and --limit must be at least 1, --seed at least 0")
     return args
 
 

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -406,20 +405,28 @@ def _wrap(text, font, width):
 
 
 class Partial:
-    """Finished trajectories of an interrupted run, one file per rank. A run with the same settings skips what is there,
-    whatever its number of processes; a run with other settings starts over."""
+    """Finished trajectories of an interrupted run, one file per rank. A run with the same settings skips the questions that
+    are there, whatever its number of processes; a run with other settings starts over."""
 
-    def __init__(self, out, settings, rank):
-        self.path, self.rank, self.rows = Path(out), rank, []
-        for path in sorted(self.path.glob("partial.*.jsonl")):
+    def __init__(self, out, settings, samples, rank):
+        self.path, found = Path(out) / f"partial.{rank}.jsonl", {}
+        files = sorted(Path(out).glob("partial.*.jsonl"))
+        for path in files:
             lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut the last line
             if lines and json.loads(lines[0]) == settings:
-                self.rows += [json.loads(line) for line in lines[1:]]
-        if dist.is_initialized():
-            dist.barrier()  # everybody has read before anybody writes
-        mine = self.path / f"partial.{rank}.jsonl"
-        tools.write_jsonl(mine, [settings, *(self.rows if rank == 0 else [])])
-        self.file = mine.open("a", encoding="utf-8")
+                found.update({(r["id"], r["sample"]): r for r in map(json.loads, lines[1:])})
+        whole = collections.Counter(ident for ident, _ in found)
+        self.rows = [r for (ident, _), r in found.items() if whole[ident] == samples]
+        sft.barrier()  # everybody has read before anybody writes
+        if rank == 0:
+            tools.write_jsonl(self.path, [settings, *self.rows])
+            for path in files:
+                if path != self.path:
+                    path.unlink()
+        sft.barrier()
+        if rank > 0:
+            tools.write_jsonl(self.path, [settings])
+        self.file = self.path.open("a", encoding="utf-8")
 
     def add(self, rows):
         for row in rows:
@@ -428,7 +435,7 @@ class Partial:
 
     def remove(self):
         self.file.close()
-        (self.path / f"partial.{self.rank}.jsonl").unlink(missing_ok=True)
+        self.path.unlink()
 
 
 def play_level(engine, path, args, rank, world, settings):
@@ -436,7 +443,7 @@ def play_level(engine, path, args, rank, world, settings):
     rows = tools.read_jsonl(path, tools.check_question, "python build_data.py")[:args.limit]
     if not rows:
         raise tools.InputError(f"{path} has no rows")
-    kept = Partial(args.out, {**settings, "data": str(path)}, rank)
+    kept = Partial(args.out, {**settings, "data": str(path)}, args.samples, rank)
     have = {row["id"] for row in kept.rows}
     todo = [i for i, row in enumerate(rows) if row["id"] not in have]
     mine = todo[rank::world]
@@ -498,6 +505,8 @@ def main():
     limits = Limits(turns, args.max_images or turns, args.max_turn_tokens, args.max_context)
     engine = Engine(policy, limits, args.slots, args.seed, greedy=args.greedy)
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("data", "slots", "picture", "out")}
+    weights = Path(args.model) / "model.safetensors"
+    settings["weights"] = weights.stat().st_mtime if weights.exists() else None  # trained anew: what was played is void
     levels = {path.stem: play_level(engine, path, args, rank, world, settings) for path in args.data}
     if rank == 0:
         table = summarise(levels, args.budgets)
@@ -514,8 +523,7 @@ def main():
                 print(f"drew {args.picture}")
             else:
                 print("no correct trajectory of five to seven turns to draw")
-    if world > 1:
-        dist.destroy_process_group()
+    sft.close_distributed()
 
 
 if __name__ == "__main__":

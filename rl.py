@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
@@ -302,8 +301,7 @@ def main():
                              "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
     train(policy, rows, args.data.parent, args, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
+    sft.close_distributed()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier():
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def close_distributed():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(values, device):
     """Sum a list of numbers over all ranks, in float64. Every rank must call this. Returns a list of floats."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -491,8 +502,7 @@ def save_state(out, policy, optimizer, step, extra=None):
         except RuntimeError as error:  # torch reports a full disk this way
             raise tools.InputError(f"cannot save {Path(out) / STATE}: {str(error).splitlines()[0]}; free disk space and go on "
                                    "with --resume (the last complete checkpoint is untouched)") from None
-    if world_size() > 1:
-        dist.barrier()
+    barrier()
 
 
 def load_state(out, policy, optimizer):
@@ -658,8 +668,7 @@ def main():
         print(f"{args.model}: {millions:.1f} M parameters, vocabulary {len(policy.tokenizer)}; {len(rows)} conversations; "
               f"{world} process(es) on {device.type}", flush=True)
     train(policy, rows, args.data.parent, args, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
+    close_distributed()
 
 
 if __name__ == "__main__":

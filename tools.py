@@ -99,9 +99,9 @@ def load_prompts(path):
     if not isinstance(given, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in given.items()):
         raise InputError(f"{path}: prompts are a JSON object of strings with keys among {', '.join(PROMPTS)}")
     prompts = {**PROMPTS, **given}
-    for key in ("question", "observation"):
-        if prompts[key].count("<image>") != 1:
-            raise InputError(f"{path}: '{key}' must contain <image> exactly once")
+    for key, parts in {"question": ["{question}", "<image>"], "observation": ["<image>"], "error": ["{error}"]}.items():
+        if any(prompts[key].count(part) != 1 for part in parts):
+            raise InputError(f"{path}: '{key}' must contain {' and '.join(parts)} exactly once")
     return prompts
 
 
@@ -172,7 +172,8 @@ def zoom(views, call):
         raise ToolError(f"There is no {source} yet.")
     width, height = views[index].size
     left, top, right, bottom = math.floor(x0 * width), math.floor(y0 * height), math.ceil(x1 * width), math.ceil(y1 * height)
-    w, h = right - left, bottom - top  # >= 1, since x0 < x1 implies floor(x0 w) < ceil(x1 w)
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # neighbouring floats may round to the same pixel edge
+    w, h = right - left, bottom - top
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise ToolError("The box is too narrow: make it wider or higher.")
     return views[index].crop((left, top, right, bottom))
@@ -182,7 +183,7 @@ def zoom(views, call):
 # One turn of the model
 
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)   # an unclosed thought runs to the end
-_TAG = re.compile(r"<(grounding|answer)>(.*?)</\1>", re.DOTALL)
+_TAG = re.compile(r"<(grounding|answer)>")
 
 
 def parse_turn(text):
@@ -191,10 +192,14 @@ def parse_turn(text):
     ("zoom", call) | ("answer", text) | ("error", sentence for the model) | ("void", None: neither call nor answer).
     Text inside <think> is ignored, thinking is optional, and the first complete tag wins.
     """
-    match = _TAG.search(_THINK.sub("", text))
-    if match is None:
+    text = _THINK.sub("", text)
+    for match in _TAG.finditer(text):
+        end = text.find(f"</{match[1]}>", match.end())
+        if end >= 0:
+            kind, body = match[1], text[match.end():end]
+            break
+    else:
         return "void", None
-    kind, body = match.groups()
     if kind == "answer":
         return "answer", body.strip()
     try:
@@ -341,8 +346,9 @@ def check_trajectory(row):
 def normalise(text):
     """Lower case, compatibility forms folded, articles and outer punctuation dropped, white space squeezed."""
     text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"\b(a|an|the)\b", " ", text)
-    return " ".join(re.sub(r"(?<!\w)[^\w\s+-]+|[^\w\s]+(?!\w)", " ", text).split())
+    text = re.sub(r"\b(a|an|the)\s+(?=\W*\w)", " ", text)  # "the fox", but not the letter in "A. fox" or "vitamin A"
+    words = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+|[^\w\s+-]+(?!\w)", " ", text).split()
+    return " ".join(words) or text.strip()  # an answer that is punctuation only ("?") is compared as it stands
 
 
 def _option(text, options):
@@ -367,5 +373,4 @@ def match_answer(prediction, answer, options=None):
     if options:
         chosen = _option(prediction, options)
         return chosen is not None and chosen == _option(answer, options)
-    # an answer that is punctuation only ("-", "?") normalises to nothing and is compared as it stands
-    return (normalise(prediction) or prediction.strip().lower()) == (normalise(answer) or answer.strip().lower())
+    return normalise(prediction) == normalise(answer)
