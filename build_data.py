@@ -3,7 +3,7 @@
 Each image is a wall of nine framed parts with nine places each. On some places lies an object: a shape in one of six
 colours that carries a digit. The model sees every view at about 84 x 84 pixels, so it reads an image on three scales:
 
-    whole image     which parts hold something red                  (a hint, from the painted frames)
+    whole image     which parts hold something red                  (a hint: a few faint pixels)
     one part        which places hold something red                 (shape and digit are not legible)
     one place       "red square 7"
 
@@ -61,24 +61,25 @@ def place_box(place):
     return [edges[col], edges[row], edges[col + 1], edges[row + 1]]
 
 
-def make_scene(rng, level):
-    """Draw lots for one image: its objects and its question. Returns the question row without id and image.
+def make_scene(rng, level, lookalikes=None, others=None):
+    """Draw lots for one image: its objects and its question. Returns the question row without id and image. lookalikes,
+    others: numbers of objects, instead of the level's.
 
     objects: list of [part, place, colour, shape, digit], parts and places by index into PLACES, the target first.
     """
+    lookalikes, others = lookalikes or LEVELS[level]["lookalikes"], others or LEVELS[level]["others"]
     kind = ["digit", "shape"][rng.integers(2)]
     colour, shape, digit = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))
     spots = rng.permutation(81)
     objects = [[*divmod(int(spots[0]), 9), colour, shape, digit]]
-    for spot in spots[1:1 + LEVELS[level]["lookalikes"]]:
+    for spot in spots[1:1 + lookalikes]:
         other_shape, other_digit = str(rng.choice(SHAPES)), int(rng.integers(10))
         if kind == "digit":  # the shape decides: no other red square
             other_shape = str(rng.choice([s for s in SHAPES if s != shape]))
         else:                # the digit decides: no other red 7
             other_digit = int(rng.choice([d for d in range(10) if d != digit]))
         objects.append([*divmod(int(spot), 9), colour, other_shape, other_digit])
-    first = 1 + LEVELS[level]["lookalikes"]
-    for spot in spots[first:first + LEVELS[level]["others"]]:
+    for spot in spots[1 + lookalikes:1 + lookalikes + others]:
         other = str(rng.choice([c for c in COLOURS if c != colour]))
         objects.append([*divmod(int(spot), 9), other, str(rng.choice(SHAPES)), int(rng.integers(10))])
     if kind == "digit":
@@ -113,33 +114,20 @@ def draw_shape(draw, shape, x, y, radius, fill):
     draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)], fill=fill)
 
 
-def draw_frame(draw, x, y, side, width, wood, colours):
-    """The frame of one part, corner (x, y). Each colour has its own stretch of it, painted where the part holds that colour
-    and of bare wood elsewhere: top left and right, right, bottom right and left, left."""
-    half, end = side // 2, side - 1
-    stretches = [(0, 0, half, width), (half, 0, end, width), (end - width, 0, end, end),
-                 (half, end - width, end, end), (0, end - width, half, end), (0, 0, width, end)]
-    for name, (x0, y0, x1, y1) in sorted(zip(COLOURS, stretches), key=lambda s: s[0] in colours):
-        draw.rectangle([x + x0, y + y0, x + x1, y + y1], fill=COLOURS[name] if name in colours else wood)
-
-
 def draw_scene(rng, scene):
-    """Paint a scene: noise and shading, a frame around each part (its wood differs from part to part, so that a view tells
-    where in it something lies), objects with white digits."""
+    """Paint a scene: soft greyish noise, a thick frame around the wall, a thin one around each part, objects with digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
-    noise = rng.integers(-18, 19, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
-    noise = Image.fromarray((128 + noise).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    ramp = (np.arange(side) % (side // 3)) / (side // 3) - 0.5            # light falls from the right, warm from above: within
-    shade = 100 * ramp[None, :, None] + 60 * ramp[:, None, None] * np.array([-1, 0, 1])   # a part every place looks different
-    grain = rng.integers(-5, 6, size=(side, side, 1))
-    image = Image.fromarray(np.clip(np.asarray(noise) + shade + grain, 0, 255).astype(np.uint8))
+    noise = rng.integers(85, 165, size=(14, 14, 1)) + rng.integers(-12, 13, size=(14, 14, 3))
+    image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
+    image = Image.fromarray(np.asarray(image) + grain)
     draw = ImageDraw.Draw(image)
+    thin, thick = round(cell / 10), round(cell / 3.5)  # frames tell where in a view a place lies
     for part in range(9):
-        row, col = divmod(part, 3)
-        wood = (45 + 40 * (col - 1) - 25 * (row - 1), 45 + 40 * (col - 1), 45 + 40 * (col - 1) + 25 * (row - 1))
-        draw_frame(draw, side * col // 3, side * row // 3, side // 3, round(cell / 6), wood,
-                   {o[2] for o in scene["objects"] if o[0] == part})
+        x, y = side * (part % 3) // 3, side * (part // 3) // 3
+        draw.rectangle([x, y, x + side // 3 - 1, y + side // 3 - 1], outline=(20, 20, 20), width=thin)
+    draw.rectangle([0, 0, side - 1, side - 1], outline=(20, 20, 20), width=thick)
     font = ImageFont.load_default(size=0.58 * cell)
     for part, place, colour, shape, digit in scene["objects"]:
         x = (3 * (part % 3) + place % 3 + 0.5) * cell + rng.uniform(-0.02, 0.02) * cell
@@ -201,10 +189,12 @@ def describe_all(objects, part):
 
 
 def make_instructions(index, out, seed, min_pixels, max_pixels):
-    """Rows about one scene: the whole image, some parts, some places. Views are cut by the agent's own tool, written
-    with the coordinates it will write, and stored at the size at which the model sees them."""
+    """Rows about one scene: views of some parts and places, and every other time of the whole image. Views are cut by the
+    agent's own tool, written with the coordinates it will write, and stored at the size at which the model sees them.
+    Scenes without a view of the whole are crowded: a reply then names many places, and each of them is a lesson."""
     rng = np.random.default_rng([seed, SPLITS.index("instruct"), index])
-    scene = make_scene(rng, list(LEVELS)[rng.integers(3)])
+    level, crowded = list(LEVELS)[rng.integers(3)], index % 2 == 1
+    scene = make_scene(rng, level, *((int(rng.integers(4, 16)), int(rng.integers(16, 40))) if crowded else ()))
     objects, image, rows = scene["objects"], draw_scene(rng, scene), []
 
     def save(view, name):
@@ -216,7 +206,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         rows.append({"id": f"instruct_{index:05d}_{len(rows):02d}", "image": path, "question": question,
                      "answer": reply, "source": "synthetic_instruct", "system": "", "turns": [{"text": reply}]})
 
-    for part in [None, *rng.permutation(9)[:4].tolist()]:
+    for part in [*rng.permutation(9)[:6].tolist()] if crowded else [None, *rng.permutation(9)[:3].tolist()]:
         call = part is not None and {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}
         view = tools.zoom([image], call) if call else image
         path = save(view, "all" if part is None else f"p{part}")

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -438,6 +439,15 @@ class Partial:
         self.path.unlink()
 
 
+def gather_objects(items):
+    """Lists of picklable items from all ranks, as one list in rank order, on every rank."""
+    parts = [list(items)]
+    if sft.world_size() > 1:
+        parts = [None] * sft.world_size()
+        dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
 def play_level(engine, path, args, rank, world, settings):
     """All questions of one file, `samples` times each, shared out over ranks. Returns all trajectory rows in order."""
     rows = tools.read_jsonl(path, tools.check_question, "python build_data.py")[:args.limit]
@@ -459,7 +469,7 @@ def play_level(engine, path, args, rank, world, settings):
     for row in (kept.rows if rank == 0 else []) + played:
         rows_of[row["id"]].append(row)
     merged = collections.defaultdict(list)
-    for ident, group in sft.gather_objects(rows_of.items()):
+    for ident, group in gather_objects(rows_of.items()):
         merged[ident] += group
     kept.remove()
     return [r for row in rows for r in sorted(merged[row["id"]], key=lambda r: r["sample"])]

@@ -86,15 +86,6 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
-def gather_objects(items):
-    """Lists of picklable items from all ranks, as one list in rank order, on every rank."""
-    if world_size() == 1:
-        return list(items)
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, list(items))
-    return [item for part in parts for item in part]
-
-
 def broadcast_weights(model):
     """Make every rank start from rank 0's parameters and buffers."""
     if world_size() > 1:
@@ -307,20 +298,19 @@ class Policy:
 
 def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_pixels=None, hint=""):
     """A policy from a local folder or hub id of the Qwen2.5-VL family. Raises InputError (hint: how to make the folder)."""
-    if "/" in str(path) and not Path(path).exists() and str(path).startswith(("checkpoints", ".", "/")):
-        raise tools.InputError(f"{path} does not exist" + (f"; make it with: {hint}" if hint else ""))
+    if str(path).startswith(("checkpoints", ".", "/")) and not (Path(path) / "config.json").exists():
+        raise tools.InputError(f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
     try:
         family = AutoConfig.from_pretrained(path).model_type
         if family != "qwen2_5_vl":
             raise tools.InputError(f"{path}: model family '{family}' is not supported; use Qwen2.5-VL (qwen2_5_vl)")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device))
-    except (OSError, ValueError) as error:
-        if isinstance(error, tools.InputError):
-            raise
-        raise tools.InputError(f"{path}: cannot load a model: {str(error).splitlines()[0]}") from None
-    return make_policy(model, tokenizer, processor, device, prompts, min_pixels, max_pixels)
+        parts = (AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device)),
+                 AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
+    except tools.InputError:
+        raise
+    except Exception as error:  # a damaged file shows as any of a dozen exceptions of several libraries
+        raise tools.InputError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
+    return make_policy(*parts, device, prompts, min_pixels, max_pixels)
 
 
 def pick_dtype(name, device):
