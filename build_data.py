@@ -3,7 +3,7 @@
 Each image is a wall of nine framed parts with nine places each. On some places lies an object: a shape in one of six
 colours that carries a digit. The model sees every view at about 84 x 84 pixels, so it reads an image on three scales:
 
-    whole image     which parts hold something red                  (a hint: a few faint pixels)
+    whole image     which parts have red wallpaper                  (a hint: such a part holds something red)
     one part        which places hold something red                 (shape and digit are not legible)
     one place       "red square 7"
 
@@ -14,7 +14,7 @@ Two kinds of question share the search and differ in what decides it and in what
 Levels differ as in the paper: target size, number of look-alikes, resolution (see LEVELS).
 
 What differs from the paper's VisualProbe:
-1. Drawn, not photographed, so that a 2 M parameter model can learn it in minutes without a network.
+1. Drawn, not photographed, so that a 1.7 M parameter model can learn it in minutes without a network.
 2. The layout of the scene is kept in the row ("objects"); only the scripted teacher reads it, never the policy.
 3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows already: naming what is in
    a view. It contains nothing of the multi-turn protocol.
@@ -44,9 +44,9 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
            "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
 SHAPES = ["circle", "square", "triangle", "star"]
 # side of the image in pixels, radius of an object relative to its place, look-alikes of the target, other objects
-LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 5},
-          "medium": {"side": 630, "radius": 0.40, "lookalikes": 5, "others": 8},
-          "hard": {"side": 756, "radius": 0.37, "lookalikes": 10, "others": 12}}
+LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 3},
+          "medium": {"side": 630, "radius": 0.40, "lookalikes": 5, "others": 5},
+          "hard": {"side": 756, "radius": 0.37, "lookalikes": 10, "others": 7}}
 SPLITS = ["train", "easy", "medium", "hard", "instruct"]  # a split's index enters its random seeds: they never overlap
 
 
@@ -66,6 +66,7 @@ def make_scene(rng, level, lookalikes=None, others=None):
     others: numbers of objects, instead of the level's.
 
     objects: list of [part, place, colour, shape, digit], parts and places by index into PLACES, the target first.
+    walls: the wallpaper of each part: the colour of one of its objects, or None where it has none.
     """
     lookalikes, others = lookalikes or LEVELS[level]["lookalikes"], others or LEVELS[level]["others"]
     kind = ["digit", "shape"][rng.integers(2)]
@@ -82,6 +83,8 @@ def make_scene(rng, level, lookalikes=None, others=None):
     for spot in spots[1 + lookalikes:1 + lookalikes + others]:
         other = str(rng.choice([c for c in COLOURS if c != colour]))
         objects.append([*divmod(int(spot), 9), other, str(rng.choice(SHAPES)), int(rng.integers(10))])
+    held = [[o[2] for o in objects if o[0] == part] for part in range(9)]
+    walls = [str(rng.choice(colours)) if colours else None for colours in held]
     if kind == "digit":
         question, answer, wanted = f"What digit is on the {colour} {shape}?", str(digit), shape
     else:
@@ -90,7 +93,7 @@ def make_scene(rng, level, lookalikes=None, others=None):
     x, y = 3 * (part % 3) + place % 3, 3 * (part // 3) + place // 3
     return {"question": question, "answer": answer, "source": f"synthetic_{kind}", "level": level,
             "target_bbox": [round(v / 9, 4) for v in (x, y, x + 1, y + 1)],
-            "colour": colour, "wanted": wanted, "objects": objects}
+            "colour": colour, "wanted": wanted, "objects": objects, "walls": walls}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,13 +118,16 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 
 def draw_scene(rng, scene):
-    """Paint a scene: soft greyish noise, a thick frame around the wall, a thin one around each part, objects with digits."""
+    """Paint a scene: softly tinted noise, a thick frame around the wall, a thin one around each part, objects with digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
-    noise = rng.integers(85, 165, size=(14, 14, 1)) + rng.integers(-12, 13, size=(14, 14, 3))
+    noise = rng.integers(90, 160, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
     image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    grain = rng.integers(0, 10, size=(side, side, 1), dtype=np.uint8)
-    image = Image.fromarray(np.asarray(image) + grain)
+    tint = [[0, 0, 0] if wall is None else [round(0.35 * (c - 128)) for c in COLOURS[wall]] for wall in scene["walls"]]
+    third = np.arange(side) * 3 // side                                          # index of the part, along one axis
+    paper = np.array(tint, dtype=np.int16).reshape(3, 3, 3)[third[:, None], third[None, :]]             # (side, side, 3)
+    grain = rng.integers(-5, 6, size=(side, side, 1), dtype=np.int16)
+    image = Image.fromarray(np.clip(np.asarray(image) + paper + grain, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     thin, thick = round(cell / 10), round(cell / 3.5)  # frames tell where in a view a place lies
     for part in range(9):
@@ -162,16 +168,20 @@ def make_question(job, out, seed):
 
 
 def places_with(objects, part, colour):
-    """Names of the places that hold this colour, in reading order; part None: the parts of the whole image."""
-    found = {(o[0] if part is None else o[1]) for o in objects if o[2] == colour and part in (None, o[0])}
-    return [PLACES[i] for i in sorted(found)]
+    """Names of the places of a part that hold this colour, in reading order."""
+    return [PLACES[i] for i in sorted(o[1] for o in objects if o[0] == part and o[2] == colour)]
 
 
-def describe_view(objects, part, colour):
+def describe_part(objects, part, colour):
     """"I see red in top left." / "I see no red." """
     places = places_with(objects, part, colour)
-    phrase = PHRASES["part" if places else "no_part"]
-    return phrase.format(colour=colour, places=" ".join(places))
+    return PHRASES["part" if places else "no_part"].format(colour=colour, places=" ".join(places))
+
+
+def describe_walls(walls, colour):
+    """"I see red walls in top left." / "I see no red walls." """
+    places = [place for place, wall in zip(PLACES, walls) if wall == colour]
+    return PHRASES["walls" if places else "no_walls"].format(colour=colour, places=" ".join(places))
 
 
 def describe_cell(objects, part, place):
@@ -182,10 +192,9 @@ def describe_cell(objects, part, place):
     return PHRASES["empty"]
 
 
-def describe_all(objects, part):
-    """Every colour of a view, in the same words: nine places are trained at once."""
-    said = [describe_view(objects, part, c) for c in COLOURS if places_with(objects, part, c)]
-    return " ".join(said) or PHRASES["empty"]
+def describe_all(describe, what, colours):
+    """Every colour that is there, in the same words: one reply trains many places at once."""
+    return " ".join(describe(what, colour) for colour in COLOURS if colour in colours) or PHRASES["empty"]
 
 
 def make_instructions(index, out, seed, min_pixels, max_pixels):
@@ -206,15 +215,21 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         rows.append({"id": f"instruct_{index:05d}_{len(rows):02d}", "image": path, "question": question,
                      "answer": reply, "source": "synthetic_instruct", "system": "", "turns": [{"text": reply}]})
 
-    for part in [*rng.permutation(9)[:6].tolist()] if crowded else [None, *rng.permutation(9)[:3].tolist()]:
-        call = part is not None and {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}
-        view = tools.zoom([image], call) if call else image
-        path = save(view, "all" if part is None else f"p{part}")
-        others = [c for c in rng.permutation(list(COLOURS)).tolist() if c != scene["colour"]]
-        for colour in [scene["colour"], *others[:3 if part is None else 1]]:   # the whole image is the hardest view
-            add(path, f"Where is {colour}?", describe_view(objects, part, colour))
-        add(path, "Where is everything?", describe_all(objects, part))
-    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8]]
+    def shuffled(first):  # the colours, the one that the scene is about first
+        return [first, *(c for c in rng.permutation(list(COLOURS)).tolist() if c != first)]
+
+    if not crowded:
+        path, walls = save(image, "all"), scene["walls"]
+        for colour in shuffled(scene["colour"])[:3]:
+            add(path, f"Which walls are {colour}?", describe_walls(walls, colour))
+        add(path, "Which walls are what?", describe_all(describe_walls, walls, walls))
+    for part in rng.permutation(9)[:6 if crowded else 3].tolist():
+        path = save(tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}), f"p{part}")
+        for colour in shuffled(scene["colour"])[:2]:
+            add(path, f"Where is {colour}?", describe_part(objects, part, colour))
+        here = {o[2] for o in objects if o[0] == part}
+        add(path, "Where is everything?", describe_all(partial(describe_part, objects), part, here))
+    filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8 if crowded else 7]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})

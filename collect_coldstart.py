@@ -7,8 +7,8 @@ what lets a small policy search for 32 turns: all it must remember stands in its
 Search patterns, one per trajectory, named in the row ("pattern"):
     scan            the nine parts in reading order from a random start, every candidate at once
     depth_first     the nine parts in random order, every candidate at once
-    breadth_first   first all parts that show the colour, noting candidates; then the candidates
-    hint            only the parts in which the overview shows the colour, every candidate at once
+    breadth_first   first all parts that have the colour's wallpaper, noting candidates; then the candidates
+    hint            the parts that have the colour's wallpaper first, then the others, every candidate at once
     backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
     recover         makes a call that the tool refuses, and mends it
     search_again    overlooks the target, finds nothing, and scans again from the start
@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tools
-from build_data import describe_cell, describe_view, place_box, places_with
+from build_data import describe_cell, describe_part, describe_walls, place_box, places_with
 from tools import PHRASES, PLACES
 
 PATTERNS = {"scan": 0.13, "depth_first": 0.13, "breadth_first": 0.08, "hint": 0.3,
@@ -83,7 +83,7 @@ class Teacher:
 
     def plan(self):
         """The order of parts; returns the word for it."""
-        hinted = places_with(self.row["objects"], None, self.row["colour"])
+        hinted = [place for place, wall in zip(PLACES, self.row["walls"]) if wall == self.row["colour"]]
         order = self.pattern if self.pattern in ("scan", "depth_first", "breadth_first") else "hint"
         if self.pattern in ("backtrack", "recover", "recheck"):
             order = str(self.rng.choice(["hint", "scan", "depth_first"]))
@@ -94,8 +94,11 @@ class Teacher:
         if order == "depth_first":
             self.later = [PLACES[i] for i in self.rng.permutation(9)]
             return PHRASES["shuffle"]
-        self.later = hinted
-        return PHRASES["first" if order == "breadth_first" else "hint"]
+        if order == "breadth_first":
+            self.later = hinted or self.ring()[:3]
+            return PHRASES["first"]
+        self.later = hinted + [place for place in PLACES if place not in hinted]
+        return PHRASES["hint"]
 
     def look(self, seen, learn):
         """Say what is seen and choose the next view, perhaps with the pattern's deliberate mistake first; yields
@@ -132,12 +135,12 @@ class Teacher:
         places = places_with(seen, part, colour)
         if places:
             self.here.append((f"observation_{self.shown}", places))
-        return describe_view(seen, part, colour), overlooked
+        return describe_part(seen, part, colour), overlooked
 
     def turns(self):
         """Yield (text, learn) turn by turn until the answer."""
         row, self.parts = self.row, {}
-        seen = describe_view(row["objects"], None, row["colour"]) + self.plan()
+        seen = describe_walls(row["walls"], row["colour"]) + self.plan()
         learn = True
         while True:
             part, place = yield from self.look(seen, learn)
@@ -174,7 +177,7 @@ def solve(row, index, root, prompts, max_turns, seed):
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
-    return {**{k: v for k, v in row.items() if k != "objects"}, "system": prompts["system"], "turns": turns, "finish": finish,
+    return {**{k: v for k, v in row.items() if k not in ("objects", "walls")}, "system": prompts["system"], "turns": turns, "finish": finish,
             "prediction": prediction, "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
             "teacher": "scripted",
             "pattern": teacher.order if teacher.pattern in ("recover", "backtrack") else pattern}  # ended before its mistake
@@ -183,7 +186,7 @@ def solve(row, index, root, prompts, max_turns, seed):
 def check_layout(row):
     """A question of the default world with its layout, as the scripted teacher needs it."""
     tools.check_question(row)
-    if not isinstance(row.get("objects"), list) or not isinstance(row.get("colour"), str) or "wanted" not in row:
+    if not isinstance(row.get("objects"), list) or not isinstance(row.get("colour"), str) or not {"wanted", "walls"} <= set(row):
         raise tools.InputError("the scripted teacher needs questions with a layout ('objects'), as build_data.py draws them")
 
 

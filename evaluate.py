@@ -80,7 +80,7 @@ class Rollout(sft.Sequence):
 
     def as_row(self):
         """The trajectory row that is written to JSONL."""
-        return {**{k: v for k, v in self.row.items() if k != "objects"}, "turns": self.turns, "finish": self.finish,
+        return {**{k: v for k, v in self.row.items() if k not in ("objects", "walls")}, "turns": self.turns, "finish": self.finish,
                 "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
 
 

@@ -274,7 +274,7 @@ def parse_args():
     group.add_argument("--lr", type=float, default=2e-4, help="learning rate, constant after warm-up (paper: 1e-6)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
     group.add_argument("--minibatch", type=int, help="prompts per optimizer step (default: all of a step; paper: 32)")
-    group.add_argument("--tokens", type=int, default=8192, help="padded tokens per forward pass on one process")
+    group.add_argument("--tokens", type=int, default=4096, help="padded tokens per forward pass on one process")
     group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices")
     group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")

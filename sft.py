@@ -32,6 +32,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ def sum_gradients(params):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tiny model: a real Qwen2.5-VL of 1.9 M parameters and a tokenizer made from the project's own texts
+# The tiny model: a real Qwen2.5-VL of 1.7 M parameters and a tokenizer made from the project's own texts
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
@@ -230,7 +231,7 @@ AttentionInterface.register("windows_flash", windows_flash)
 
 @dataclass
 class Policy:
-    """A model with everything needed to talk to it. `banned`: ids it may never write; `stop`: ids that end a turn."""
+    """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that end a turn."""
     model: torch.nn.Module
     tokenizer: object
     processor: object
@@ -315,9 +316,8 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
 
 def pick_dtype(name, device):
     """torch dtype of a --dtype flag; auto: bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    return getattr(torch, name)
+    auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
@@ -372,35 +372,26 @@ def positions(ids, grids, image_id, merge, start=0):
     Text advances all three axes by one. An image of h x w merged tokens takes t = p, height = p + row, width = p + col,
     and the text after it goes on at p + max(h, w). Returns ((3, T) long, next position).
     """
-    columns, grids, i, p = [], iter(grids), 0, start
-    while i < len(ids):
-        if ids[i] != image_id:
-            j = i
-            while j < len(ids) and ids[j] != image_id:
-                j += 1
-            columns.append(torch.arange(p, p + j - i).expand(3, -1))
-            p += j - i
-        else:
-            _, h, w = next(grids)
-            h, w, j = h // merge, w // merge, i + h * w // merge**2
-            cell = torch.arange(h * w)
-            columns.append(torch.stack([torch.zeros_like(cell), cell // w, cell % w]) + p)
-            p += max(h, w)
-        i = j
-    return torch.cat(columns, dim=1), p
+    columns, i, p = [], 0, start
+    for _, h, w in grids:
+        text = ids.index(image_id, i) - i                                      # tokens before the image
+        columns.append(torch.arange(p, p + text).expand(3, -1))
+        h, w, i, p = h // merge, w // merge, i + text + h * w // merge**2, p + text
+        cell = torch.arange(h * w)
+        columns.append(torch.stack([torch.zeros_like(cell), cell // w, cell % w]) + p)
+        p += max(h, w)
+    columns.append(torch.arange(p, p + len(ids) - i).expand(3, -1))
+    return torch.cat(columns, dim=1), p + len(ids) - i
 
 
 def collate(policy, sequences):
     """Right-padded tensors of several Sequences: input_ids (B, T), mask (B, T), position_ids (3, B, T), images."""
     longest = max(len(s.ids) for s in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    position_ids = torch.zeros(3, len(sequences), longest, dtype=torch.long)
+    batch = {"input_ids": torch.tensor([s.ids + [0] * (longest - len(s.ids)) for s in sequences]),
+             "mask": torch.tensor([s.mask + [False] * (longest - len(s.mask)) for s in sequences]),
+             "position_ids": torch.zeros(3, len(sequences), longest, dtype=torch.long)}
     for i, s in enumerate(sequences):
-        ids[i, :len(s.ids)] = torch.tensor(s.ids)
-        mask[i, :len(s.ids)] = torch.tensor(s.mask)
-        position_ids[:, i, :len(s.ids)] = positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
-    batch = {"input_ids": ids, "mask": mask, "position_ids": position_ids}
+        batch["position_ids"][:, i, :len(s.ids)] = positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
     images = [image for s in sequences for image in s.images]
     if images:
         batch["pixel_values"] = torch.cat([patches for patches, _ in images])         # (sum of patches, C)
@@ -552,9 +543,8 @@ def step_rows(rows, step, batch, seed):
     picked = []
     for i in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(i, len(rows))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         if not picked or at == 0:
-            order = torch.randperm(len(rows), generator=generator).tolist()
+            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         picked.append(rows[order[at]])
     return picked
 
@@ -616,10 +606,10 @@ def parse_args():
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, default=2.0, help="passes over the data")
+    group.add_argument("--epochs", type=float, default=3.0, help="passes over the data")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     group.add_argument("--batch", type=int, default=16, help="conversations per step, over all processes")
-    group.add_argument("--tokens", type=int, default=8192, help="padded tokens per forward pass on one process")
+    group.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass on one process")
     group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
     group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
     group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")

@@ -74,6 +74,8 @@ PLACES = ["top-left", "top", "top-right", "left", "center", "right", "bottom-lef
 PHRASES = {
     "part": "I see {colour} in {places}.",         # a view of nine places: which hold this colour
     "no_part": "I see no {colour}.",
+    "walls": "I see {colour} walls in {places}.",  # the whole image: the wallpaper hints at what a part holds
+    "no_walls": "I see no {colour} walls.",
     "cell": "I see {colour} {shape} {digit}.",     # a view of one place
     "empty": "I see nothing.",
     "verdict": " Want {wanted}. {verdict}.",       # after a cell: does it carry what the question names?

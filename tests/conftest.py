@@ -79,7 +79,7 @@ def trained_folder(world, make_tiny, tmp_path_factory):
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def trained(trained_folder, prompts):
-    """The same policy in float64, freshly loaded."""
+    """The same policy in float64, not to be changed."""
     return sft.load_policy(str(trained_folder), "cpu", "float64", prompts)

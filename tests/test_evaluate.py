@@ -18,9 +18,15 @@ from conftest import run_script
 LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_turn_tokens=48, max_context=1200)
 
 
-def play(policy, world, samples=3, slots=8, limits=LIMITS, rows=None, **kwargs):
-    rows = rows or tools.read_jsonl(world / "train.jsonl")[:4]
+def play(policy, world, samples=2, slots=8, limits=LIMITS, **kwargs):
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
     return evaluate.Engine(policy, limits, slots, **kwargs).run(rows, samples, world)
+
+
+@pytest.fixture(scope="module")
+def rollouts(trained, world):
+    """Three questions, six samples each, in 16 slots."""
+    return play(trained, world, samples=6, slots=16)
 
 
 def same(a, b):
@@ -52,28 +58,26 @@ def test_greedy_equals_generate_token_for_token(trained, world):
     assert zooms >= 4  # the comparison covered observations, not only first turns
 
 
-def test_samples_do_not_depend_on_batch_slots_or_order(trained, world):
-    many = play(trained, world, samples=4, slots=16)
-    assert same(many, play(trained, world, samples=4, slots=1))
-    assert same(many, play(trained, world, samples=4, slots=5))
-    rows = tools.read_jsonl(world / "train.jsonl")[:4]
-    alone = evaluate.Engine(trained, LIMITS, 3).run([rows[2]], 4, world, prompts=[2])
-    assert same(many[8:12], alone)
+def test_samples_do_not_depend_on_batch_slots_or_order(rollouts, trained, world):
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    assert same(rollouts[:2] + rollouts[6:8] + rollouts[12:14], play(trained, world, slots=1))
+    assert same(rollouts, play(trained, world, samples=6, slots=5))
+    assert same(rollouts[12:], evaluate.Engine(trained, LIMITS, 3).run([rows[2]], 6, world, prompts=[2]))
 
 
-def test_seed_step_and_prompt_change_the_samples(trained, world):
-    base = play(trained, world)
-    assert same(base, play(trained, world))
-    assert not same(base, play(trained, world, seed=1))
-    assert not same(base, play(trained, world, step=1))
-    rows = tools.read_jsonl(world / "train.jsonl")[:4]
-    assert not same(base, evaluate.Engine(trained, LIMITS, 8).run(rows, 3, world, prompts=[4, 5, 6, 7]))
+def test_seed_step_and_prompt_change_the_samples(rollouts, trained, world):
+    first = rollouts[:2] + rollouts[6:8] + rollouts[12:14]
+    assert same(first, play(trained, world))
+    assert not same(first, play(trained, world, seed=1))
+    assert not same(first, play(trained, world, step=1))
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    assert not same(first, evaluate.Engine(trained, LIMITS, 8).run(rows, 2, world, prompts=[4, 5, 6]))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4)])
 def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, world, dtype, tolerance):
     policy = sft.load_policy(str(trained_folder), "cpu", dtype, prompts)
-    rollouts = play(policy, world, samples=4, slots=6)
+    rollouts = play(policy, world, samples=3, slots=6)
     with torch.no_grad():
         for r in rollouts:
             full = sft.token_logprobs(policy, sft.collate(policy, [r]))
@@ -81,9 +85,9 @@ def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, wo
             assert (full - torch.tensor(r.logprobs, dtype=torch.float64)).abs().max() < tolerance
 
 
-def test_mask_marks_exactly_what_was_sampled(trained, world):
+def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
     """The sampled tokens of a turn decode to its text; everything else is prompt, observation or refusal."""
-    for r in play(trained, world):
+    for r in rollouts:
         turns, at = [], 0
         while at < len(r.ids):
             end = at
@@ -96,9 +100,9 @@ def test_mask_marks_exactly_what_was_sampled(trained, world):
         assert not {t for t, m in zip(r.ids, r.mask) if m} & set(trained.banned)
 
 
-def test_conversation_equals_its_stored_row(trained, world):
+def test_conversation_equals_its_stored_row(rollouts, trained, world):
     """Token in, token out: a stored trajectory, encoded again by the trainer, has the observations the engine fed."""
-    for r in play(trained, world):
+    for r in rollouts:
         again = sft.encode(trained, {**r.as_row(), "system": None}, world)
         forced = [t for t, m in zip(r.ids, r.mask) if not m]
         assert [t for t, m in zip(again.ids, again.mask) if not m] == forced
@@ -106,8 +110,7 @@ def test_conversation_equals_its_stored_row(trained, world):
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, r.images))
 
 
-def test_finish_reasons_and_limits(trained, world):
-    rollouts = play(trained, world, samples=6)
+def test_finish_reasons_and_limits(rollouts, trained, world):
     seen = collections.Counter(r.finish for r in rollouts)
     assert set(seen) <= set(evaluate.FINISHES) and len(seen) >= 2
     for r in rollouts:
@@ -121,13 +124,11 @@ def test_finish_reasons_and_limits(trained, world):
         assert (cut.finish == "over_turn") == (len(long.turns) > 2 or long.finish == "over_turn")
 
 
-def test_over_context_and_a_context_too_small(trained, world):
-    opening = len(play(trained, world, samples=1)[0].ids)
-    first = play(trained, world, samples=1)[0].mask.index(True)
-    tight = play(trained, world, samples=4, limits=evaluate.Limits(6, 6, 48, first + 48 + 20))
-    assert any(r.finish == "over_context" for r in tight) and opening > first
-    for r in tight:
-        assert len(r.ids) <= first + 48 + 20
+def test_over_context_and_a_context_too_small(rollouts, trained, world):
+    tight = max(r.mask.index(True) for r in rollouts) + 48 + 20     # room for one turn and less than one observation
+    again = play(trained, world, limits=evaluate.Limits(6, 6, 48, tight))
+    assert any(r.finish == "over_context" for r in again)
+    assert all(len(r.ids) <= tight for r in again)
     with pytest.raises(tools.InputError, match="--max_context"):
         play(trained, world, limits=evaluate.Limits(6, 6, 48, 60))
 
@@ -173,7 +174,7 @@ def test_avg_at_k_by_hand():
 def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, tmp_path):
     """The table and trajectories are the same for 1 and 2 processes; finished questions are not played again."""
     common = ["evaluate.py", "--model", trained_folder, "--data", world / "train.jsonl", "--samples", 2, "--budgets", 1, 2, 4,
-              "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 6]
+              "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 4]
     one = run_script(*common, "--out", tmp_path / "one", "--picture", tmp_path / "p.png")
     run_script(*common, "--out", tmp_path / "two", nproc=2)
     assert (tmp_path / "one/train.jsonl").read_bytes() == (tmp_path / "two/train.jsonl").read_bytes()
@@ -181,7 +182,7 @@ def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, 
     assert "T=4" in one.stdout and "finished in" in one.stdout
     assert not list(tmp_path.glob("*/partial*"))
     rows = [json.loads(line) for line in (tmp_path / "one/train.jsonl").open()]
-    assert len(rows) == 12
+    assert len(rows) == 8
     for r in rows:
         tools.check_trajectory(r)
 
