@@ -17,7 +17,7 @@ What differs from the paper's VisualProbe:
 1. Drawn, not photographed, so that a 1.7 M parameter model can learn it in minutes without a network.
 2. The layout of the scene is kept in the row ("objects"); only the scripted teacher reads it, never the policy.
 3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows already: naming what is in
-   a view. It contains nothing of the multi-turn protocol.
+   a view, comparing it with what is wanted, keeping a list. It contains nothing of the multi-turn protocol.
 
 Files written to --out: train.jsonl, easy.jsonl, medium.jsonl, hard.jsonl, instruct.jsonl, images/, views/.
 
@@ -197,6 +197,23 @@ def describe_all(describe, what, colours):
     return " ".join(describe(what, colour) for colour in COLOURS if colour in colours) or PHRASES["empty"]
 
 
+def make_errand(rng):
+    """A to-do list and what is left of it after one step: the bookkeeping of a search, as plain text. Returns (question,
+    reply)."""
+    later = rng.permutation(PLACES)[:rng.integers(0, 10)].tolist()
+    here = [PLACES[i] for i in sorted(rng.permutation(9)[:rng.integers(0, 4)])]
+    source = f"observation_{rng.integers(1, 32)}"
+
+    def state():
+        text = PHRASES["here"].format(source=source, places=" ".join(here)) if here else ""
+        text += PHRASES["later"].format(places=" ".join(later)) if later else ""
+        return text + (PHRASES["go"].format(place=(here or later)[0]) if here or later else " Nothing.")
+
+    before = state()
+    del (here or later)[:1]
+    return f"Done:{before} What next?", f"Next:{state()}"
+
+
 def make_instructions(index, out, seed, min_pixels, max_pixels):
     """Rows about one scene: views of some parts and places, and every other time of the whole image. Views are cut by the
     agent's own tool, written with the coordinates it will write, and stored at the size at which the model sees them.
@@ -233,7 +250,17 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
-        add(save(view, f"p{part}{place}"), "What is this?", describe_cell(objects, part, place))
+        path, seen = save(view, f"p{part}{place}"), describe_cell(objects, part, place)
+        kind = rng.integers(3)  # name it, or also compare it with a shape or a digit that is wanted
+        likely = [o[3:5] for o in objects if o[:2] == [part, place]] if rng.random() < 0.5 else []
+        shape, digit = likely[0] if likely else (str(rng.choice(SHAPES)), int(rng.integers(10)))
+        wanted = [None, shape, str(digit)][kind]
+        if kind == 0:
+            add(path, "What is this?", seen)
+        else:
+            verdict = "Yes" if f" {wanted}" in seen else "No"
+            add(path, f"Is this the {wanted}?", seen + PHRASES["verdict"].format(wanted=wanted, verdict=verdict))
+        add(path, *make_errand(rng))
     return rows
 
 
@@ -251,7 +278,7 @@ def parse_args():
     group = parser.add_argument_group("what to draw")
     group.add_argument("--train", type=int, default=3600, help="training questions, levels mixed")
     group.add_argument("--test", type=int, default=200, help="questions in each of easy, medium and hard")
-    group.add_argument("--scenes", type=int, default=1500, help="scenes for the instruction data, about 22 rows each")
+    group.add_argument("--scenes", type=int, default=1100, help="scenes for the instruction data, about 33 rows each")
     group.add_argument("--seed", type=int, default=0, help="another seed draws another world")
     group = parser.add_argument_group("how")
     group.add_argument("--min_pixels", type=int, default=6000, help="smallest stored instruction view, in pixels")

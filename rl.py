@@ -207,8 +207,7 @@ def train(policy, rows, root, args, rank, world):
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    state = sft.load_state(args.out, policy, optimizer) if args.resume else None
-    start = state["step"] if state else 0
+    start = sft.load_state(args.out, policy, optimizer) if args.resume else 0
     sft.broadcast_weights(policy.model)
     limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
     engine = evaluate.Engine(policy, limits, args.slots)

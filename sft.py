@@ -30,6 +30,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +164,9 @@ def build_tiny(texts, seed):
     """A Qwen2.5-VL with random weights that can learn the default world in minutes. Returns (model, tokenizer,
     image processor).
 
-    Rotary frequencies: M-RoPE gives the axes t, h, w consecutive blocks of theta^(-i/16). Image columns must differ by
-    roughly 0.3 rad or more, while some frequencies must stay near zero so that a token can be found by its content
-    hundreds of positions back; hence a short t and h block and a moderate theta.
+    Rotary frequencies: M-RoPE gives the axes t, h, w consecutive blocks of theta^(-i/16). Neighbouring image columns must
+    differ by roughly 0.3 rad or more, while many frequencies must stay near zero so that a word can be found by its content
+    hundreds of positions back; hence no t block (images have one frame), a short h block and a moderate theta.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -175,7 +176,7 @@ def build_tiny(texts, seed):
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "mrope_section": [0, 1, 15]}),
+            rope_parameters={"rope_type": "default", "rope_theta": 3000.0, "mrope_section": [0, 1, 15]}),
         vision_config=dict(
             depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, window_size=112,
             fullatt_block_indexes=[2]),
@@ -316,8 +317,12 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
 
 def pick_dtype(name, device):
     """torch dtype of a --dtype flag; auto: bfloat16 on a GPU, float32 on a CPU."""
-    auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    return getattr(torch, auto if name == "auto" else name)
+    return getattr(torch, {"cuda": "bfloat16"}.get(torch.device(device).type, "float32") if name == "auto" else name)
+
+
+def exact_norm(norm, x):
+    """RMSNorm in the precision of x; the library's own goes through float32, which would drown float64 comparisons."""
+    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
 
 
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
@@ -325,6 +330,9 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
     model.set_attn_implementation({"vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
+    for module in model.modules() if model.dtype == torch.float64 else ():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(exact_norm, module)
     policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
                     min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
     model.generation_config.suppress_tokens = policy.banned  # a served copy must not write image placeholders either
@@ -473,11 +481,11 @@ def learning_rate(step, total, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
-def save_state(out, policy, optimizer, step, extra=None):
+def save_state(out, policy, optimizer, step):
     """Write weights, optimizer, step and random state to out/state.pt in one step (rank 0; all ranks wait for it)."""
     if int(os.environ.get("RANK", "0")) == 0:
         state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "rng": torch.get_rng_state(), "world": world_size(), **(extra or {})}
+                 "rng": torch.get_rng_state(), "world": world_size()}
         try:
             tools.write_atomic(Path(out) / STATE, lambda file: torch.save(state, file))
         except RuntimeError as error:  # torch reports a full disk this way
@@ -487,21 +495,21 @@ def save_state(out, policy, optimizer, step, extra=None):
 
 
 def load_state(out, policy, optimizer):
-    """Continue from out/state.pt. Returns the saved dict, or None if there is none. Raises InputError if unreadable."""
+    """Continue from out/state.pt. Returns its step, 0 if there is no such file. Raises InputError if it is unreadable."""
     path = Path(out) / STATE
     if not path.exists():
-        return None
+        return 0
     try:
         state = torch.load(path, map_location=policy.device, weights_only=True)
         policy.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise tools.InputError(f"{path}: cannot resume: {str(error).splitlines()[0]}; delete it to start over") from None
+    except Exception as error:  # a damaged or foreign file shows as any of a dozen exceptions
+        raise tools.InputError(f"{path}: cannot resume: {str(error).strip().splitlines()[0]}; delete it to start over") from None
     torch.set_rng_state(state["rng"].cpu())
     if state["world"] != world_size() and int(os.environ.get("RANK", "0")) == 0:
         print(f"{path} was saved by {state['world']} processes, now there are {world_size()}: the run goes on with the same "
               "data and order, but equals the uninterrupted one only within rounding", flush=True)
-    return state
+    return state["step"]
 
 
 def open_log(out, step):
@@ -517,6 +525,7 @@ def export(policy, out):
     if int(os.environ.get("RANK", "0")) != 0:
         return
     out, aside = Path(out), Path(out) / ".export"
+    policy.processor.size["shortest_edge"], policy.processor.size["longest_edge"] = policy.min_pixels, policy.max_pixels
     shutil.rmtree(aside, ignore_errors=True)
     try:
         policy.model.save_pretrained(aside)
@@ -525,9 +534,6 @@ def export(policy, out):
     except Exception as error:  # safetensors has exceptions of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free disk space") from None
-    settings = json.loads((aside / "preprocessor_config.json").read_text())
-    settings["size"] = {"shortest_edge": policy.min_pixels, "longest_edge": policy.max_pixels}
-    (aside / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (aside / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}, indent=2) + "\n")
     for path in sorted(aside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         os.replace(path, out / path.name)
@@ -569,8 +575,7 @@ def train(policy, rows, root, args, rank, world):
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    state = load_state(args.out, policy, optimizer) if args.resume else None
-    start = state["step"] if state else 0
+    start = load_state(args.out, policy, optimizer) if args.resume else 0
     broadcast_weights(policy.model)
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
     log = open_log(args.out, start) if rank == 0 else None
@@ -606,7 +611,7 @@ def parse_args():
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, default=3.0, help="passes over the data")
+    group.add_argument("--epochs", type=float, default=2.0, help="passes over the data")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     group.add_argument("--batch", type=int, default=16, help="conversations per step, over all processes")
     group.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass on one process")

@@ -1,11 +1,14 @@
 """Specification of the synthetic Visual Probe world.
 
-Every question has exactly one answer, which can be read from the image and from nothing else in it; the seed decides every
-byte, whatever the number of processes; what the instruction data says about a view is true.
+Every question has exactly one answer, which can be read from the image and from nothing else in it; a part's wallpaper hints
+at what it holds and can be seen from afar; the seed decides every byte, whatever the number of processes; what the instruction
+data says about a view is true.
 """
 
 import itertools
+import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +26,16 @@ def scenes(count=120):
             for n, level in enumerate(LEVELS) for i in range(count)]
 
 
+def crowded_scenes(count=40):
+    """`count` scenes of each level with as many objects as the instruction data ever holds."""
+    return [build_data.make_scene(np.random.default_rng([n, i]), level, 15, 39)
+            for n, level in enumerate(LEVELS) for i in range(count)]
+
+
+def draw(scene):
+    return build_data.draw_scene(np.random.default_rng(0), scene)
+
+
 def asked_for(scene):
     """The objects that satisfy the question, read from its words alone, and what it asks for."""
     digit = re.fullmatch(r"What digit is on the (\w+) (\w+)\?", scene["question"])
@@ -34,8 +47,8 @@ def asked_for(scene):
 
 
 def close(image, colour):
-    """Boolean map of the pixels that look like this colour."""
-    return np.abs(np.asarray(image).astype(int) - COLOURS[colour]).max(axis=-1) < 45
+    """Boolean map of the pixels that look like this colour, as only objects do: wallpaper is a faint tint."""
+    return np.abs(np.asarray(image).astype(int) - COLOURS[colour]).max(axis=-1) < 30
 
 
 def ninth(pixels, index):
@@ -44,10 +57,28 @@ def ninth(pixels, index):
     return pixels[side * y:side * (y + 1), side * x:side * (x + 1)]
 
 
-def core(pixels):
+def core(pixels, cut=0.25):
     """The middle of a place, clear of frames: what lies there is an object."""
-    cut = len(pixels) // 4
+    cut = int(cut * len(pixels))
     return pixels[cut:-cut, cut:-cut]
+
+
+def hue(colour):
+    """A colour without its brightness, which is noise in these images: what it has more or less of than grey."""
+    return np.asarray(colour) - np.mean(colour)
+
+
+TINTS = {None: np.zeros(3), **{name: 0.35 * hue(colour) for name, colour in COLOURS.items()}}
+
+
+def papers(image, scene):
+    """The wallpaper of each part, read from the whole image: the tint nearest to the mean colour of the part's free places."""
+    pixels, taken, found = np.asarray(image).astype(float), {tuple(o[:2]) for o in scene["objects"]}, []
+    for part in range(9):
+        free = [core(ninth(ninth(pixels, part), place), 0.3) for place in range(9) if (part, place) not in taken]
+        seen = hue(np.mean(free, axis=(0, 1, 2)))
+        found.append(min(TINTS, key=lambda name: np.linalg.norm(seen - TINTS[name])))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +86,7 @@ def core(pixels):
 
 
 def test_exactly_one_object_satisfies_the_question():
-    for scene in scenes():
+    for scene in scenes() + crowded_scenes():
         found, field = asked_for(scene)
         assert found == scene["objects"][:1] and str(found[0][field]) == scene["answer"]
 
@@ -73,7 +104,7 @@ def test_both_kinds_all_colours_shapes_and_digits_are_asked_for():
 
 
 def test_no_two_objects_share_a_place():
-    for scene in scenes():
+    for scene in scenes() + crowded_scenes():
         spots = [tuple(o[:2]) for o in scene["objects"]]
         assert len(set(spots)) == len(spots) and all(0 <= v < 9 for spot in spots for v in spot)
 
@@ -83,6 +114,38 @@ def test_lookalikes_share_the_colour_and_nobody_else_does():
         same = [o for o in scene["objects"] if o[2] == scene["colour"]]
         assert len(same) == 1 + LEVELS[scene["level"]]["lookalikes"]
         assert len(scene["objects"]) == len(same) + LEVELS[scene["level"]]["others"]
+
+
+def test_other_numbers_of_objects_can_be_asked_for():
+    for scene in crowded_scenes():
+        assert len(scene["objects"]) == 1 + 15 + 39
+        assert [o[2] == scene["colour"] for o in scene["objects"]] == [True] * 16 + [False] * 39
+    one = build_data.make_scene(np.random.default_rng(0), "hard", lookalikes=1)
+    assert len(one["objects"]) == 1 + 1 + LEVELS["hard"]["others"]
+    one = build_data.make_scene(np.random.default_rng(0), "hard", others=1)
+    assert len(one["objects"]) == 1 + LEVELS["hard"]["lookalikes"] + 1
+
+
+def test_a_wallpaper_is_the_colour_of_an_object_in_its_part():
+    for scene in scenes() + crowded_scenes():
+        assert len(scene["walls"]) == 9
+        for part, wall in enumerate(scene["walls"]):
+            held = {o[2] for o in scene["objects"] if o[0] == part}
+            assert wall in held or (wall is None and not held)
+
+
+def test_a_wallpaper_is_a_hint_and_not_the_answer():
+    """Every object of a part has the same chance to lend its colour: a part that holds one red and one blue object is red as
+    often as blue, and the target's own part often has another wallpaper."""
+    first, target = [], []
+    for scene in scenes():
+        for part, wall in enumerate(scene["walls"]):
+            held = [o[2] for o in scene["objects"] if o[0] == part]
+            if len(held) == 2 and held[0] != held[1]:
+                first.append(wall == held[0])
+        target.append(scene["walls"][scene["objects"][0][0]] == scene["colour"])
+    assert len(first) > 200 and 0.4 < np.mean(first) < 0.6
+    assert 0.6 < np.mean(target) < 0.95
 
 
 def test_levels_get_harder_in_every_respect():
@@ -97,6 +160,7 @@ def test_the_row_keeps_what_the_teacher_needs_and_is_a_question():
         tools.check_question({"id": "1", "image": "1.jpg", **scene})
         _, _, colour, shape, digit = scene["objects"][0]
         assert scene["colour"] == colour and {scene["wanted"], scene["answer"]} == {shape, str(digit)}
+        assert json.loads(tools.json_line(scene)) == scene
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +170,7 @@ def test_the_row_keeps_what_the_teacher_needs_and_is_a_question():
 def test_the_target_box_shows_the_target():
     """Zooming into target_bbox, or into its part and then its place, returns the pixels of the target's place."""
     for scene in scenes(8):
-        image = build_data.draw_scene(np.random.default_rng(0), scene)
+        image = draw(scene)
         side, (part, place, colour) = LEVELS[scene["level"]]["side"], scene["objects"][0][:3]
         assert image.size == (side, side)
         left, top = (side // 9 * (3 * (part // k % 3) + place // k % 3) for k in (1, 3))
@@ -123,9 +187,9 @@ def test_the_target_box_shows_the_target():
 
 
 def test_the_image_shows_every_object_and_no_other():
-    """On a place lies its object; anywhere in a part, frames included, are only colours that the part holds."""
-    for scene in scenes(4):
-        image = build_data.draw_scene(np.random.default_rng(0), scene)
+    """On a place lies its object; anywhere in a part, walls and frames included, are only colours that the part holds."""
+    for scene in scenes(4) + crowded_scenes(1):
+        image = draw(scene)
         seen = {colour: close(image, colour) for colour in COLOURS}
         places = [[part, place, colour] for colour, part, place in itertools.product(COLOURS, range(9), range(9))
                   if core(ninth(ninth(seen[colour], part), place)).mean() > 0.15]
@@ -133,6 +197,26 @@ def test_the_image_shows_every_object_and_no_other():
                  if ninth(seen[colour], part).sum() > 10]
         assert sorted(places) == sorted(o[:3] for o in scene["objects"])
         assert set(parts) == {(part, colour) for part, _, colour, _, _ in scene["objects"]}
+
+
+def test_the_wallpaper_can_be_seen_in_the_image_and_at_the_size_that_the_model_sees():
+    for scene in scenes(12):
+        image = draw(scene)
+        assert papers(image, scene) == scene["walls"]
+        assert papers(tools.resize_for_model(image, 6000, 8000), scene) == scene["walls"]
+
+
+def test_frames_tell_where_a_part_and_a_place_lie():
+    """A thin dark frame along the edges of every part, a thick one along the edges of the wall."""
+    for scene in scenes(2):
+        pixels = np.asarray(draw(scene)).astype(float).mean(axis=-1)
+        side, cell = len(pixels), len(pixels) // 9
+        for x in range(9):  # columns and rows of places: the strips at their edges, then the strips inside
+            for lines in (pixels[:, cell * x:cell * (x + 1)], pixels[cell * x:cell * (x + 1)].T):
+                dark = [lines[:, :cell // 12].mean() < 45, lines[:, -(cell // 12):].mean() < 45]
+                assert dark == [x % 3 == 0, x % 3 == 2]
+                assert (lines[:, cell // 8:cell // 4].mean() < 60) == (x == 0)
+                assert (lines[:, -(cell // 4):-(cell // 8)].mean() < 60) == (x == 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,12 +292,23 @@ def test_every_image_of_every_row_opens(built):
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory):
-    out = tmp_path_factory.mktemp("instructions")
-    return out, [row for i in range(6) for row in build_data.make_instructions(i, out, 0, 6000, 8000)]
+    """Folder, the rows about eight scenes, and these scenes, as they were drawn."""
+    out, rows, drawn, draw_scene = tmp_path_factory.mktemp("instructions"), [], [], build_data.draw_scene
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_data, "draw_scene", lambda rng, scene: drawn.append(scene) or draw_scene(rng, scene))
+        for index in range(8):
+            rows += build_data.make_instructions(index, out, 0, 6000, 8000)
+    return out, rows, drawn
+
+
+def subject(row, drawn):
+    """What an instruction row is about, by its view's name: (scene, part or None, place or None)."""
+    index, part, place = re.fullmatch(r"views/0_(\d+)_(?:all|p(\d)(\d)?)\.jpg", row["image"]).groups()
+    return drawn[int(index)], part and int(part), place and int(place)
 
 
 def test_instructions_are_one_turn_trajectories_without_the_protocol(instructions):
-    out, rows = instructions
+    out, rows, _ = instructions
     assert len({r["id"] for r in rows}) == len(rows)
     for row in rows:
         tools.check_trajectory(row)
@@ -222,60 +317,96 @@ def test_instructions_are_one_turn_trajectories_without_the_protocol(instruction
         assert tools.open_image(out / row["image"]).size == (84, 84)  # the size at which the model sees it
 
 
-def subject(row):
-    """What an instruction row of seed 0 is about, by its view's name: (objects, part or None, place or None)."""
-    index, part, place = re.fullmatch(r"views/0_(\d+)_(?:all|p(\d)(\d)?)\.jpg", row["image"]).groups()
-    rng = np.random.default_rng([0, build_data.SPLITS.index("instruct"), int(index)])
-    objects = build_data.make_scene(rng, list(LEVELS)[rng.integers(3)])["objects"]
-    return objects, part and int(part), place and int(place)
+def test_every_other_scene_is_crowded_and_shows_no_view_of_the_whole(instructions):
+    _, rows, drawn = instructions
+    assert len(drawn) == 8
+    for index, scene in enumerate(drawn):
+        about = [subject(row, drawn)[1:] for row in rows if row["id"].startswith(f"instruct_{index:05d}_")]
+        whole, parts = about.count((None, None)), sum(part is not None and place is None for part, place in about)
+        places, count, level = len(about) - whole - parts, len(scene["objects"]), LEVELS[scene["level"]]
+        if index % 2:
+            assert 21 <= count <= 55 and (whole, parts, places) == (0, 18, 9)
+        else:
+            assert count == 1 + level["lookalikes"] + level["others"]
+            assert (whole, parts, places) == (4, 9, min(7, count) + 1)
 
 
-def test_instructions_about_colours_are_true(instructions):
-    """ "Where is red?" names exactly the parts of the scene, or the places of the stored view's pixels, that hold red."""
-    out, rows = instructions
+def said(answer, word):
+    """{colour: places} of a reply such as "I see red in top left. I see blue in right."; word " walls": of "I see red walls
+    in top left." """
+    assert re.fullmatch(rf"(I see \w+{word} in [a-z -]+\. ?)+|I see no \w+{word}\.|I see nothing\.", answer)
+    return {colour: places.split() for colour, places in re.findall(rf"I see (\w+){word} in ([a-z -]+)\.", answer)}
+
+
+def groups(names):
+    """{name: the places that have it} of a list with a name, or None, per place."""
+    return {name: [p for p, n in zip(PLACES, names) if n == name] for name in names if name is not None}
+
+
+def test_instructions_about_walls_are_true(instructions):
+    """ "Which walls are red?" names exactly the parts whose wallpaper looks red in the stored view of the whole image."""
+    out, rows, drawn = instructions
+    checked = {True: 0, False: 0}
+    for row in rows:
+        scene, part, _ = subject(row, drawn)
+        about = re.fullmatch(r"Which walls are (\w+)\?", row["question"])
+        assert (about is not None) == (part is None)
+        if about is not None:
+            seen = groups(papers(tools.open_image(out / row["image"]), scene))
+            if about[1] != "what":
+                seen = {colour: places for colour, places in seen.items() if colour == about[1]}
+                assert seen or row["answer"] == f"I see no {about[1]} walls."
+            assert said(row["answer"], " walls") == seen
+            checked[bool(seen)] += 1
+    assert min(checked.values()) > 2
+
+
+def test_instructions_about_a_part_are_true(instructions):
+    """ "Where is red?" names exactly the places of the stored view's pixels that hold red."""
+    out, rows, drawn = instructions
     checked = {True: 0, False: 0}
     for row in rows:
         about = re.fullmatch(r"Where is (\w+)\?", row["question"])
-        if about is None:
-            continue
-        objects, part, _ = subject(row)
-        said = dict.fromkeys(COLOURS if about[1] == "everything" else [about[1]], "")
-        if row["answer"] not in (f"I see no {about[1]}.", "I see nothing."):
-            colours = set(said)
-            said.update(re.findall(r"I see (\w+) in ([a-z -]+)\.", row["answer"]))
-            assert set(said) == colours
-        for colour, places in said.items():
-            if part is None:
-                held = {o[0] for o in objects if o[2] == colour}
-            else:
-                pixels = close(tools.open_image(out / row["image"]), colour)
-                held = {i for i in range(9) if core(ninth(pixels, i)).mean() > 0.1}
-            assert places.split() == [place for i, place in enumerate(PLACES) if i in held]
-            checked[bool(places)] += 1
+        _, part, place = subject(row, drawn)
+        assert (about is not None) == (part is not None and place is None)
+        if about is not None:
+            view, seen = tools.open_image(out / row["image"]), {}
+            for colour in COLOURS if about[1] == "everything" else [about[1]]:
+                pixels = close(view, colour)
+                seen[colour] = [name for i, name in enumerate(PLACES) if core(ninth(pixels, i)).mean() > 0.1]
+            if not any(seen.values()):
+                assert row["answer"] == ("I see nothing." if about[1] == "everything" else f"I see no {about[1]}.")
+            assert said(row["answer"], "") == {colour: places for colour, places in seen.items() if places}
+            checked[any(seen.values())] += 1
     assert min(checked.values()) > 20
 
 
 def test_instructions_about_a_place_name_its_object(instructions):
     """The colour is checked against the pixels of the stored view, shape and digit against the layout."""
-    out, rows = instructions
+    out, rows, drawn = instructions
     empty = 0
     for row in (r for r in rows if r["question"] == "What is this?"):
-        objects, part, place = subject(row)
-        there = [o for o in objects if o[:2] == [part, place]]
+        scene, part, place = subject(row, drawn)
+        there = [o for o in scene["objects"] if o[:2] == [part, place]]
         assert row["answer"] == ("I see {} {} {}.".format(*there[0][2:]) if there else "I see nothing.")
-        pixels = tools.open_image(out / row["image"])
-        assert [c for c in COLOURS if core(close(pixels, c)).mean() > 0.1] == [o[2] for o in there]
+        view = tools.open_image(out / row["image"])
+        assert [c for c in COLOURS if core(close(view, c)).mean() > 0.1] == [o[2] for o in there]
         empty += not there
     assert empty > 0
 
 
 def test_descriptions_by_hand():
     objects = [[0, 8, "red", "star", 7], [0, 2, "red", "circle", 1], [0, 4, "blue", "square", 0], [5, 0, "red", "star", 2]]
-    assert build_data.describe_view(objects, None, "red") == "I see red in top-left right."
-    assert build_data.describe_view(objects, 0, "red") == "I see red in top-right bottom-right."
-    assert build_data.describe_view(objects, 5, "blue") == "I see no blue."
-    assert build_data.describe_all(objects, 0) == "I see red in top-right bottom-right. I see blue in center."
-    assert build_data.describe_all(objects, 1) == "I see nothing."
+    assert build_data.describe_part(objects, 0, "red") == "I see red in top-right bottom-right."
+    assert build_data.describe_part(objects, 5, "blue") == "I see no blue."
+    of_part = partial(build_data.describe_part, objects)
+    assert build_data.describe_all(of_part, 0, {"blue", "red"}) == "I see red in top-right bottom-right. I see blue in center."
+    assert build_data.describe_all(of_part, 1, set()) == "I see nothing."
+    walls = ["blue", None, "red", None, None, "blue", None, None, None]
+    assert build_data.describe_walls(walls, "blue") == "I see blue walls in top-left right."
+    assert build_data.describe_walls(walls, "green") == "I see no green walls."
+    every = "I see red walls in top-right. I see blue walls in top-left right."
+    assert build_data.describe_all(build_data.describe_walls, walls, walls) == every
     assert build_data.describe_cell(objects, 0, 8) == "I see red star 7."
     assert build_data.describe_cell(objects, 0, 0) == "I see nothing."
 

@@ -21,7 +21,7 @@ from PIL import Image
 import build_data
 import collect_coldstart
 import tools
-from build_data import LEVELS, describe_cell, describe_view, place_box
+from build_data import LEVELS, describe_cell, describe_part, describe_walls, place_box, places_with
 from collect_coldstart import PATTERNS, Teacher
 from conftest import ROOT, run_script
 from tools import PHRASES, PLACES
@@ -64,9 +64,54 @@ def truth(row, view):
     if view == "refused":
         return PHRASES["sorry"]
     part, place = view
+    if part is None:
+        return describe_walls(row["walls"], row["colour"])
     if place is None:
-        return describe_view(row["objects"], part, row["colour"])
+        return describe_part(row["objects"], part, row["colour"])
     return describe_cell(row["objects"], part, place)
+
+
+def later(text):
+    """The parts that a thought says are still to be looked at, in its order."""
+    said = re.search(PHRASES["later"].format(places="([a-z -]+)"), text)
+    return [PLACES.index(place) for place in said[1].split()] if said else []
+
+
+def visits(row, turns):
+    """The views that a search asked for, wrong guesses left out, one list per scan: "Scan again" begins another."""
+    scans = [[]]
+    for text, _, view in follow(row, [text for text, _ in turns]):
+        if view not in ("refused", (None, None)) and truth(row, view) != PHRASES["empty"]:
+            scans[-1].append(view)
+        if PHRASES["again"] in text:
+            scans.append([])
+    return scans
+
+
+def tour(row, parts, breadth_first=False):
+    """The views of a search through these parts: every part, then at once (or after all parts) each place that holds the
+    colour, in reading order. It does not stop at the target."""
+    def candidates(part):
+        return [(part, PLACES.index(place)) for place in places_with(row["objects"], part, row["colour"])]
+
+    if breadth_first:
+        return [(part, None) for part in parts] + [view for part in parts for view in candidates(part)]
+    return [view for part in parts for view in [(part, None), *candidates(part)]]
+
+
+def up_to_target(row, views):
+    """Those views up to the target; all of them if it is not among them."""
+    target = tuple(row["objects"][0][:2])
+    return views[:views.index(target) + 1] if target in views else views
+
+
+def ring(start):
+    return [(start + i) % 9 for i in range(9)]
+
+
+def hinted(row):
+    """The parts that have the colour's wallpaper."""
+    return [part for part in range(9) if row["walls"][part] == row["colour"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,29 +165,100 @@ def test_verdicts_are_true(pattern):
                 assert verdict[1] == row["wanted"] and (verdict[2] == "Yes") == (view == tuple(row["objects"][0][:2]))
 
 
-@pytest.mark.parametrize("pattern", ["scan", "depth_first", "breadth_first", "hint"])
-def test_plain_patterns_never_look_twice(pattern):
+def plan_of(text):
+    """Which plan a first turn announces."""
+    plan, = (name for name in ("scan", "shuffle", "first", "hint") if PHRASES[name] in text)
+    return plan
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_search_looks_where_its_first_turn_says(pattern):
+    """Mistakes apart, it looks at the parts in the announced order, at every candidate once, and at nothing else, up to the
+    target. Not found: the announced parts were too few, or the target was overlooked; then it scans all nine in a ring."""
+    plans = set()
     for row, turns in lessons(pattern):
-        views = [view for _, _, view in follow(row, [text for text, _ in turns])]
-        assert len(set(views)) == len(views)
+        plan, target = plan_of(turns[0][0]), tuple(row["objects"][0][:2])
+        plans.add(plan)
+        first, *more = visits(row, turns)
+        views = up_to_target(row, tour(row, later(turns[0][0]), plan == "first"))
+        if pattern == "recheck":
+            views.append(target)
+        if pattern == "search_again":  # overlooked
+            views = [view for view in tour(row, later(turns[0][0])) if view != target]
+        assert first == views
+        again = [later(text) for text, _ in turns if PHRASES["again"] in text]
+        assert len(again) == len(more) == (target not in first)
+        for parts, scan in zip(again, more):
+            assert parts == ring(parts[0])
+            assert scan == up_to_target(row, tour(row, parts, plan == "first"))
+    own = {"scan": "scan", "depth_first": "shuffle", "breadth_first": "first", "hint": "hint", "search_again": "hint"}
+    assert plans == ({own[pattern]} if pattern in own else {"scan", "shuffle", "hint"})
 
 
-def test_orders_of_search():
-    """scan: reading order from a random start. hint, breadth_first: only parts with the colour; parts before places."""
-    starts = set()
-    for row, turns in lessons("scan"):
-        parts = [v[0] for _, _, v in follow(row, [t for t, _ in turns]) if v[0] is not None and v[1] is None]
-        assert parts == [(parts[0] + i) % 9 for i in range(len(parts))]
-        starts.add(parts[0])
-    assert starts == set(range(9))
-    coloured = {"hint": [], "breadth_first": []}
-    for pattern in coloured:
-        for row, turns in lessons(pattern):
-            views = [v for _, _, v in follow(row, [t for t, _ in turns])][1:]
-            assert {part for part, _ in views} <= {o[0] for o in row["objects"] if o[2] == row["colour"]}
-            coloured[pattern].append([place is None for _, place in views])
-    assert all(kinds == sorted(kinds, reverse=True) for kinds in coloured["breadth_first"])
-    assert not all(kinds == sorted(kinds, reverse=True) for kinds in coloured["hint"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_plans_cover_all_nine_parts_in_their_own_order(pattern):
+    """hint: the parts with the colour's wallpaper, then the others; scan: in reading order from a random start; depth first:
+    at random. Only breadth first is content with the parts that have the wallpaper."""
+    starts, orders = set(), set()
+    for row, turns in lessons(pattern):
+        plan, parts, walls = plan_of(turns[0][0]), later(turns[0][0]), hinted(row)
+        if plan == "first":
+            assert parts == walls
+            continue
+        assert sorted(parts) == list(range(9))
+        if plan == "hint":
+            assert parts == walls + [part for part in range(9) if part not in walls]
+        if plan == "scan":
+            assert parts == ring(parts[0])
+            starts.add(parts[0])
+        if plan == "shuffle":
+            orders.add(tuple(parts))
+    assert pattern != "scan" or starts == set(range(9))
+    assert pattern != "depth_first" or len(orders) > 25  # the teacher's dice are the same for each level
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_scenes_without_a_hint_are_solved_too(pattern):
+    """No part has the colour's wallpaper (seldom, unless there are many other objects): the hint is plain reading order, and
+    breadth first begins with three parts of a ring."""
+    drawn = (build_data.make_scene(np.random.default_rng([9, index]), "easy", lookalikes=1, others=20) for index in range(60))
+    rows = [row for row in drawn if not hinted(row)]
+    assert len(rows) > 10
+    for index, row in enumerate(rows):
+        turns = list(Teacher(row, pattern, np.random.default_rng([1, index])).turns())
+        plan, parts = plan_of(turns[0][0]), later(turns[0][0])
+        assert turns[0][0].startswith(f"<think>I see no {row['colour']} walls.")
+        assert plan != "hint" or parts == list(range(9))
+        assert plan != "first" or parts == ring(parts[0])[:3]
+        assert tools.parse_turn(turns[-1][0]) == ("answer", row["answer"])
+
+
+def test_the_hint_saves_turns():
+    """On average: the wallpaper is a hint, not the answer."""
+    turns = {pattern: [len(turns) for _, turns in lessons(pattern)] for pattern in ("hint", "scan")}
+    assert np.mean(turns["hint"]) < 0.85 * np.mean(turns["scan"])
+
+
+@pytest.mark.parametrize("pattern", ["scan", "depth_first", "breadth_first", "hint"])
+def test_the_last_turn_holds_all_that_is_left_to_do(pattern):
+    """Its thought lists the parts not yet looked at and, by the observation they were seen in, the candidates not yet looked
+    at, so that nothing older has to be remembered."""
+    for row, turns in lessons(pattern):
+        parts, left = later(turns[0][0]), {}
+        for number, (text, kind, (part, place)) in enumerate(follow(row, [text for text, _ in turns])):
+            if part is not None and place is None:
+                assert parts.pop(0) == part
+                left[f"observation_{number}"] = places_with(row["objects"], part, row["colour"])
+            if place is not None:
+                left[source].remove(PLACES[place])
+            if PHRASES["again"] in text:
+                assert parts == [] and not any(left.values())
+                parts = later(text)
+            if kind == "zoom":
+                assert later(text) == parts
+                said = re.findall(PHRASES["here"].format(source=r"(\w+)", places="([a-z -]+)"), text)
+                assert {s: p.split() for s, p in said} == {s: p for s, p in left.items() if p}
+                source = tools.parse_turn(text)[1]["source"]
 
 
 def test_recover_mends_its_call_in_the_next_turn():
@@ -172,7 +288,9 @@ def test_bad_calls_are_refused_in_several_ways():
 def test_search_again_overlooks_the_target_once():
     for row, turns in lessons("search_again"):
         texts = [text for text, _ in turns]
-        assert sum("Not found" in text for text in texts) == 1
+        assert sum(PHRASES["again"] in text for text in texts) == 1
+        before = [part for part, place in visits(row, turns)[0] if place is None]
+        assert before == later(texts[0]) and len(before) == 9  # all nine parts, the overlooked target's too
         looks = [view for _, _, view in follow(row, texts)].count((row["objects"][0][0], None))
         assert looks == 2  # at the target's part: overlooked, then seen
 
@@ -210,8 +328,8 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
         tools.check_trajectory(solved)
         seen.add(solved["pattern"])
         assert (solved["finish"], solved["prediction"], solved["reward"]) == ("answer", row["answer"], 1.0)
-        assert solved["system"] == prompts["system"] and solved["teacher"] == "scripted" and "objects" not in solved
-        assert {k: solved[k] for k in row if k != "objects"} == {k: v for k, v in row.items() if k != "objects"}
+        assert solved["system"] == prompts["system"] and solved["teacher"] == "scripted"
+        assert {k: v for k, v in solved.items() if k in row} == {k: v for k, v in row.items() if k not in ("objects", "walls")}
         for turn, (_, kind, _) in zip(solved["turns"], follow(row, [t["text"] for t in solved["turns"]])):
             assert kind == ("zoom" if "zoom" in turn else "error" if "error" in turn else "answer")
         image = tools.open_image(world / row["image"])
@@ -252,6 +370,7 @@ def test_the_command_keeps_correct_trajectories_and_counts(folder):
     rows = tools.read_jsonl(folder / "whole.jsonl", tools.check_trajectory)
     said = (folder / "whole.txt").read_text()
     assert all(r["reward"] == 1.0 and r["finish"] == "answer" and len(r["turns"]) <= 32 for r in rows)
+    assert not any({"objects", "walls"} & set(r) for r in rows)  # what only the teacher reads
     assert f"160 trajectories, {len(rows)} correct and kept, {160 - len(rows)} left out" in said and "finished in" in said
     for key, value in (("pattern", lambda r: r["pattern"]), ("turns", lambda r: len(r["turns"]))):
         counts = collections.Counter(map(value, rows))
@@ -360,8 +479,9 @@ def test_the_questions_are_not_overwritten(small):
     assert (small / "train.jsonl").read_bytes() == before
 
 
-def test_questions_without_a_layout_are_refused_by_line(small):
+@pytest.mark.parametrize("key", ["objects", "walls", "colour", "wanted"])
+def test_questions_without_a_layout_are_refused_by_line(small, key):
     first, second = tools.read_jsonl(small / "train.jsonl")
-    tools.write_jsonl(small / "train.jsonl", [first, {k: v for k, v in second.items() if k != "objects"}])
+    tools.write_jsonl(small / "train.jsonl", [first, {k: v for k, v in second.items() if k != key}])
     done = collect(small, "bad.jsonl", check=False)
     assert done.returncode == 1 and "train.jsonl:2:" in done.stderr and done.stderr.count("\n") == 1

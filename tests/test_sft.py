@@ -67,7 +67,7 @@ def test_mask_covers_the_assistants_tokens_and_stop_tokens_only(policy, rows, wo
     expected = [i for turn in row["turns"] for i in [*policy.text(turn["text"]), policy.end_id]]
     assert written == expected
     text = policy.tokenizer.decode(s.ids)
-    assert text.startswith("<|im_start|>system\nYou answer") and row["question"] in text and "observation_1:\n<|vision_start|>" in text
+    assert text.startswith("<|im_start|>system\nLook closer.<|im_end|>\n") and row["question"] in text and "observation_1:\n<|vision_start|>" in text
 
 
 def test_deliberate_mistakes_are_context_not_target(policy, rows, world):

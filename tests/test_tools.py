@@ -484,8 +484,32 @@ def test_prompts_from_a_file_replace_some_of_the_defaults(tmp_path):
     assert tools.load_prompts(None) == tools.PROMPTS and tools.load_prompts(None) is not tools.PROMPTS
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"sistem": "x"}', '{"system": 7}', '{"question": "{question}"}',
-                                  '{"observation": "<image><image>"}', "\udcff"])
+def test_all_prompts_can_be_replaced(tmp_path):
+    """The default ones fit their own rules; a name is optional, and the system prompt may say anything, even nothing."""
+    path = tmp_path / "prompts.json"
+    others = {"system": "", "question": "<image>{question}", "observation": "<image>", "error": "{error}"}
+    assert set(others) == set(tools.PROMPTS)
+    for prompts in (others, tools.PROMPTS, {**others, "system": "<image> {question} {error}"}):
+        path.write_text(json.dumps(prompts))
+        assert tools.load_prompts(path) == prompts
+
+
+@pytest.mark.parametrize("key, text", [
+    ("question", "<image>"), ("question", "{question}"), ("question", ""), ("question", "{question}<image><image>"),
+    ("question", "{question}{question}<image>"), ("question", "{ question }<image>"), ("observation", "{name}:"),
+    ("observation", ""), ("observation", "{name}<image><image>"), ("error", "No."), ("error", "{Error}"),
+    ("error", "{error}{error}"), ("error", "")])
+def test_a_prompt_must_have_its_placeholders(tmp_path, key, text):
+    """Exactly once each: otherwise the model would not be told the question, the picture or its mistake."""
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({key: text}))
+    with pytest.raises(tools.InputError, match=f"prompts.json: '{key}' must contain .* exactly once") as error:
+        tools.load_prompts(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '"question"', '{"sistem": "x"}', '{"system": 7}', '{"question": null}',
+                                  '{"question": ["{question}", "<image>"]}', "\udcff"])
 def test_bad_prompts_are_one_line(tmp_path, text):
     path = tmp_path / "prompts.json"
     if text is not None:
