@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as library
 from transformers.utils import logging as hf_logging
 
 import tools
@@ -325,14 +326,22 @@ def exact_norm(norm, x):
     return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
 
 
+def exact_rotary(q, k, cos, sin):
+    """The vision tower's rotary embedding in the precision of q, for the same reason. q, k: (S, H, D); cos, sin: (S, D)."""
+    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
+    return q * cos + library.rotate_half(q) * sin, k * cos + library.rotate_half(k) * sin
+
+
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
     model.set_attn_implementation({"vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
-    for module in model.modules() if model.dtype == torch.float64 else ():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(exact_norm, module)
+    if model.dtype == torch.float64:
+        library.apply_rotary_pos_emb_vision = exact_rotary
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = partial(exact_norm, module)
     policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
                     min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
     model.generation_config.suppress_tokens = policy.banned  # a served copy must not write image placeholders either
