@@ -415,6 +415,21 @@ def test_instructions_about_a_place_name_its_object(instructions):
     assert empty > 0
 
 
+def test_comparisons_with_what_is_wanted_are_true(instructions):
+    """"Is this the star?" names the object and says whether its shape or digit is the wanted one; both verdicts occur."""
+    _, rows, drawn = instructions
+    verdicts = {"Yes": 0, "No": 0}
+    for row in rows:
+        about = re.fullmatch(r"Is this the (\w+)\?", row["question"])
+        if about:
+            scene, part, place = subject(row, drawn)
+            there = [str(v) for o in scene["objects"] if o[:2] == [part, place] for v in o[3:]]
+            verdict = "Yes" if about[1] in there else "No"
+            assert row["answer"].endswith(f" Want {about[1]}. {verdict}.")
+            verdicts[verdict] += 1
+    assert min(verdicts.values()) > 5
+
+
 def test_descriptions_by_hand():
     objects = [[0, 8, "red", "star", 7], [0, 2, "red", "circle", 1], [0, 4, "blue", "square", 0], [5, 0, "red", "star", 2]]
     assert build_data.describe_part(objects, 0, "red") == "I see red in top-right bottom-right."
