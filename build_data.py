@@ -15,7 +15,7 @@ Levels differ as in the paper: target size, number of look-alikes, resolution (s
 
 What differs from the paper's VisualProbe:
 1. Drawn, not photographed, so that a 1.7 M parameter model can learn it in minutes without a network.
-2. The layout of the scene is kept in the row ("objects"); only the scripted teacher reads it, never the policy.
+2. The layout of the scene is kept in the row ("objects", "walls"); only the scripted teacher reads it, never the policy.
 3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows already: naming what is in
    a view, comparing it with what is wanted, keeping a list. It contains nothing of the multi-turn protocol.
 
@@ -68,7 +68,8 @@ def make_scene(rng, level, lookalikes=None, others=None):
     objects: list of [part, place, colour, shape, digit], parts and places by index into PLACES, the target first.
     walls: the wallpaper of each part: the colour of one of its objects, or None where it has none.
     """
-    lookalikes, others = lookalikes or LEVELS[level]["lookalikes"], others or LEVELS[level]["others"]
+    lookalikes = LEVELS[level]["lookalikes"] if lookalikes is None else lookalikes
+    others = LEVELS[level]["others"] if others is None else others
     kind = ["digit", "shape"][rng.integers(2)]
     colour, shape, digit = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))
     spots = rng.permutation(81)

@@ -11,7 +11,7 @@ Search patterns, one per trajectory, named in the row ("pattern"):
     hint            the parts that have the colour's wallpaper first, then the others, every candidate at once
     backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
     recover         makes a call that the tool refuses, and mends it
-    search_again    overlooks the target, finds nothing, and scans again from the start
+    search_again    overlooks the target, finds nothing, and scans all nine parts again
     recheck         looks twice before answering
 
 What differs from the Mini-o3 paper:
@@ -186,8 +186,11 @@ def solve(row, index, root, prompts, max_turns, seed):
 def check_layout(row):
     """A question of the default world with its layout, as the scripted teacher needs it."""
     tools.check_question(row)
-    if not isinstance(row.get("objects"), list) or not isinstance(row.get("colour"), str) or not {"wanted", "walls"} <= set(row):
-        raise tools.InputError("the scripted teacher needs questions with a layout ('objects'), as build_data.py draws them")
+    lists = all(isinstance(row.get(key), list) and row[key] for key in ("objects", "walls"))
+    words = all(isinstance(row.get(key), str) for key in ("colour", "wanted"))
+    if not lists or len(row["walls"]) != 9 or not words:
+        raise tools.InputError("the scripted teacher needs questions with a layout ('objects', 'walls'), as build_data.py draws "
+                               "them")
 
 
 def finished_part(path):

@@ -72,7 +72,7 @@ def trained_folder(world, make_tiny, tmp_path_factory):
     params = sft.trainable(policy, freeze_vision=True)
     optimizer = sft.make_optimizer(params, 3e-3, 0.0)
     batch = sft.collate(policy, sequences)
-    for step in range(60):
+    for step in range(30):
         (-sft.token_logprobs(policy, batch).mean()).backward()
         sft.update(params, optimizer, 3e-3 * min(1, (step + 1) / 10), 1.0)
     sft.export(policy, out)

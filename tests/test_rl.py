@@ -151,7 +151,7 @@ def test_questions_of_a_step_depend_on_seed_step_and_place_only():
 def test_trainer_agrees_with_sampler(trained, world):
     """The log-probs of an update, before any step, are those the sampler recorded: every ratio is 1."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 48, 1200), 8).run(rows, 4, world)
+    rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     batch, old = rl.collate_rollouts(trained, rollouts)
     mask = batch["mask"][:, 1:]
     with torch.no_grad():
@@ -159,17 +159,20 @@ def test_trainer_agrees_with_sampler(trained, world):
     assert ((new - old)[mask]).abs().max() < 1e-9 and (old[~mask] == 0).all()
 
 
-COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 4, "--max_turn_tokens", 48, "--dtype", "float64", "--slots", 8,
+COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 8,
           "--max_context", 1200, "--warmup_steps", 0]
 
 
 @pytest.fixture(scope="module")
 def runs(trained_folder, world, tmp_path_factory):
-    """Three steps on one process, and the same on two."""
+    """Three steps on one process, and the same on two. The questions are those that the small policy has seen in training:
+    some of its samples are right and some are not."""
     out = tmp_path_factory.mktemp("rl")
     prompts = out / "prompts.json"
     prompts.write_text(json.dumps({"system": "Look closer."}))
-    common = ["rl.py", "--model", trained_folder, "--data", world / "train.jsonl", "--prompts", prompts, *COMMON, "--save_every", 1]
+    seen = [{k: row[k] for k in ("id", "image", "question", "answer")} for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
+    tools.write_jsonl(world / "seen.jsonl", seen)
+    common = ["rl.py", "--model", trained_folder, "--data", world / "seen.jsonl", "--prompts", prompts, *COMMON, "--save_every", 1]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
