@@ -17,8 +17,8 @@ Commands:
     1 CPU          python evaluate.py
     2 CPU cores    torchrun --nproc_per_node=2 evaluate.py
     1 GPU          python evaluate.py --model checkpoints/rl --slots 64
-    8 GPUs         torchrun --nproc_per_node=8 evaluate.py --model checkpoints/rl --data data/visualprobe/hard.jsonl --samples 32 \\
-                       --max_turn_tokens 2048 --max_context 32768 --slots 16
+    8 GPUs         torchrun --nproc_per_node=8 evaluate.py --model checkpoints/rl --data data/visualprobe/hard.jsonl \\
+                       --samples 32 --max_turn_tokens 2048 --max_context 32768 --slots 16
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 evaluate.py ...
 """
 

@@ -25,11 +25,11 @@ What differs from textbook GRPO and from the paper:
 Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
-    1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 --checkpointing --freeze_vision \\
-                       --max_turn_tokens 1024 --max_context 16384 --slots 16
+    1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
+                       --checkpointing --freeze_vision --max_turn_tokens 1024 --max_context 16384 --slots 16
     8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/train.jsonl --lr 1e-6 \\
-                       --prompts_per_step 256 --minibatch 32 --group 16 --checkpointing --max_turn_tokens 2048 --max_context 32768 \\
-                       --max_images 12 --slots 16
+                       --prompts_per_step 256 --minibatch 32 --group 16 --checkpointing --max_turn_tokens 2048 \\
+                       --max_context 32768 --max_images 12 --slots 16
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 rl.py ...
 """
 
