@@ -61,6 +61,13 @@ def place_box(place):
     return [edges[col], edges[row], edges[col + 1], edges[row + 1]]
 
 
+def ask(kind, colour, shape, digit):
+    """(question, answer, what to look for) about an object, for a kind of question: "digit" or "shape"."""
+    if kind == "digit":
+        return f"What digit is on the {colour} {shape}?", str(digit), shape
+    return f"Which shape is the {colour} object with digit {digit}?", shape, str(digit)
+
+
 def make_scene(rng, level, lookalikes=None, others=None):
     """Draw lots for one image: its objects and its question. Returns the question row without id and image. lookalikes,
     others: numbers of objects, instead of the level's.
@@ -86,10 +93,7 @@ def make_scene(rng, level, lookalikes=None, others=None):
         objects.append([*divmod(int(spot), 9), other, str(rng.choice(SHAPES)), int(rng.integers(10))])
     held = [[o[2] for o in objects if o[0] == part] for part in range(9)]
     walls = [str(rng.choice(colours)) if colours else None for colours in held]
-    if kind == "digit":
-        question, answer, wanted = f"What digit is on the {colour} {shape}?", str(digit), shape
-    else:
-        question, answer, wanted = f"Which shape is the {colour} object with digit {digit}?", shape, str(digit)
+    question, answer, wanted = ask(kind, colour, shape, digit)
     part, place = objects[0][:2]
     x, y = 3 * (part % 3) + place % 3, 3 * (part // 3) + place // 3
     return {"question": question, "answer": answer, "source": f"synthetic_{kind}", "level": level,
@@ -215,6 +219,23 @@ def make_errand(rng):
     return f"Done:{before} What next?", f"Next:{state()}"
 
 
+def make_comparison(rng, objects, part, place):
+    """What is at one place: named, or also compared with what a question looks for. Returns (question, reply)."""
+    seen, kind = describe_cell(objects, part, place), ["name", "digit", "shape"][rng.integers(3)]
+    if kind == "name":
+        return "What is this?", seen
+    here = [o[2:] for o in objects if o[:2] == [part, place]]
+    colour, shape, digit = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))
+    if here:  # a search looks at objects of the right colour; every other time it has found what it looks for
+        colour, shape, digit = here[0] if rng.random() < 0.5 else (here[0][0], shape, digit)
+    question, _, wanted = ask(kind, colour, shape, digit)
+    found = f" {wanted}" in seen
+    reply = seen + PHRASES["verdict"].format(wanted=wanted, verdict="Yes" if found else "No")
+    if found:
+        reply += PHRASES["answer"].format(answer=here[0][2] if kind == "digit" else here[0][1])
+    return question, reply
+
+
 def make_instructions(index, out, seed, min_pixels, max_pixels):
     """Rows about one scene: views of some parts and places, and every other time of the whole image. Views are cut by the
     agent's own tool, written with the coordinates it will write, and stored at the size at which the model sees them.
@@ -236,31 +257,29 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
     def shuffled(first):  # the colours, the one that the scene is about first
         return [first, *(c for c in rng.permutation(list(COLOURS)).tolist() if c != first)]
 
+    def some_question(colour):
+        return ask(["digit", "shape"][rng.integers(2)], colour, str(rng.choice(SHAPES)), int(rng.integers(10)))[0]
+
     if not crowded:
         path, walls = save(image, "all"), scene["walls"]
-        for colour in shuffled(scene["colour"])[:3]:
+        first, *more = shuffled(scene["colour"])[:3]
+        add(path, some_question(first), describe_walls(walls, first))
+        for colour in more:
             add(path, f"Which walls are {colour}?", describe_walls(walls, colour))
         add(path, "Which walls are what?", describe_all(describe_walls, walls, walls))
     for part in rng.permutation(9)[:6 if crowded else 3].tolist():
         path = save(tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}), f"p{part}")
-        for colour in shuffled(scene["colour"])[:2]:
-            add(path, f"Where is {colour}?", describe_part(objects, part, colour))
+        first, second = shuffled(scene["colour"])[:2]
+        add(path, some_question(first), describe_part(objects, part, first))
+        add(path, f"Where is {second}?", describe_part(objects, part, second))
         here = {o[2] for o in objects if o[0] == part}
         add(path, "Where is everything?", describe_all(partial(describe_part, objects), part, here))
     filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8 if crowded else 7]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
-        path, seen = save(view, f"p{part}{place}"), describe_cell(objects, part, place)
-        kind = rng.integers(3)  # name it, or also compare it with a shape or a digit that is wanted
-        likely = [o[3:5] for o in objects if o[:2] == [part, place]] if rng.random() < 0.5 else []
-        shape, digit = likely[0] if likely else (str(rng.choice(SHAPES)), int(rng.integers(10)))
-        wanted = [None, shape, str(digit)][kind]
-        if kind == 0:
-            add(path, "What is this?", seen)
-        else:
-            verdict = "Yes" if f" {wanted}" in seen else "No"
-            add(path, f"Is this the {wanted}?", seen + PHRASES["verdict"].format(wanted=wanted, verdict=verdict))
+        path = save(view, f"p{part}{place}")
+        add(path, *make_comparison(rng, objects, part, place))
         add(path, *make_errand(rng))
     return rows
 

@@ -7,7 +7,7 @@ what lets a small policy search for 32 turns: all it must remember stands in its
 Search patterns, one per trajectory, named in the row ("pattern"):
     scan            the nine parts in reading order from a random start, every candidate at once
     depth_first     the nine parts in random order, every candidate at once
-    breadth_first   first all parts that have the colour's wallpaper, noting candidates; then the candidates
+    breadth_first   first all parts that have the colour's wallpaper (three others if none has), noting candidates; then these
     hint            the parts that have the colour's wallpaper first, then the others, every candidate at once
     backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
     recover         makes a call that the tool refuses, and mends it
@@ -100,6 +100,10 @@ class Teacher:
         self.later = hinted + [place for place in PLACES if place not in hinted]
         return PHRASES["hint"]
 
+    def empty_places(self, source):
+        held = [o[1] for o in self.row["objects"] if o[0] == self.parts[source]]
+        return [place for i, place in enumerate(PLACES) if i not in held]
+
     def look(self, seen, learn):
         """Say what is seen and choose the next view, perhaps with the pattern's deliberate mistake first; yields
         (text, learn) per turn and returns (part, place or None for the whole part) of the crop that will be seen."""
@@ -109,10 +113,8 @@ class Teacher:
             call = {"bbox_2d": place_box(place), "source": source}
             yield self.think(seen, place, source, bad_call(self.rng, call, self.shown)), False
             seen, self.pattern = PHRASES["sorry"], "recovered"
-        elif self.pattern == "backtrack" and slip and not is_part:
-            part = self.parts[source]
-            free = [p for p in PLACES if describe_cell(self.row["objects"], part, PLACES.index(p)) == PHRASES["empty"]]
-            wrong = str(self.rng.choice(free or PLACES))
+        elif self.pattern == "backtrack" and slip and not is_part and self.empty_places(source):
+            wrong = str(self.rng.choice(self.empty_places(source)))
             yield self.think(seen, wrong, source), False
             self.shown += 1
             seen, self.pattern = PHRASES["empty"] + PHRASES["back"], "backtracked"
@@ -159,6 +161,7 @@ class Teacher:
                     seen += PHRASES["check"]
                     continue
                 if found:
+                    seen += PHRASES["answer"].format(answer=row["answer"])
                     yield f"<think>{seen}</think><answer>{row['answer']}</answer>", True
                     return
             if not self.here and not self.later:
@@ -177,8 +180,9 @@ def solve(row, index, root, prompts, max_turns, seed):
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
-    return {**{k: v for k, v in row.items() if k not in ("objects", "walls")}, "system": prompts["system"], "turns": turns, "finish": finish,
-            "prediction": prediction, "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
+    question = {k: v for k, v in row.items() if k not in ("objects", "walls")}
+    return {**question, "system": prompts["system"], "turns": turns, "finish": finish, "prediction": prediction,
+            "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
             "teacher": "scripted",
             "pattern": teacher.order if teacher.pattern in ("recover", "backtrack") else pattern}  # ended before its mistake
 

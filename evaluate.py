@@ -63,6 +63,7 @@ class Rollout(sft.Sequence):
     was appended but not fed yet.
     """
     row: dict = None
+    system: str = ""
     prompt: int = 0
     sample: int = 0
     logprobs: list = field(default_factory=list)
@@ -80,7 +81,8 @@ class Rollout(sft.Sequence):
 
     def as_row(self):
         """The trajectory row that is written to JSONL."""
-        return {**{k: v for k, v in self.row.items() if k not in ("objects", "walls")}, "turns": self.turns, "finish": self.finish,
+        question = {k: v for k, v in self.row.items() if k not in ("objects", "walls")}
+        return {**question, "system": self.system, "turns": self.turns, "finish": self.finish,
                 "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
 
 
@@ -132,10 +134,12 @@ class Engine:
     @torch.inference_mode()
     def run(self, rows, samples, root, prompts=None, bar=None):
         """Play every row `samples` times. prompts: a number per row that enters its random stream (default: its index).
-        Returns Rollouts ordered by row, then sample. Raises InputError if a prompt does not fit in max_context."""
+        root: folder of the images, or one per row. Returns Rollouts ordered by row, then sample. Raises InputError if a prompt
+        does not fit in max_context."""
         prompts = list(range(len(rows))) if prompts is None else prompts
         self.queue = collections.deque((i, s) for i in range(len(rows)) for s in range(samples))
-        self.rows, self.root, self.prompts, self.bar = rows, root, prompts, bar
+        self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
+        self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
         training, _ = self.policy.model.training, self.policy.model.eval()
         while self.queue and len(self.slots) < self.max_slots:
@@ -155,7 +159,7 @@ class Engine:
         and values. The prompt's last token stays pending, so that the first draw is like every other."""
         i, sample = self.queue.popleft()
         if self.opened is None or self.opened[0] != i:
-            image = tools.open_image(Path(self.root) / self.rows[i]["image"])
+            image = tools.open_image(Path(self.roots[i]) / self.rows[i]["image"])
             shown = self.policy.pixels([image])[0]
             ids = self.policy.opening(self.rows[i], shown[1])
             if len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
@@ -168,7 +172,8 @@ class Engine:
         _, image, shown, ids, saved, position = self.opened
         self.cache.write(slot, saved)
         self.slots[slot] = Rollout(
-            ids=list(ids), mask=[False] * len(ids), images=[shown], row=self.rows[i], prompt=self.prompts[i], sample=sample,
+            ids=list(ids), mask=[False] * len(ids), images=[shown], row=self.rows[i],
+            system=self.policy.system(self.rows[i]), prompt=self.prompts[i], sample=sample,
             views=[image], fed=len(ids) - 1, next_position=position, turn_start=len(ids),
             random=np.random.default_rng([*self.key, self.prompts[i], sample]), job=(i, sample))
 
@@ -212,7 +217,7 @@ class Engine:
         length = max(r.fed + len(piece) for r, piece in zip(rollouts, pieces))
         columns = (torch.tensor([r.fed for r in rollouts])[:, None] + torch.arange(width)).to(device)                # (n, w)
         self.cache.at(torch.tensor(list(slots), device=device), columns, length)
-        mask = torch.arange(length, device=device) <= columns[:, None, :, None]                                      # (n, 1, w, length)
+        mask = torch.arange(length, device=device) <= columns[:, None, :, None]                          # (n, 1, w, length)
         hidden = self.policy.model.model(
             input_ids=ids, position_ids=where.to(device), attention_mask=mask, past_key_values=self.cache,
             use_cache=True, **pixels).last_hidden_state                                                              # (n, w, D)
@@ -228,7 +233,7 @@ class Engine:
         else:
             u = torch.tensor([r.random.random(dtype=np.float32) for r in rollouts], dtype=torch.float64, device=logprobs.device)
             total = logprobs.double().exp().cumsum(-1)                                                 # (n, V)
-            ids = (total <= u[:, None] * total[:, -1:]).sum(-1)      # first id whose cumulative mass exceeds u: never a banned one
+            ids = (total <= u[:, None] * total[:, -1:]).sum(-1)   # first id whose cumulative mass exceeds u: never banned
         scores = logprobs.gather(-1, ids[:, None])[:, 0]
         ended = []
         for slot, r, token, score in zip(slots, rollouts, ids.tolist(), scores.tolist()):
@@ -367,7 +372,8 @@ def draw_trajectory(row, root, path, height=300):
         shown += number < len(row["turns"]) and "zoom" in turn
     lines = [_wrap(f"turn {i}  {text}", font, 560) for i, (_, text) in enumerate(tiles, 1)]
     heights = [max(size, line * len(text)) + pad for text in lines]
-    sheet = Image.new("RGB", (side + size + 560 + 5 * pad, max(canvas.height + 4 * line, sum(heights)) + 2 * pad), (255, 255, 255))
+    height = max(canvas.height + 4 * line, sum(heights)) + 2 * pad
+    sheet = Image.new("RGB", (side + size + 560 + 5 * pad, height), (255, 255, 255))
     sheet.paste(canvas, (pad, pad))
     draw, y = ImageDraw.Draw(sheet), pad
     facts = [row["question"], f"answer: {row['answer']}   prediction: {row['prediction']}   finish: {row['finish']}"]
@@ -479,8 +485,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Avg@K over turn budgets.")
     group = parser.add_argument_group("what is evaluated")
     group.add_argument("--model", default="checkpoints/rl", help="local folder or hub id")
-    group.add_argument("--data", type=Path, nargs="+", default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")],
-                       help="question files, one level each")
+    group.add_argument("--data", type=Path, nargs="+", help="question files, one level each",
+                       default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     group.add_argument("--out", type=Path, help="folder for table.json and trajectories (default: results/<model's name>)")
     group.add_argument("--limit", type=int, help="use only the first questions of each file")
     group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")

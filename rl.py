@@ -34,7 +34,9 @@ Commands:
 """
 
 import argparse
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,23 +112,48 @@ def is_completed(rollout):
     return rollout.finish in ("answer", "void")
 
 
-def pick_rows(count, places, seed, step, attempt):
-    """Indices of the questions that fill the P places of a step: without repetition, from (seed, step, attempt) only."""
-    order = np.random.default_rng([seed, step, attempt]).permutation(count)
-    return [int(order[place % count]) for place in places]
+def read_sets(specs, held_out=0):
+    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights, held_out rows). A set is a list of
+    (question row, folder of its images); the last `held_out` questions, shared out evenly over the files, are not in it."""
+    sets, weights, kept = [], [], []
+    for number, spec in enumerate(specs):
+        name, _, weight = spec.rpartition(":")
+        path, weight = (Path(name), weight) if name and not Path(spec).exists() else (Path(spec), "1")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or FILE:WEIGHT") from None
+        if not 0 < weights[-1] < float("inf"):
+            raise tools.InputError(f"--data {spec}: a weight is a positive number")
+        rows = [(row, path.parent) for row in tools.read_jsonl(path, tools.check_question, "python build_data.py")]
+        count = held_out // len(specs) + (number < held_out % len(specs))
+        if len(rows) <= count:
+            raise tools.InputError(f"{path} has {len(rows)} questions and --eval_size keeps {count} back: lower it")
+        sets.append(rows[:len(rows) - count])
+        kept += rows[len(rows) - count:]
+    return sets, weights, kept
 
 
-def collect_groups(policy, engine, rows, root, step, places, args):
+def pick_rows(sizes, weights, places, total, seed, step, attempt):
+    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is drawn by weight; within a
+    set of at least `total` questions no question comes twice. Depends on (seed, step, attempt) and the place only."""
+    rng = np.random.default_rng([seed, step, attempt])
+    which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
+    orders = [rng.permutation(size) for size in sizes]
+    return [(int(which[place]), int(orders[which[place]][place % sizes[which[place]]])) for place in places]
+
+
+def collect_groups(engine, sets, weights, step, places, args):
     """Play this rank's places of one step. Returns ({place: (rollouts of the group, A' (G,))}, everything that was played,
     places left without signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
-    engine.key = (args.seed, step)
+    engine.key, total = (args.seed, step), args.prompts_per_step
     for attempt in range(args.resample + 1):
         if not places:
             break
-        chosen = [rows[i] for i in pick_rows(len(rows), places, args.seed, step, attempt)]
-        prompts = [attempt * args.prompts_per_step + place for place in places]
-        rollouts = engine.run(chosen, args.group, root, prompts)
+        picked = pick_rows([len(s) for s in sets], weights, places, total, args.seed, step, attempt)
+        rows, roots = zip(*(sets[s][i] for s, i in picked))
+        rollouts = engine.run(rows, args.group, roots, [attempt * total + place for place in places])
         played += rollouts
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
         rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)    # (P, G)
@@ -136,6 +163,19 @@ def collect_groups(policy, engine, rows, root, step, places, args):
         groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
         places = [place for place, s in zip(places, signal) if not s]
     return groups, played, places
+
+
+def score_held_out(engine, held_out, args, rank, world):
+    """Accuracy on the questions kept back, one conversation each with --eval_turns turns. The random numbers are the same
+    at every evaluation, so that scores of two checkpoints differ by the policy only."""
+    training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
+    images = args.max_images or args.eval_turns
+    engine.limits = replace(engine.limits, max_turns=args.eval_turns, max_images=images)
+    engine.key = (args.seed, 2**31)  # a step number that training never reaches
+    rows, roots = zip(*(held_out[i] for i in mine)) if mine else ((), ())
+    right = sum(r.reward for r in engine.run(rows, 1, roots, mine))
+    engine.limits, engine.key = training
+    return sft.sum_over_ranks([right], engine.policy.device)[0] / len(held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,8 +240,33 @@ def measure(played, sums, norms, unsignalled, seconds, args, device):
 # The loop
 
 
-def train(policy, rows, root, args, rank, world):
-    """rollouts -> advantages -> mini-batches -> log -> save, `steps` times."""
+def train_step(policy, params, optimizer, engine, sets, weights, step, args, rank, world):
+    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
+    begin = time.time()
+    places = list(range(rank, args.prompts_per_step, world))
+    groups, played, silent = collect_groups(engine, sets, weights, step, places, args)
+    middle = time.time()
+    totals, norms = {}, []
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+    size = args.minibatch or args.prompts_per_step
+    for first in range(0, args.prompts_per_step, size):
+        share = [groups[place] for place in sorted(groups) if first <= place < first + size]
+        sums, norm = update_policy(policy, params, optimizer, share, args, lr)
+        totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
+        norms.append(norm)
+    seconds = (middle - begin, time.time() - middle)
+    return {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device)}, groups
+
+
+def dump(out, step, groups, count=8):
+    """A few whole conversations of a step as trajectory rows, with their advantages: read them, they say what is learned."""
+    rows = [{**r.as_row(), "advantage": a} for place in sorted(groups)
+            for r, a in zip(groups[place][0], groups[place][1].tolist())]
+    tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:count])
+
+
+def train(policy, sets, weights, held_out, args, rank, world):
+    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is the best one evaluated."""
     params = sft.trainable(policy, args.freeze_vision)
     optimizer = sft.make_optimizer(params, args.lr, args.weight_decay)
     if args.checkpointing:
@@ -212,37 +277,41 @@ def train(policy, rows, root, args, rank, world):
     limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
     engine = evaluate.Engine(policy, limits, args.slots)
     log = sft.open_log(args.out, start) if rank == 0 else None
+    best = best_score(args.out) if start else -1.0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
     for step in bar:
-        begin = time.time()
-        places = list(range(rank, args.prompts_per_step, world))
-        groups, played, silent = collect_groups(policy, engine, rows, root, step, places, args)
-        middle = time.time()
-        totals, norms = {}, []
-        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        for first in range(0, args.prompts_per_step, args.minibatch or args.prompts_per_step):
-            last = first + (args.minibatch or args.prompts_per_step)
-            share = [groups[place] for place in sorted(groups) if first <= place < last]
-            sums, norm = update_policy(policy, params, optimizer, share, args, lr)
-            totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
-            norms.append(norm)
-        seconds = (middle - begin, time.time() - middle)
-        metrics = {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device)}
+        metrics, groups = train_step(policy, params, optimizer, engine, sets, weights, step, args, rank, world)
+        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            metrics["eval"] = score_held_out(engine, held_out, args, rank, world)
+            if metrics["eval"] >= best:
+                best = metrics["eval"]
+                sft.export(policy, args.out)
         if rank == 0:
             log.write(tools.json_line(metrics))
             log.flush()
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f} over_turn {metrics['over_turn']:.2f} wrong {metrics['wrong']:.2f}")
-        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            shown = [k for k in ("reward", "over_turn", "wrong", "eval") if k in metrics]
+            bar.set_postfix_str(" ".join(f"{k} {metrics[k]:.3f}" for k in shown))
+            if (step + 1) % args.dump_every == 0:
+                dump(args.out, step + 1, groups)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             sft.save_state(args.out, policy, optimizer, step + 1)
-    sft.save_state(args.out, policy, optimizer, args.steps)
-    sft.export(policy, args.out)
+    if not held_out:
+        sft.export(policy, args.out)
+
+
+def best_score(out):
+    """The best score on the held-out questions that metrics.jsonl knows of (all ranks wait until it has been cut)."""
+    sft.barrier()
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_bytes().splitlines()]
+    return max((line["eval"] for line in lines if "eval" in line), default=-1.0)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", default="checkpoints/sft", help="local folder or hub id of the policy to start from")
-    group.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions")
+    group.add_argument("--data", nargs="+", default=["data/train.jsonl"], metavar="FILE[:WEIGHT]",
+                       help="question files; a question's file is drawn by weight (default 1)")
     group.add_argument("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
     group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
     group.add_argument("--min_pixels", type=int, help="smallest view shown to the model (default: the model's own)")
@@ -251,8 +320,8 @@ def parse_args():
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("rollouts")
     group.add_argument("--steps", type=int, default=40, help="RL steps")
-    group.add_argument("--prompts_per_step", type=int, default=32, help="P: questions per step over all processes (paper: 256)")
-    group.add_argument("--group", type=int, default=12, help="G: conversations per question (paper: 16)")
+    group.add_argument("--prompts_per_step", type=int, default=24, help="P: questions per step over all processes (paper: 256)")
+    group.add_argument("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
     group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
     group.add_argument("--max_turns", type=int, default=6, help="turns per conversation, the answer included (paper: 6)")
     group.add_argument("--max_images", type=int, help="images per conversation, the original included (default: the turn cap)")
@@ -281,10 +350,19 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
+    group.add_argument("--eval_every", type=int, default=10, help="steps between scores on held-out questions; --out keeps the "
+                       "best model (0: no evaluation, the last model is kept)")
+    group.add_argument("--eval_size", type=int, default=120, help="held-out questions, taken from the end of --data")
+    group.add_argument("--eval_turns", type=int, default=32, help="turns per conversation in these evaluations")
+    group.add_argument("--dump_every", type=int, default=10, help="steps between dumps of 8 conversations to --out/rollouts/")
     group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
     args = parser.parse_args()
-    if min(args.prompts_per_step, args.group, args.max_turns, args.slots, args.tokens, args.save_every) < 1:
-        raise tools.InputError("--prompts_per_step, --group, --max_turns, --slots, --tokens and --save_every must be at least 1")
+    positive = ("steps", "prompts_per_step", "group", "max_turns", "slots", "tokens", "save_every", "eval_turns", "dump_every")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise tools.InputError(f"--{name} must be at least 1")
+    if min(args.eval_every, args.eval_size, args.resample) < 0:
+        raise tools.InputError("--eval_every, --eval_size and --resample must be at least 0")
     return args
 
 
@@ -293,13 +371,16 @@ def main():
     rank, world, device = sft.setup_distributed()
     if args.prompts_per_step < world:
         raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")
-    rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
-    if len(rows) < args.prompts_per_step:
-        raise tools.InputError(f"{args.data} has {len(rows)} rows, fewer than --prompts_per_step {args.prompts_per_step}")
+    sets, weights, held_out = read_sets(args.data, args.eval_size if args.eval_every else 0)
+    count = sum(map(len, sets))
+    if count < args.prompts_per_step:
+        raise tools.InputError(f"--data has {count} questions to train on, fewer than --prompts_per_step {args.prompts_per_step}")
     policy = sft.load_policy(args.model, device, args.dtype, tools.load_prompts(args.prompts), args.min_pixels, args.max_pixels,
                              "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
-    train(policy, rows, args.data.parent, args, rank, world)
+    if rank == 0:
+        print(f"{count} questions to train on, {len(held_out)} held out; {world} process(es) on {device.type}", flush=True)
+    train(policy, sets, weights, held_out, args, rank, world)
     sft.close_distributed()
 
 

@@ -278,9 +278,13 @@ class Policy:
     def image_tokens(self, grid):
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
+    def system(self, row):
+        """The row's own system text, or the prompts' one."""
+        return self.prompts["system"] if row.get("system") is None else row["system"]
+
     def opening(self, row, grid):
         """Ids of system prompt and question up to where the assistant begins to write."""
-        system = self.prompts["system"] if row.get("system") is None else row["system"]
+        system = self.system(row)
         ids = self.message("system", system) if system else []
         before, after = self.prompts["question"].split("<image>")
         before, after = (part.replace("{question}", row["question"]) for part in (before, after))

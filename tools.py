@@ -79,6 +79,7 @@ PHRASES = {
     "cell": "I see {colour} {shape} {digit}.",     # a view of one place
     "empty": "I see nothing.",
     "verdict": " Want {wanted}. {verdict}.",       # after a cell: does it carry what the question names?
+    "answer": " Answer {answer}.",                 # what follows from a Yes
     "here": " In {source} {places}.",              # candidates still to be looked at, with where they were seen
     "later": " Later {places}.",                   # parts of the original image still to be looked at
     "go": " Go {place}.",

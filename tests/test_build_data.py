@@ -351,6 +351,15 @@ def test_an_errand_is_the_list_without_its_first_step(instructions):
         assert goes is not None or row["answer"] == "Next: Nothing."
 
 
+WORLD = r"What digit is on the (\w+) (\w+)\?|Which shape is the (\w+) object with digit (\d)\?"
+
+
+def asked_colour(question):
+    """The colour that a question of the world names; None for another question."""
+    about = re.fullmatch(WORLD, question)
+    return about and (about[1] or about[3])
+
+
 def said(answer, word):
     """{colour: places} of a reply such as "I see red in top left. I see blue in right."; word " walls": of "I see red walls
     in top left." """
@@ -364,38 +373,41 @@ def groups(names):
 
 
 def test_instructions_about_walls_are_true(instructions):
-    """ "Which walls are red?" names exactly the parts whose wallpaper looks red in the stored view of the whole image."""
+    """ "Which walls are red?", or a question of the world about something red, names exactly the parts whose wallpaper looks
+    red in the stored view of the whole image."""
     out, rows, drawn = instructions
     checked = {True: 0, False: 0}
     for row in rows:
         scene, part, _ = subject(row, drawn)
         about = re.fullmatch(r"Which walls are (\w+)\?", row["question"])
-        assert (about is not None) == (part is None)
-        if about is not None:
+        assert part is None or about is None
+        if part is None:
             seen = groups(papers(tools.open_image(out / row["image"]), scene))
-            if about[1] != "what":
-                seen = {colour: places for colour, places in seen.items() if colour == about[1]}
-                assert seen or row["answer"] == f"I see no {about[1]} walls."
+            asked = about[1] if about else asked_colour(row["question"])
+            if asked != "what":
+                seen = {colour: places for colour, places in seen.items() if colour == asked}
+                assert seen or row["answer"] == f"I see no {asked} walls."
             assert said(row["answer"], " walls") == seen
             checked[bool(seen)] += 1
     assert min(checked.values()) > 2
 
 
 def test_instructions_about_a_part_are_true(instructions):
-    """ "Where is red?" names exactly the places of the stored view's pixels that hold red."""
+    """ "Where is red?", or a question of the world about something red, names exactly the places of the stored view's pixels
+    that hold red."""
     out, rows, drawn = instructions
     checked = {True: 0, False: 0}
     for row in rows:
         about = re.fullmatch(r"Where is (\w+)\?", row["question"])
         _, part, place = subject(row, drawn)
-        assert (about is not None) == (part is not None and place is None)
-        if about is not None:
-            view, seen = tools.open_image(out / row["image"]), {}
-            for colour in COLOURS if about[1] == "everything" else [about[1]]:
+        assert about is None or part is not None and place is None
+        if part is not None and place is None:
+            view, seen, asked = tools.open_image(out / row["image"]), {}, about[1] if about else asked_colour(row["question"])
+            for colour in COLOURS if asked == "everything" else [asked]:
                 pixels = close(view, colour)
                 seen[colour] = [name for i, name in enumerate(PLACES) if core(ninth(pixels, i)).mean() > 0.1]
             if not any(seen.values()):
-                assert row["answer"] == ("I see nothing." if about[1] == "everything" else f"I see no {about[1]}.")
+                assert row["answer"] == ("I see nothing." if asked == "everything" else f"I see no {asked}.")
             assert said(row["answer"], "") == {colour: places for colour, places in seen.items() if places}
             checked[any(seen.values())] += 1
     assert min(checked.values()) > 20
@@ -415,19 +427,24 @@ def test_instructions_about_a_place_name_its_object(instructions):
     assert empty > 0
 
 
-def test_comparisons_with_what_is_wanted_are_true(instructions):
-    """"Is this the star?" names the object and says whether its shape or digit is the wanted one; both verdicts occur."""
+def test_questions_about_a_place_are_answered_with_verdict_and_answer(instructions):
+    """A question of the world over one place: what is there, what is wanted, the verdict, and after a Yes the answer, each
+    checked against the layout and the question's own words. Both verdicts occur for both kinds of question."""
     _, rows, drawn = instructions
-    verdicts = {"Yes": 0, "No": 0}
+    verdicts = {}
     for row in rows:
-        about = re.fullmatch(r"Is this the (\w+)\?", row["question"])
-        if about:
-            scene, part, place = subject(row, drawn)
-            there = [str(v) for o in scene["objects"] if o[:2] == [part, place] for v in o[3:]]
-            verdict = "Yes" if about[1] in there else "No"
-            assert row["answer"].endswith(f" Want {about[1]}. {verdict}.")
-            verdicts[verdict] += 1
-    assert min(verdicts.values()) > 5
+        about, (scene, part, place) = re.fullmatch(WORLD, row["question"]), subject(row, drawn)
+        if about is None or place is None:
+            continue
+        there = [o[2:] for o in scene["objects"] if o[:2] == [part, place]]
+        seen = "I see {} {} {}.".format(*there[0]) if there else "I see nothing."
+        wanted = about[2] or about[4]
+        found = bool(there) and there[0] == [about[1], about[2], there[0][2]] or bool(there) and about[4] == str(there[0][2])
+        answer = f" Answer {there[0][2] if about[2] else there[0][1]}." if found else ""
+        assert row["answer"] == f"{seen} Want {wanted}. {'Yes' if found else 'No'}.{answer}"
+        assert not there or asked_colour(row["question"]) == there[0][0]
+        verdicts[bool(about[2]), found] = verdicts.get((bool(about[2]), found), 0) + 1
+    assert len(verdicts) == 4 and min(verdicts.values()) > 2
 
 
 def test_descriptions_by_hand():

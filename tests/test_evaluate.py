@@ -195,7 +195,8 @@ def test_missing_model_says_which_command_makes_it(tmp_path):
 def test_corrupt_image_is_one_line(trained_folder, world, tmp_path):
     (tmp_path / "bad.jpg").write_bytes((world / tools.read_jsonl(world / "train.jsonl")[0]["image"]).read_bytes()[:500])
     tools.write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "image": "bad.jpg", "question": "?", "answer": "1"}])
-    done = run_script("evaluate.py", "--model", trained_folder, "--data", tmp_path / "q.jsonl", "--out", tmp_path / "o", check=False)
+    done = run_script("evaluate.py", "--model", trained_folder, "--data", tmp_path / "q.jsonl",
+                      "--out", tmp_path / "o", check=False)
     assert done.returncode == 1 and "bad.jpg" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -57,7 +57,8 @@ def test_grpo_loss_by_hand():
     """
     old = torch.zeros(3, 2, dtype=torch.float64)
     new = torch.tensor([[math.log(2), 0.0], [math.log(0.5), 7.0], [0.0, 0.0]], dtype=torch.float64)
-    args = (new, old, torch.tensor([1.0, -1, 0], dtype=torch.float64), torch.tensor([[T, T], [T, F], [T, T]]), torch.tensor([T, T, F]))
+    args = (new, old, torch.tensor([1.0, -1, 0], dtype=torch.float64),
+            torch.tensor([[T, T], [T, F], [T, T]]), torch.tensor([T, T, F]))
     expected = {("response", "completed"): 0.35 / 2, ("response", "all"): 0.35 / 3, ("token", "completed"): 1.5 / 3,
                 ("token", "all"): 1.5 / 5, ("constant", "completed"): 1.5 / 20, ("constant", "all"): 1.5 / 30}
     for (aggregation, divisor), value in expected.items():
@@ -143,9 +144,40 @@ def test_unknown_flags_are_refused():
 
 
 def test_questions_of_a_step_depend_on_seed_step_and_place_only():
-    assert rl.pick_rows(50, [1, 3], 0, 7, 0) == [rl.pick_rows(50, range(4), 0, 7, 0)[i] for i in (1, 3)]
-    assert len(set(rl.pick_rows(50, range(50), 0, 7, 0))) == 50
-    assert rl.pick_rows(50, range(8), 0, 7, 0) != rl.pick_rows(50, range(8), 0, 8, 0)
+    def pick(places, step=7, seed=0, attempt=0):
+        return rl.pick_rows([50, 60], [1, 1], places, 40, seed, step, attempt)
+    whole = pick(range(40))
+    assert pick([1, 3]) == [whole[1], whole[3]] and len(set(whole)) == 40
+    assert all(0 <= index < [50, 60][which] for which, index in whole)
+    assert len({tuple(p) for p in (whole, pick(range(40), step=8), pick(range(40), seed=1), pick(range(40), attempt=1))}) == 4
+
+
+def test_files_are_mixed_by_weight():
+    """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each), come from the second."""
+    which = [s for step in range(100) for s, _ in rl.pick_rows([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
+    assert abs(sum(which) - 1000) < 5 * 27.4
+
+
+def test_sets_weights_and_held_out_questions(tmp_path):
+    """Four questions are held out of two files, the last two of each; a weight stands behind the name."""
+    for name in "ab":
+        tools.write_jsonl(tmp_path / name / "q.jsonl", [{"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
+                                                        for i in range(5)])
+    sets, weights, held_out = rl.read_sets([f"{tmp_path}/a/q.jsonl:0.5", f"{tmp_path}/b/q.jsonl"], 4)
+    assert weights == [0.5, 1.0]
+    assert [[(row["id"], root.name) for row, root in s] for s in sets] == [
+        [("a0", "a"), ("a1", "a"), ("a2", "a")], [("b0", "b"), ("b1", "b"), ("b2", "b")]]
+    assert [row["id"] for row, _ in held_out] == ["a3", "a4", "b3", "b4"]
+
+
+@pytest.mark.parametrize("spec, told", [("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a weight"),
+                                        ("none.jsonl", "build_data.py")])
+def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
+    tools.write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "image": "x.jpg", "question": "?", "answer": "1"}])
+    with pytest.raises(tools.InputError, match=told):
+        rl.read_sets([f"{tmp_path}/{spec}"])
+    with pytest.raises(tools.InputError, match="eval_size"):
+        rl.read_sets([f"{tmp_path}/q.jsonl"], 1)
 
 
 def test_trainer_agrees_with_sampler(trained, world):
@@ -160,7 +192,7 @@ def test_trainer_agrees_with_sampler(trained, world):
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 8,
-          "--max_context", 1200, "--warmup_steps", 0]
+          "--max_context", 1200, "--warmup_steps", 0, "--eval_every", 0]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +204,9 @@ def runs(trained_folder, world, tmp_path_factory):
     prompts.write_text(json.dumps({"system": "Look closer."}))
     seen = [{k: row[k] for k in ("id", "image", "question", "answer")} for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
     tools.write_jsonl(world / "seen.jsonl", seen)
-    common = ["rl.py", "--model", trained_folder, "--data", world / "seen.jsonl", "--prompts", prompts, *COMMON, "--save_every", 1]
+    tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
+    common = ["rl.py", "--model", trained_folder, "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
+              "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2, "--eval_every", 2, "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
@@ -198,6 +232,28 @@ def test_two_processes_equal_one(runs, trained_folder):
         assert a["mismatch"] < 1e-9
 
 
+def test_the_best_checkpoint_is_kept(runs):
+    """Evaluated after steps 2 and 3 (the last); the exported model is that of the better one, the later one if equal."""
+    out, common = runs
+    scores = [m.get("eval") for m in read(out / "one")]
+    assert scores[0] is None and all(s in (0.0, 0.5, 1.0) for s in scores[1:])
+    run_script(*common, "--steps", 2, "--out", out / "short")
+    latest = torch.load(out / "one" / "state.pt", weights_only=True)["model"]
+    saved = load_file(out / "one" / "model.safetensors")
+    same = all(torch.equal(saved[k], latest[k]) for k in saved)
+    assert same == (scores[2] >= scores[1])
+    assert same or largest_difference(out / "one", out / "short") == 0
+
+
+def test_dumps_are_trajectory_rows(runs, world):
+    """Whole conversations with their advantages; the loss-carrying ones of a group sum to zero only if none is masked."""
+    out, _ = runs
+    assert [p.name for p in sorted((out / "one" / "rollouts").iterdir())] == ["step_00002.jsonl"]
+    for row in tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl", tools.check_trajectory):
+        assert row["system"] == "Look closer." and row["finish"] in evaluate.FINISHES and (world / row["image"]).exists()
+        assert row["advantage"] == 0 or row["finish"] in ("answer", "void")
+
+
 def test_resume_is_exact(runs):
     """One step, stopped, two more with --resume: the same weights, bit for bit, and one line per step in the log."""
     out, common = runs
@@ -220,7 +276,8 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
 
 
 def test_mistakes_are_one_line(trained_folder, world, tmp_path):
-    done = run_script("rl.py", "--model", trained_folder, "--data", world / "train.jsonl", "--prompts_per_step", 1, nproc=2, check=False)
+    data = ["--data", world / "train.jsonl", "--eval_every", 0]
+    done = run_script("rl.py", "--model", trained_folder, *data, "--prompts_per_step", 1, nproc=2, check=False)
     assert done.returncode != 0 and "--prompts_per_step 1 is less than the number of processes 2" in done.stderr
-    done = run_script("rl.py", "--model", "checkpoints/none", "--data", world / "train.jsonl", "--prompts_per_step", 4, check=False)
+    done = run_script("rl.py", "--model", "checkpoints/none", *data, "--prompts_per_step", 4, check=False)
     assert done.returncode == 1 and "python sft.py" in done.stderr and "Traceback" not in done.stderr

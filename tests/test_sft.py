@@ -67,7 +67,8 @@ def test_mask_covers_the_assistants_tokens_and_stop_tokens_only(policy, rows, wo
     expected = [i for turn in row["turns"] for i in [*policy.text(turn["text"]), policy.end_id]]
     assert written == expected
     text = policy.tokenizer.decode(s.ids)
-    assert text.startswith("<|im_start|>system\nLook closer.<|im_end|>\n") and row["question"] in text and "observation_1:\n<|vision_start|>" in text
+    assert text.startswith("<|im_start|>system\nLook closer.<|im_end|>\n")
+    assert row["question"] in text and "observation_1:\n<|vision_start|>" in text
 
 
 def test_deliberate_mistakes_are_context_not_target(policy, rows, world):
@@ -112,7 +113,8 @@ def test_chunks_change_neither_logprobs_nor_gradients(policy, rows, world):
         policy.model.zero_grad()
         out = sft.token_logprobs(policy, batch, chunk)
         (out * torch.arange(len(out))).sum().backward()
-        grads.append([out.detach(), policy.model.lm_head.weight.grad.clone(), policy.model.model.visual.patch_embed.proj.weight.grad.clone()])
+        weights = policy.model.lm_head.weight, policy.model.model.visual.patch_embed.proj.weight
+        grads.append([out.detach(), *(w.grad.clone() for w in weights)])
     for a, b in zip(*grads):
         assert torch.allclose(a, b, atol=1e-10)
 
@@ -281,7 +283,8 @@ dist.destroy_process_group()
 def test_gradient_sum_equals_torch_ddp(trained_folder, world, tmp_path):
     """Broadcast and summed gradients against DistributedDataParallel, three AdamW steps in float64, two processes."""
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=str(ROOT), data=str(world / "coldstart.jsonl"), model=str(trained_folder), root_data=str(world)))
+    script.write_text(WORKER.format(root=str(ROOT), data=str(world / "coldstart.jsonl"), model=str(trained_folder),
+                                    root_data=str(world)))
     done = run_script(script, nproc=2)
     differences = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("difference")]
     assert len(differences) == 2 and max(differences) < 1e-10
