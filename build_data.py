@@ -202,6 +202,27 @@ def describe_all(describe, what, colours):
     return " ".join(describe(what, colour) for colour in COLOURS if colour in colours) or PHRASES["empty"]
 
 
+def describe_map(names):
+    """"top-left red. top nothing. ..." All nine places in reading order: nine lessons in one reply on where a place is."""
+    return " ".join(f"{place} {name or 'nothing'}." for place, name in zip(PLACES, names))
+
+
+def make_sorting(rng):
+    """Some objects, each compared with what is wanted: the verdicts of a search, as plain text, so that one reply holds
+    many. Returns (question, reply)."""
+    names = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))) for _ in range(rng.integers(2, 4))]
+    kind = int(rng.choice([1, 2], p=[0.3, 0.7]))  # ten digits are harder to compare than four shapes
+    wanted = str(names[0][kind])
+    names = [name if rng.random() < 0.5 else (*name[:kind], names[0][kind], *name[kind + 1:]) for name in names]
+    order, replies = rng.permutation(len(names)), []
+    for colour, shape, digit in (names[i] for i in order):
+        seen = PHRASES["cell"].format(colour=colour, shape=shape, digit=digit)
+        verdict = "Yes" if wanted in (shape, str(digit)) else "No"
+        replies.append(seen + PHRASES["verdict"].format(wanted=wanted, verdict=verdict))
+    listed = ", ".join("{} {} {}".format(*names[i]) for i in order)
+    return f"Want {wanted}: {listed}.", " ".join(replies)
+
+
 def make_errand(rng):
     """A to-do list and what is left of it after one step: the bookkeeping of a search, as plain text. Returns (question,
     reply)."""
@@ -267,6 +288,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         for colour in more:
             add(path, f"Which walls are {colour}?", describe_walls(walls, colour))
         add(path, "Which walls are what?", describe_all(describe_walls, walls, walls))
+        add(path, "What is where?", describe_map([wall and f"{wall} walls" for wall in walls]))
     for part in rng.permutation(9)[:6 if crowded else 3].tolist():
         path = save(tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}), f"p{part}")
         first, second = shuffled(scene["colour"])[:2]
@@ -274,13 +296,15 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         add(path, f"Where is {second}?", describe_part(objects, part, second))
         here = {o[2] for o in objects if o[0] == part}
         add(path, "Where is everything?", describe_all(partial(describe_part, objects), part, here))
+        colour_at = {o[1]: o[2] for o in objects if o[0] == part}
+        add(path, "What is where?", describe_map([colour_at.get(place) for place in range(9)]))
     filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8 if crowded else 7]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
         path = save(view, f"p{part}{place}")
         add(path, *make_comparison(rng, objects, part, place))
-        add(path, *make_errand(rng))
+        add(path, *(make_errand(rng) if rng.random() < 0.6 else make_sorting(rng)))
     return rows
 
 
@@ -298,7 +322,7 @@ def parse_args():
     group = parser.add_argument_group("what to draw")
     group.add_argument("--train", type=int, default=3600, help="training questions, levels mixed")
     group.add_argument("--test", type=int, default=200, help="questions in each of easy, medium and hard")
-    group.add_argument("--scenes", type=int, default=1100, help="scenes for the instruction data, about 33 rows each")
+    group.add_argument("--scenes", type=int, default=1000, help="scenes for the instruction data, about 38 rows each")
     group.add_argument("--seed", type=int, default=0, help="another seed draws another world")
     group = parser.add_argument_group("how")
     group.add_argument("--min_pixels", type=int, default=6000, help="smallest stored instruction view, in pixels")

@@ -15,7 +15,7 @@ What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 6. Images go through the family's own processor, but are resized by tools.resize_for_model, once, for every stage.
 
 Commands:
-    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --lr 2e-3 --batch 64 --epochs 2.5
+    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --batch 32 --epochs 3
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
     1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --freeze_vision --checkpointing

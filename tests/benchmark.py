@@ -1,0 +1,332 @@
+"""Benchmarks: this code against what a user would write with the library, on the same model, weights, questions and tokens.
+
+Each case alternates ours and the peer in one process and prints the median time of both and the median of the pairwise
+ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend on the machine.
+
+    rollout     groups of conversations against a loop around `generate` on the whole conversation, batched over all
+    cached      the same against `generate` with its cache carried over turns, one conversation at a time
+    sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
+    grpo        one GRPO update against full logits over a padded batch, all conversations in it
+    growth      cost of our rollouts as turns, conversations and pixels grow
+
+Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is forced to them.
+
+Commands:
+    1 CPU, 1 GPU     python tests/benchmark.py                            (the model in checkpoints/sft, questions in data/train.jsonl)
+    one case         python tests/benchmark.py rollout --groups 4 --repeats 1
+    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py sft   (both sides data parallel: ours against torch DDP)
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import LogitsProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
+import rl
+import sft
+import tools
+
+
+def alternate(title, ours, peer, repeats):
+    """Time both in turn, after one warm-up each, and print medians and the median of the pairwise ratios."""
+    times = []
+    for repeat in range(repeats + 1):
+        pair = []
+        for function in (ours, peer):
+            sft.barrier()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pair.append(time.perf_counter() - start)
+        times += [pair] if repeat or repeats == 1 else []
+    a, b = (statistics.median(t) for t in zip(*times))
+    ratio = statistics.median(p / o for o, p in times)
+    say(f"{title:60} ours {a:8.3f} s   peer {b:8.3f} s   ratio {ratio:6.2f}")
+
+
+def say(text):
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+class Force(LogitsProcessor):
+    """Makes `generate` write given tokens: row i's next one is script[i][position]."""
+
+    def __init__(self, scripts, start, device):
+        longest = max(map(len, scripts))
+        self.start, self.script = start, torch.tensor([s + [s[-1]] * (longest - len(s)) for s in scripts], device=device)
+
+    def __call__(self, ids, scores):
+        at = min(ids.shape[1] - self.start, self.script.shape[1] - 1)
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(1, self.script[:, at:at + 1], False), -1e30)
+
+
+def turns_of(rollout):
+    """[(start, end)] of the policy's turns in a rollout's ids."""
+    edges = [i for i in range(1, len(rollout.ids)) if rollout.mask[i] != rollout.mask[i - 1]] + [len(rollout.ids)]
+    return list(zip(edges[0::2], edges[1::2]))
+
+
+def shown_images(policy, rollout, end):
+    """The images among the first `end` ids of a rollout."""
+    left, images = sum(t == policy.image_id for t in rollout.ids[:end]), []
+    for image in rollout.images:
+        if left > 0:
+            images.append(image)
+            left -= policy.image_tokens(image[1])
+    return images
+
+
+def generate(policy, ids, scripts, images, **more):
+    """model.generate on left-padded conversations, forced to write `scripts`."""
+    longest, device = max(map(len, ids)), policy.device
+    pad = policy.tokenizer.pad_token_id
+    padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=device)                  # (B, T)
+    attention = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=device)      # (B, T)
+    pixels = {"pixel_values": torch.cat([p for p, _ in images]).to(device),
+              "image_grid_thw": torch.tensor([g for _, g in images], device=device)} if images else {}
+    return policy.model.generate(
+        input_ids=padded, attention_mask=attention, mm_token_type_ids=(padded == policy.image_id).long(), do_sample=True,
+        max_new_tokens=max(map(len, scripts)), logits_processor=[Force(scripts, longest, device)], **pixels, **more)
+
+
+@torch.inference_mode()
+def play_with_generate(policy, rollouts):
+    """The loop a user would write: every turn, `generate` on the whole conversations of all who still play."""
+    for number in range(max(len(r.turns) for r in rollouts)):
+        playing = [(r, *turns_of(r)[number]) for r in rollouts if len(r.turns) > number]
+        ids, scripts = [r.ids[:start] for r, start, _ in playing], [r.ids[start:end] for r, start, end in playing]
+        out = generate(policy, ids, scripts, [i for r, start, _ in playing for i in shown_images(policy, r, start)])
+        texts = policy.tokenizer.batch_decode(out[:, max(map(len, ids)):])
+        views = [tools.parse_turn(text) for text in texts]
+        assert len(views) == len(playing)
+
+
+@torch.inference_mode()
+def play_with_cache(policy, rollouts, check=False):
+    """`generate` with its cache carried over turns, one conversation at a time. check: compare every turn with `generate`
+    on the whole conversation, greedily (position ids have to be given, or it is silently wrong)."""
+    for r in rollouts:
+        cache, seen = None, 0
+        positions, _ = sft.positions(r.ids, [g for _, g in r.images], policy.image_id, policy.merge)     # (3, T)
+        for start, end in turns_of(r):
+            images = shown_images(policy, r, start)
+            new, seen = images[seen:], len(images)
+            text = torch.arange(start)[None]                                                             # (1, T)
+            where = torch.cat([text, positions[:, :start]])[:, None]                                     # (4, 1, T)
+            pixels = {"pixel_values": torch.cat([p for p, _ in new]), "image_grid_thw": torch.tensor([g for _, g in new])} \
+                if new else {}
+            ids = torch.tensor([r.ids[:start]])
+            out = policy.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, past_key_values=cache, do_sample=not check,
+                logits_processor=[Force([r.ids[start:end]], start, policy.device)], max_new_tokens=end - start,
+                return_dict_in_generate=True, output_logits=check, **pixels)
+            cache = out.past_key_values
+            if check:
+                whole = policy.model.model(
+                    input_ids=torch.tensor([r.ids[:end - 1]]), position_ids=positions[:, None, :end - 1], use_cache=False,
+                    pixel_values=torch.cat([p for p, _ in images]), image_grid_thw=torch.tensor([g for _, g in images]))
+                full = policy.model.lm_head(whole.last_hidden_state[0, start - 1:])                      # (n, V)
+                gap = (torch.cat(out.logits) - full).abs().max().item()
+                assert gap < 1e-3, f"the peer's cache is wrong: logits differ by {gap}"
+
+
+def load(args, library=False):
+    """The model of --model; library: as the library runs it, without our vision attention."""
+    _, _, device = sft.setup_distributed()
+    policy = sft.load_policy(args.model, device, hint="the README's main command")
+    if library:
+        policy.model.set_attn_implementation("sdpa")
+    return policy
+
+
+def questions(args):
+    return tools.read_jsonl(args.data, tools.check_question, "python build_data.py")[:args.groups]
+
+
+def case_rollout(args):
+    ours, peer, rows = load(args), load(args, library=True), questions(args)
+    engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
+    rollouts = engine.run(rows, args.group, args.data.parent)
+    tokens = sum(sum(r.mask) for r in rollouts)
+    alternate(f"rollout: {args.groups} x {args.group}, 6 turns, {tokens} tokens", lambda: engine.run(rows, args.group, args.data.parent),
+              lambda: play_with_generate(peer, rollouts), args.repeats)
+
+
+def case_cached(args):
+    """On two conversations a group, since the peer's time is proportional to their number."""
+    ours, peer, rows = load(args), load(args, library=True), questions(args)
+    engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
+    everything = engine.run(rows, args.group, args.data.parent)
+    some = everything[::max(1, args.group // 2)]
+    play_with_cache(peer, some[:4], check=True)
+    share = sum(sum(r.mask) for r in some) / sum(sum(r.mask) for r in everything)
+    start = time.perf_counter()
+    engine.run(rows, args.group, args.data.parent)
+    middle = time.perf_counter()
+    play_with_cache(peer, some)
+    ours_time, peer_time = (middle - start) * share, time.perf_counter() - middle
+    say(f"{f'cached: {len(some)} of {len(everything)} conversations (ours: their share)':60} ours {ours_time:8.3f} s   "
+        f"peer {peer_time:8.3f} s   ratio {peer_time / ours_time:6.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+def padded(policy, sequences):
+    """A right-padded batch as a data collator would make it: attention mask, labels, no positions."""
+    batch = sft.collate(policy, sequences)
+    lengths = torch.tensor([len(s.ids) for s in sequences], device=policy.device)
+    attention = (torch.arange(batch["input_ids"].shape[1], device=policy.device) < lengths[:, None]).long()      # (B, T)
+    inputs = {k: batch[k] for k in ("input_ids", "pixel_values", "image_grid_thw") if k in batch}
+    return {**inputs, "attention_mask": attention, "mm_token_type_ids": (batch["input_ids"] == policy.image_id).long(),
+            "labels": batch["input_ids"].masked_fill(~batch["mask"], -100)}
+
+
+def peer_trainer(args):
+    """(policy, the module to call, optimizer) with torch's own AdamW and, on several processes, DistributedDataParallel."""
+    policy = load(args, library=True)
+    policy.model.train()
+    module = policy.model
+    if sft.world_size() > 1:
+        module = torch.nn.parallel.DistributedDataParallel(policy.model)
+    return policy, module, torch.optim.AdamW(policy.model.parameters(), lr=1e-5)
+
+
+def case_sft(args):
+    rank, world, _ = sft.setup_distributed()
+    policy, (peer, module, peer_optimizer) = load(args), peer_trainer(args)
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
+    params = sft.trainable(policy, False)
+    optimizer = sft.make_optimizer(params, 1e-5, 0.01)
+    policy.model.train()
+    settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+
+    def step_of_peer():
+        module(**padded(peer, sequences), use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
+        peer_optimizer.step()
+        peer_optimizer.zero_grad()
+
+    tokens = sum(len(s.ids) for s in sequences)
+    alternate(f"sft: {len(rows)} conversations a process, {tokens} tokens", lambda: sft.train_step(
+        policy, params, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
+    if world > 1:
+        measure_traffic(policy, params, module, peer, sequences)
+
+
+def measure_traffic(policy, params, module, peer, sequences):
+    """Bytes of gradients that a process hands to all-reduce in one step, ours and torch DDP's."""
+    sent, reduce = {"ours": 0, "peer": 0}, torch.distributed.all_reduce
+
+    def counted(tensor, *rest, **more):
+        sent["ours"] += tensor.numel() * tensor.element_size()
+        return reduce(tensor, *rest, **more)
+
+    def hook(state, bucket):
+        sent["peer"] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    module.register_comm_hook(None, hook)
+    module(**padded(peer, sequences[:1]), use_cache=False).loss.backward()
+    torch.distributed.all_reduce = counted
+    sft.token_logprobs(policy, sft.collate(policy, sequences[:1])).sum().backward()
+    sft.sum_gradients(params)
+    torch.distributed.all_reduce = reduce
+    say(f"gradient bytes handed to all-reduce per step: ours {sent['ours']:,}   peer {sent['peer']:,}")
+
+
+def case_grpo(args):
+    """One update on the same groups. The peer runs all conversations through the model, with logits at every position."""
+    policy, (peer, module, peer_optimizer), rows = load(args), peer_trainer(args), questions(args)
+    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(rows, args.group, args.data.parent)
+    parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
+    rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)                # (P, G)
+    completed = torch.tensor([[rl.is_completed(r) for r in part] for part in parts])
+    advantages = rl.group_advantages(rewards, completed)
+    settings = argparse.Namespace(overturn_mask=True, divisor="completed", aggregation="response", max_turn_tokens=96, max_turns=6,
+                                  tokens=args.tokens, clip_low=0.2, clip_high=0.3, max_norm=1.0)
+    params = sft.trainable(policy, False)
+    optimizer = sft.make_optimizer(params, 1e-5, 0.0)
+    policy.model.train()
+
+    def step_of_peer():
+        flat, keep = advantages.flatten(), completed.flatten()
+        for at in range(0, len(rollouts), args.micro):
+            part = rollouts[at:at + args.micro]
+            batch = padded(peer, part)
+            labels = batch.pop("labels")[:, 1:]                                                              # (B, T - 1)
+            logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)                       # (B, T - 1, V)
+            new = logprobs.gather(-1, labels.clamp(min=0)[:, :, None])[:, :, 0]
+            _, old = rl.collate_rollouts(peer, part)
+            rl.grpo_loss(new, old, flat[at:at + args.micro].float(), labels >= 0, keep[at:at + args.micro],
+                         denominator=int(keep.sum()) or 1).backward()
+        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
+        peer_optimizer.step()
+        peer_optimizer.zero_grad()
+
+    used = int((advantages != 0).sum())
+    alternate(f"grpo: {len(rollouts)} conversations, {used} with signal", lambda: rl.update_policy(
+        policy, params, optimizer, list(zip(parts, advantages)), settings, 1e-5), step_of_peer, args.repeats)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Growth
+
+
+def case_growth(args):
+    policy, rows = load(args), tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+
+    def measure(title, count, turns, pixels=1):
+        policy.min_pixels, policy.max_pixels = 6000 * pixels, 8000 * pixels
+        engine = evaluate.Engine(policy, evaluate.Limits(turns, turns), slots=64)
+        start = time.perf_counter()
+        rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
+        seconds, tokens = time.perf_counter() - start, sum(sum(r.mask) for r in rollouts)
+        cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
+        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   {tokens / seconds:8.0f} tokens/s   KV cache {cache:6.1f} MB")
+
+    for turns in (8, 16, 32):
+        measure(f"{turns} turns", 256, turns)
+    for count in (64, 256, 1024):
+        measure(f"{count} rollouts", count, 6)
+    for pixels in (1, 2, 4):
+        measure(f"{pixels} x pixels", 256, 6, pixels)
+
+
+CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "growth": case_growth}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ours against what a user would write.")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES), help="which cases (default: all)")
+    parser.add_argument("--model", default="checkpoints/sft", help="folder of the model")
+    parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions for rollouts")
+    parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"), help="conversations for sft")
+    parser.add_argument("--groups", type=int, default=16, help="questions")
+    parser.add_argument("--group", type=int, default=16, help="conversations per question")
+    parser.add_argument("--batch", type=int, default=16, help="conversations in an sft step")
+    parser.add_argument("--micro", type=int, default=16, help="conversations per forward pass of the grpo peer")
+    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass of ours")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    args = parser.parse_args()
+    for name in args.cases:
+        CASES[name](args)
+    sft.close_distributed()
+
+
+if __name__ == "__main__":
+    tools.run(main)
