@@ -28,8 +28,13 @@ Commands (drawing is CPU work: a GPU or more nodes change nothing):
 """
 
 import argparse
+import hashlib
+import json
 import multiprocessing
 import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -158,10 +163,12 @@ def save_image(image, path, quality):
 
 def make_question(job, out, seed):
     """One question with its image. job: (split, index, level). Skips drawing where the image exists already (a rerun
-    after a kill), so the layout and the painting use two separate random streams."""
+    after a kill), so the layout and the painting use two separate random streams, and the image's name depends on what is
+    to be drawn."""
     split, index, level = job
     scene = make_scene(np.random.default_rng([seed, SPLITS.index(split), index, 0]), level)
-    row = {"id": f"{split}_{index:05d}", "image": f"images/{split}_{seed}_{index:05d}.jpg", **scene}
+    digest = hashlib.sha256(json.dumps([scene, LEVELS[level]]).encode()).hexdigest()[:8]
+    row = {"id": f"{split}_{index:05d}", "image": f"images/{split}_{seed}_{index:05d}_{digest}.jpg", **scene}
     if not (out / row["image"]).exists():
         save_image(draw_scene(np.random.default_rng([seed, SPLITS.index(split), index, 1]), scene),
                    out / row["image"], quality=85)
@@ -311,10 +318,24 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parallel(function, jobs, workers, title):
-    """Map over processes in order, with a progress bar. The result does not depend on the number of workers."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return list(tqdm(pool.imap(function, jobs, chunksize=16), total=len(jobs), desc=title))
+def parallel(function, jobs, workers, title, initial=0):
+    """Map over processes, with a progress bar; yields results in order, whatever the number of workers. initial: jobs that
+    were done before. Raises InputError if a worker is killed."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+            yield from tqdm(pool.map(function, jobs, chunksize=16), initial=initial, total=initial + len(jobs), desc=title)
+    except BrokenProcessPool:
+        raise tools.InputError(f"a worker process of '{title.strip()}' was killed, perhaps for lack of memory; run the command "
+                               "again, it goes on where it was, or with fewer --workers") from None
+
+
+def _end_with_parent():
+    """A worker whose parent was killed must not wait for work forever."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def parse_args():
@@ -343,7 +364,7 @@ def main():
     for split in SPLITS[:4]:
         count = args.train if split == "train" else args.test
         jobs = [(split, i, levels[i % 3] if split == "train" else split) for i in range(count)]
-        rows = parallel(partial(make_question, out=args.out, seed=args.seed), jobs, args.workers, f"{split:8}")
+        rows = list(parallel(partial(make_question, out=args.out, seed=args.seed), jobs, args.workers, f"{split:8}"))
         tools.write_jsonl(args.out / f"{split}.jsonl", rows)
         kinds = {k: sum(r["source"] == k for r in rows) for k in ("synthetic_digit", "synthetic_shape")}
         print(f"{args.out / split}.jsonl: {len(rows)} questions, {kinds}")

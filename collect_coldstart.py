@@ -28,16 +28,14 @@ import argparse
 import collections
 import hashlib
 import json
-import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import tools
-from build_data import describe_cell, describe_part, describe_walls, place_box, places_with
+from build_data import describe_cell, describe_part, describe_walls, parallel, place_box, places_with
 from tools import PHRASES, PLACES
 
 PATTERNS = {"scan": 0.13, "depth_first": 0.13, "breadth_first": 0.08, "hint": 0.3,
@@ -190,9 +188,12 @@ def solve(row, index, root, prompts, max_turns, seed):
 def check_layout(row):
     """A question of the default world with its layout, as the scripted teacher needs it."""
     tools.check_question(row)
-    lists = all(isinstance(row.get(key), list) and row[key] for key in ("objects", "walls"))
-    words = all(isinstance(row.get(key), str) for key in ("colour", "wanted"))
-    if not lists or len(row["walls"]) != 9 or not words:
+    objects, walls = row.get("objects"), row.get("walls")
+    drawn = isinstance(objects, list) and objects and all(
+        isinstance(o, list) and [type(v) for v in o] == [int, int, str, str, int] and 0 <= min(o[:2]) and max(o[:2]) < 9
+        for o in objects)
+    papered = isinstance(walls, list) and len(walls) == 9 and all(isinstance(wall, (str, type(None))) for wall in walls)
+    if not drawn or not papered or not all(isinstance(row.get(key), str) for key in ("colour", "wanted")):
         raise tools.InputError("the scripted teacher needs questions with a layout ('objects', 'walls'), as build_data.py draws "
                                "them")
 
@@ -214,12 +215,14 @@ def collect(rows, args, prompts):
     tools.write_jsonl(partial_path, done)
     work = partial(_solve, root=args.data.parent, prompts=prompts, max_turns=args.max_turns, seed=args.seed)
     jobs = list(enumerate(rows))[len(done):]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, partial_path.open("a", encoding="utf-8") as file:
-        for row in tqdm(pool.imap(work, jobs, chunksize=16), initial=len(done), total=len(rows), desc="collect"):
+    with partial_path.open("a", encoding="utf-8") as file:
+        for row in parallel(work, jobs, args.workers, "collect", initial=len(done)):
             done.append(row)
             file.write(tools.json_line(row))
             file.flush()
     kept = [row for row in done if row["reward"] == 1.0]
+    if not kept:
+        raise tools.InputError(f"none of {len(done)} trajectories is correct; {args.out} is left as it is")
     tools.write_jsonl(args.out, kept)
     partial_path.unlink()
     return done, kept
@@ -253,6 +256,8 @@ def parse_args():
 def main():
     args = parse_args()
     rows = tools.read_jsonl(args.data, check_layout, "python build_data.py")[:args.limit]
+    if not rows:
+        raise tools.InputError(f"{args.data} has no rows; make it with: python build_data.py")
     done, kept = collect(rows, args, tools.load_prompts(args.prompts))
     print(f"teacher {args.teacher}: {len(done)} trajectories, {len(kept)} correct and kept, {len(done) - len(kept)} left out "
           f"({dict(collections.Counter(r['finish'] for r in done if r['reward'] != 1.0))})")

@@ -24,8 +24,10 @@ Commands:
 
 import argparse
 import collections
+import hashlib
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +95,7 @@ class SlotCache:
     """
 
     def __init__(self, config, slots, dtype, device):
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads, width, self.slots = config.num_key_value_heads, config.hidden_size // config.num_attention_heads, slots
         self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
@@ -128,8 +130,7 @@ class Engine:
 
     def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False):
         self.policy, self.limits, self.greedy = policy, limits, greedy
-        self.max_slots, self.key = slots, (seed, step)
-        self.cache = SlotCache(policy.model.config.text_config, slots, policy.model.dtype, policy.device)
+        self.max_slots, self.key, self.cache = slots, (seed, step), None
 
     @torch.inference_mode()
     def run(self, rows, samples, root, prompts=None, bar=None):
@@ -141,6 +142,9 @@ class Engine:
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
+        count = min(self.max_slots, len(self.queue))
+        if self.cache is None or self.cache.slots < count:
+            self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device)
         training, _ = self.policy.model.training, self.policy.model.eval()
         while self.queue and len(self.slots) < self.max_slots:
             self.slots.append(None)
@@ -412,12 +416,13 @@ def _wrap(text, font, width):
 
 
 class Partial:
-    """Finished trajectories of an interrupted run, one file per rank. A run with the same settings skips the questions that
-    are there, whatever its number of processes; a run with other settings starts over."""
+    """Finished trajectories of an interrupted run, one file per level and rank, kept until the whole table is written. A run
+    with the same settings skips the questions that are there, whatever its number of processes; another starts over."""
 
-    def __init__(self, out, settings, samples, rank):
-        self.path, found = Path(out) / f"partial.{rank}.jsonl", {}
-        files = sorted(Path(out).glob("partial.*.jsonl"))
+    def __init__(self, out, level, settings, samples, rank):
+        self.path, found = Path(out) / f"partial.{level}.{rank}.jsonl", {}
+        name = re.compile(rf"partial\.{re.escape(level)}\.\d+\.jsonl")
+        files = sorted(path for path in Path(out).glob("partial.*.jsonl") if name.fullmatch(path.name))
         for path in files:
             lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut the last line
             if lines and json.loads(lines[0]) == settings:
@@ -442,7 +447,7 @@ class Partial:
 
     def remove(self):
         self.file.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
 def gather_objects(items):
@@ -454,12 +459,8 @@ def gather_objects(items):
     return [item for part in parts for item in part]
 
 
-def play_level(engine, path, args, rank, world, settings):
+def play_level(engine, path, rows, kept, args, rank, world):
     """All questions of one file, `samples` times each, shared out over ranks. Returns all trajectory rows in order."""
-    rows = tools.read_jsonl(path, tools.check_question, "python build_data.py")[:args.limit]
-    if not rows:
-        raise tools.InputError(f"{path} has no rows")
-    kept = Partial(args.out, {**settings, "data": str(path)}, args.samples, rank)
     have = {row["id"] for row in kept.rows}
     todo = [i for i, row in enumerate(rows) if row["id"] not in have]
     mine = todo[rank::world]
@@ -477,7 +478,6 @@ def play_level(engine, path, args, rank, world, settings):
     merged = collections.defaultdict(list)
     for ident, group in gather_objects(rows_of.items()):
         merged[ident] += group
-    kept.remove()
     return [r for row in rows for r in sorted(merged[row["id"]], key=lambda r: r["sample"])]
 
 
@@ -506,9 +506,17 @@ def parse_args():
     group = parser.add_argument_group("pictures")
     group.add_argument("--picture", type=Path, help="draw a correct trajectory of five to seven turns into this PNG")
     args = parser.parse_args()
-    if min(args.samples, args.slots, *args.budgets) < 1:
-        raise tools.InputError("--samples, --slots and --budgets must be at least 1")
+    tools.check_flags(args, ("samples", "slots", "limit", "max_images", "max_turn_tokens", "max_context", "min_pixels",
+                             "max_pixels"), ("seed",))
+    args.budgets = sorted(set(args.budgets))
+    if args.budgets[0] < 1:
+        raise tools.InputError("--budgets must be at least 1")
     args.out = args.out or Path("results") / Path(args.model).name
+    levels = [path.stem for path in args.data]
+    if len({*levels, "mean"}) <= len(levels):
+        raise tools.InputError("--data: file names are the names of levels; they must differ, and none may be 'mean'")
+    if {(args.out / f"{level}.jsonl").resolve() for level in levels} & {path.resolve() for path in args.data}:
+        raise tools.InputError(f"--out {args.out} would overwrite the questions in --data; choose another folder")
     return args
 
 
@@ -523,7 +531,14 @@ def main():
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("data", "slots", "picture", "out")}
     weights = Path(args.model) / "model.safetensors"
     settings["weights"] = weights.stat().st_mtime if weights.exists() else None  # trained anew: what was played is void
-    levels = {path.stem: play_level(engine, path, args, rank, world, settings) for path in args.data}
+    questions = {path: tools.read_questions(path, "python build_data.py")[:args.limit] for path in args.data}
+    levels, partials = {}, []
+    for path, rows in questions.items():
+        if not rows:
+            raise tools.InputError(f"{path} has no rows")
+        digest = hashlib.sha256(json.dumps([rows, policy.prompts]).encode()).hexdigest()
+        partials.append(Partial(args.out, path.stem, {**settings, "questions": digest}, args.samples, rank))
+        levels[path.stem] = play_level(engine, path, rows, partials[-1], args, rank, world)
     if rank == 0:
         table = summarise(levels, args.budgets)
         print_table(table, args.budgets, args.samples)
@@ -539,6 +554,9 @@ def main():
                 print(f"drew {args.picture}")
             else:
                 print("no correct trajectory of five to seven turns to draw")
+    sft.barrier()  # the table is written: nothing is left to go on with
+    for partial in partials:
+        partial.remove()
     sft.close_distributed()
 
 

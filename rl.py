@@ -125,7 +125,7 @@ def read_sets(specs, held_out=0):
             raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or FILE:WEIGHT") from None
         if not 0 < weights[-1] < float("inf"):
             raise tools.InputError(f"--data {spec}: a weight is a positive number")
-        rows = [(row, path.parent) for row in tools.read_jsonl(path, tools.check_question, "python build_data.py")]
+        rows = [(row, path.parent) for row in tools.read_questions(path, "python build_data.py")]
         count = held_out // len(specs) + (number < held_out % len(specs))
         if len(rows) <= count:
             raise tools.InputError(f"{path} has {len(rows)} questions and --eval_size keeps {count} back: lower it")
@@ -192,15 +192,18 @@ def collate_rollouts(policy, rollouts):
 
 
 def update_policy(policy, params, optimizer, groups, args, lr):
-    """One optimizer step on the groups of one mini-batch (this rank's share). Returns sums for the log."""
+    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log, gradient norm).
+    Without signal on any rank there is no step, which would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
     completed = torch.tensor([is_completed(r) or not args.overturn_mask for r, _ in every], dtype=torch.bool)
     lengths = torch.tensor([sum(r.mask) for r, _ in every])
     mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
     how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
     denominator = sft.sum_over_ranks([count_denominator(mask, completed, **how).item() if every else 0.0], policy.device)[0]
-    advantage_of = {id(r): a for r, a in every}
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
+    if not denominator:
+        return sums, None
+    advantage_of = {id(r): a for r, a in every}
     for micro in sft.micro_batches([r for r, a in every if a != 0], args.tokens):
         batch, old = collate_rollouts(policy, micro)
         mask = batch["mask"][:, 1:]                                                                  # (B, T - 1)
@@ -253,7 +256,7 @@ def train_step(policy, params, optimizer, engine, sets, weights, step, args, ran
         share = [groups[place] for place in sorted(groups) if first <= place < first + size]
         sums, norm = update_policy(policy, params, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
-        norms.append(norm)
+        norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
     return {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device)}, groups
 
@@ -272,7 +275,7 @@ def train(policy, sets, weights, held_out, args, rank, world):
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    start = sft.load_state(args.out, policy, optimizer) if args.resume else 0
+    start = sft.load_state(args.out, policy, optimizer, args.resume, args.steps)
     sft.broadcast_weights(policy.model)
     limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
     engine = evaluate.Engine(policy, limits, args.slots)
@@ -281,6 +284,7 @@ def train(policy, sets, weights, held_out, args, rank, world):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
     for step in bar:
         metrics, groups = train_step(policy, params, optimizer, engine, sets, weights, step, args, rank, world)
+        sft.check_finite(step, metrics["loss"], metrics["grad_norm"])
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             metrics["eval"] = score_held_out(engine, held_out, args, rank, world)
             if metrics["eval"] >= best:
@@ -350,19 +354,19 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
-    group.add_argument("--eval_every", type=int, default=10, help="steps between scores on held-out questions; --out keeps the "
-                       "best model (0: no evaluation, the last model is kept)")
+    group.add_argument("--eval_every", type=int, default=10, help="steps between scores on questions held out from RL; "
+                       "--out keeps the best model (0: no evaluation, the last model is kept)")
     group.add_argument("--eval_size", type=int, default=120, help="held-out questions, taken from the end of --data")
     group.add_argument("--eval_turns", type=int, default=32, help="turns per conversation in these evaluations")
     group.add_argument("--dump_every", type=int, default=10, help="steps between dumps of 8 conversations to --out/rollouts/")
     group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
     args = parser.parse_args()
-    positive = ("steps", "prompts_per_step", "group", "max_turns", "slots", "tokens", "save_every", "eval_turns", "dump_every")
-    for name in positive:
-        if getattr(args, name) < 1:
-            raise tools.InputError(f"--{name} must be at least 1")
-    if min(args.eval_every, args.eval_size, args.resample) < 0:
-        raise tools.InputError("--eval_every, --eval_size and --resample must be at least 0")
+    tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
+                             "lr", "minibatch", "tokens", "max_norm", "save_every", "eval_turns", "dump_every", "min_pixels",
+                             "max_pixels"), ("seed", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay",
+                                             "eval_every", "eval_size"))
+    if args.group < 2:
+        raise tools.InputError("--group must be at least 2: an advantage compares conversations about the same question")
     return args
 
 

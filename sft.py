@@ -316,7 +316,8 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
     except tools.InputError:
         raise
     except Exception as error:  # a damaged file shows as any of a dozen exceptions of several libraries
-        raise tools.InputError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
+        hint = f"; if a local folder is meant, make it with: {hint}" if hint and not Path(path).exists() else ""
+        raise tools.InputError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}{hint}") from None
     return make_policy(*parts, device, prompts, min_pixels, max_pixels)
 
 
@@ -346,8 +347,10 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(exact_norm, module)
-    policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS),
-                    min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"])
+    smallest, largest = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+    if smallest > largest:
+        raise tools.InputError(f"--min_pixels {smallest} is above --max_pixels {largest}")
+    policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS), smallest, largest)
     model.generation_config.suppress_tokens = policy.banned  # a served copy must not write image placeholders either
     return policy
 
@@ -499,17 +502,26 @@ def save_state(out, policy, optimizer, step):
     if int(os.environ.get("RANK", "0")) == 0:
         state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "rng": torch.get_rng_state(), "world": world_size()}
+        for left in Path(out).glob(f".{STATE}.*"):  # of a run that was killed while it saved
+            left.unlink()
         try:
             tools.write_atomic(Path(out) / STATE, lambda file: torch.save(state, file))
         except RuntimeError as error:  # torch reports a full disk this way
-            raise tools.InputError(f"cannot save {Path(out) / STATE}: {str(error).splitlines()[0]}; free disk space and go on "
-                                   "with --resume (the last complete checkpoint is untouched)") from None
+            raise tools.InputError(f"cannot save {Path(out) / STATE}, perhaps the disk is full ({str(error).splitlines()[0]}); "
+                                   "free space and go on with --resume: what was saved before is untouched") from None
     barrier()
 
 
-def load_state(out, policy, optimizer):
-    """Continue from out/state.pt. Returns its step, 0 if there is no such file. Raises InputError if it is unreadable."""
+def load_state(out, policy, optimizer, resume, total):
+    """Continue from out/state.pt. Returns its step, 0 if there is no such file. Without `resume` the run starts anew, and an
+    older run's file is set aside, so that a later --resume cannot mix the two. Raises InputError if the file is unreadable
+    or beyond the `total` steps of this run."""
     path = Path(out) / STATE
+    if not resume:
+        if path.exists() and int(os.environ.get("RANK", "0")) == 0:
+            os.replace(path, path.with_name(f"old_{STATE}"))
+        barrier()
+        return 0
     if not path.exists():
         return 0
     try:
@@ -518,6 +530,8 @@ def load_state(out, policy, optimizer):
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # a damaged or foreign file shows as any of a dozen exceptions
         raise tools.InputError(f"{path}: cannot resume: {str(error).strip().splitlines()[0]}; delete it to start over") from None
+    if state["step"] > total:
+        raise tools.InputError(f"{path} is at step {state['step']}, beyond the {total} steps of this run; ask for more steps")
     torch.set_rng_state(state["rng"].cpu())
     if state["world"] != world_size() and int(os.environ.get("RANK", "0")) == 0:
         print(f"{path} was saved by {state['world']} processes, now there are {world_size()}: the run goes on with the same "
@@ -528,7 +542,7 @@ def load_state(out, policy, optimizer):
 def open_log(out, step):
     """metrics.jsonl for appending; lines after `step`, written by a run that was killed before its next checkpoint, go."""
     path = Path(out) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:step] if path.exists() and step else []
+    lines = path.read_bytes().split(b"\n")[:-1][:step] if path.exists() else []
     tools.write_atomic(path, lambda file: file.writelines(line + b"\n" for line in lines))
     return path.open("a", encoding="utf-8")
 
@@ -568,6 +582,13 @@ def step_rows(rows, step, batch, seed):
     return picked
 
 
+def check_finite(step, *values):
+    """Stop before a broken state is saved; the values are sums over ranks, so all ranks stop together."""
+    if not all(map(math.isfinite, values)):
+        raise tools.InputError(f"step {step + 1}: loss or gradient is not finite; lower --lr and start again, or go on from the "
+                               "last checkpoint with --resume")
+
+
 def train_step(policy, params, optimizer, sequences, lr, args):
     """One optimizer step on this rank's share of the batch: minimise -1/N sum log p(token), N counted over all ranks.
     Returns (loss, gradient norm, N)."""
@@ -588,9 +609,9 @@ def train(policy, rows, root, args, rank, world):
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    start = load_state(args.out, policy, optimizer) if args.resume else 0
-    broadcast_weights(policy.model)
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
+    start = load_state(args.out, policy, optimizer, args.resume, total)
+    broadcast_weights(policy.model)
     log = open_log(args.out, start) if rank == 0 else None
     bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
     for step in bar:
@@ -602,6 +623,7 @@ def train(policy, rows, root, args, rank, world):
             raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "
                                    "lower --max_pixels, or remove the longest rows")
         loss, norm, count = train_step(policy, params, optimizer, sequences, lr, args)
+        check_finite(step, loss, norm)
         if rank == 0:
             log.write(tools.json_line({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": count}))
             log.flush()
@@ -640,8 +662,8 @@ def parse_args():
     group.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
     group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
     args = parser.parse_args()
-    if min(args.batch, args.tokens, args.save_every) < 1 or args.epochs <= 0:
-        raise tools.InputError("--batch, --tokens, --save_every and --epochs must be positive")
+    tools.check_flags(args, ("batch", "tokens", "max_tokens", "save_every", "epochs", "steps", "lr", "max_norm", "min_pixels",
+                             "max_pixels"), ("seed", "weight_decay", "warmup"))
     return args
 
 

@@ -14,6 +14,7 @@ What differs from the Mini-o3 paper (arXiv 2509.07969) and its code:
 This file has no command of its own. Try it: python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
+import errno
 import json
 import math
 import os
@@ -47,8 +48,9 @@ def run(main):
     except InputError as error:
         sys.exit(f"{name}: error: {error}")
     except OSError as error:  # disk full, no permission: files are written under a temporary name, so none is half-written
-        sys.exit(f"{name}: error: {error.strerror or error} ({error.filename or 'while writing'}); "
-                 "earlier files are untouched: free the disk or change --out and run again")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; earlier files are untouched: free the disk or change --out and run again" if full else ""
+        sys.exit(f"{name}: error: {error.strerror or error} ({error.filename or 'while writing'}){advice}")
     if rank == 0:
         minutes, seconds = divmod(time.time() - start, 60)
         print(f"{name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
@@ -91,6 +93,14 @@ PHRASES = {
 }
 
 
+def check_flags(args, positive=(), not_negative=()):
+    """Raises InputError unless these flags, where given, are finite numbers above 0, or at least 0."""
+    for name in [*positive, *not_negative]:
+        value = getattr(args, name)
+        if value is not None and not (0 <= value < math.inf and (value > 0 or name in not_negative)):
+            raise InputError(f"--{name} {value} must be a number {'above 0' if name in positive else 'of at least 0'}")
+
+
 def load_prompts(path):
     """Prompts from a JSON file that may replace any of PROMPTS' keys (path None: the defaults). Raises InputError."""
     if path is None:
@@ -131,6 +141,8 @@ def resize_for_model(image, min_pixels, max_pixels, factor=28):
     if w * h > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
         w, h = (max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
+        if w * h > max_pixels:  # a strip: its short side cannot shrink below one factor
+            w, h = (max(factor, min(side, max_pixels // factor // factor * factor)) for side in (w, h))
     elif w * h < min_pixels:
         scale = math.sqrt(min_pixels / (width * height))
         w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
@@ -259,18 +271,25 @@ def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(digits):
+    if math.isinf(float(digits)):
+        raise ValueError(f"{digits} is too large a number")
+    return float(digits)
+
+
 def read_jsonl(path, check=None, hint=""):
     """Rows of a JSONL file, a list of dicts. Raises InputError naming file:line for a bad row and, for a missing file,
     saying what to do (hint: the command that makes it). check(row) may raise InputError with what is wrong in the row."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist" + (f"; make it with: {hint}" if hint else ""))
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, parse_constant=_no_constant)
+                row = json.loads(line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+                json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could not be written again
                 if not isinstance(row, dict):
                     raise ValueError("a row must be a JSON object")
                 if check is not None:
@@ -318,6 +337,10 @@ def check_question(row):
     options = row.get("options")
     if options is not None and not (isinstance(options, list) and options and all(isinstance(o, str) for o in options)):
         raise InputError("field 'options' must be a list of strings or absent")
+    if options is not None and _option(row["answer"], options) is None:
+        raise InputError(f"the answer '{row['answer']}' is none of the options, neither by letter nor by its words")
+    if not isinstance(row.get("system", ""), (str, type(None))):
+        raise InputError("field 'system' must be a string or absent")
     if row.get("level") not in (None, "easy", "medium", "hard"):
         raise InputError("field 'level' must be easy, medium, hard or absent")
 
@@ -325,21 +348,39 @@ def check_question(row):
 def check_trajectory(row):
     """Raises InputError unless `row` is a question with turns: texts, each with a zoom, an error, or neither at the end."""
     check_question(row)
-    turns = row.get("turns")
+    turns, shown = row.get("turns"), 0
     if not isinstance(turns, list) or not turns:
         raise InputError("field 'turns' must be a non-empty list")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("text"), str):
             raise InputError(f"turn {number} must be an object with a 'text'")
+        if not isinstance(turn.get("learn", True), bool):
+            raise InputError(f"turn {number}: 'learn' must be true, false or absent")
         if "zoom" in turn:
             try:
-                check_call(turn["zoom"])
+                _, source = check_call(turn["zoom"])
             except ToolError as error:
                 raise InputError(f"turn {number}: {error}") from None
+            if number < len(turns) and source != "original_image" and int(SOURCE.fullmatch(source).group(1)) > shown:
+                raise InputError(f"turn {number}: there is no {source} yet")
+            shown += 1
         elif "error" in turn and not isinstance(turn["error"], str):
             raise InputError(f"turn {number}: 'error' must be a string")
         elif "error" not in turn and number < len(turns):
             raise InputError(f"turn {number} has neither 'zoom' nor 'error' and is not the last")
+
+
+def read_questions(path, hint=""):
+    """Question rows of a file. Raises InputError as read_jsonl does, and for an id that stands there twice."""
+    seen = set()
+
+    def check(row):
+        check_question(row)
+        if row["id"] in seen:
+            raise InputError(f"id '{row['id']}' stands in an earlier line too")
+        seen.add(row["id"])
+
+    return read_jsonl(path, check, hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

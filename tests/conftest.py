@@ -30,6 +30,12 @@ def run_script(*args, nproc=1, env=None, check=True, timeout=300):
     return done
 
 
+def start_script(*args):
+    """Start a stage on one process and leave it running; returns the process, to be killed."""
+    return subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A data folder with 12 questions (levels mixed) in train.jsonl, their trajectories in coldstart.jsonl, and

@@ -472,6 +472,29 @@ def test_a_bad_flag_is_one_line_and_exit_code_1(small, flags, words):
     assert not list(small.glob("bad*"))
 
 
+@pytest.mark.parametrize("wrong", ["none", "unsolvable"])
+def test_a_collection_without_any_trajectory_leaves_the_old_file(small, wrong):
+    """Nothing to solve, or nothing solved within two turns: one line, and what was collected before is still there."""
+    (small / "old.jsonl").write_text("kept")
+    if wrong == "none":
+        tools.write_jsonl(small / "train.jsonl", [])
+    done = collect(small, "old.jsonl", "--max_turns", 2, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and (small / "old.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize("objects", [[["x"]], [[0, 9, "red", "star", 1]], [[0, 1, "red", "star"]], [[0, 1, "red", "star", "1"]], "x"])
+def test_a_damaged_layout_is_refused_by_line(small, objects):
+    rows = tools.read_jsonl(small / "train.jsonl")
+    tools.write_jsonl(small / "train.jsonl", [rows[0], {**rows[1], "objects": objects}])
+    with pytest.raises(tools.InputError, match="train.jsonl:2: .*layout"):
+        tools.read_jsonl(small / "train.jsonl", collect_coldstart.check_layout)
+
+
+def test_a_killed_worker_is_reported_and_nothing_hangs(tmp_path):
+    with pytest.raises(tools.InputError, match="killed"):
+        list(build_data.parallel(os._exit, [1], 1, "jobs"))
+
+
 def test_the_questions_are_not_overwritten(small):
     before = (small / "train.jsonl").read_bytes()
     done = collect(small, "train.jsonl", check=False)

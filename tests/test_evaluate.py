@@ -6,6 +6,7 @@ its recorded log-probabilities must be those of a full forward pass over the sam
 
 import collections
 import json
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import evaluate
 import sft
 import tools
-from conftest import run_script
+from conftest import run_script, start_script
 
 LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_turn_tokens=48, max_context=1200)
 
@@ -185,6 +186,48 @@ def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, 
     assert len(rows) == 8
     for r in rows:
         tools.check_trajectory(r)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(trained_folder, world, tmp_path, prompts):
+    """Killed in its second level: the first is not played again, and the results are those of an uninterrupted run. A row
+    of other questions is not taken over."""
+    rows = tools.read_jsonl(world / "train.jsonl")
+    for name, part in (("a", rows[:2]), ("b", rows[2:4])):
+        tools.write_jsonl(world / f"{name}.jsonl", part)
+    common = ["evaluate.py", "--model", trained_folder, "--data", world / "a.jsonl", world / "b.jsonl", "--samples", 2,
+              "--budgets", 2, "--dtype", "float64", "--max_turn_tokens", 24, "--slots", 1]
+    run_script(*common, "--out", tmp_path / "whole")
+    process = start_script(*common, "--out", tmp_path / "cut")
+    while not (tmp_path / "cut" / "partial.b.0.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    first = (tmp_path / "cut" / "partial.a.0.jsonl").read_bytes().splitlines()
+    assert len(first) == 1 + 4
+    again = run_script(*common, "--out", tmp_path / "cut")
+    assert "a: 0it" in again.stderr  # nothing left to play in the first level
+    for name in ("a.jsonl", "b.jsonl", "table.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert not list((tmp_path / "cut").glob("partial*"))
+
+
+def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
+    first = evaluate.Partial(tmp_path, "a", {"questions": "x"}, 1, 0)
+    first.add([{"id": "1", "sample": 0}])
+    assert [r["id"] for r in evaluate.Partial(tmp_path, "a", {"questions": "x"}, 1, 0).rows] == ["1"]
+    assert evaluate.Partial(tmp_path, "b", {"questions": "x"}, 1, 0).rows == []
+    assert evaluate.Partial(tmp_path, "a", {"questions": "y"}, 1, 0).rows == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "q/easy.jsonl", "r/easy.jsonl"], "must differ"), (["--data", "q/mean.jsonl"], "mean"),
+    (["--data", "q/easy.jsonl", "--out", "q"], "would overwrite"), (["--limit", -1], "--limit -1"), (["--seed", -1], "--seed"),
+    (["--budgets", 0, 2], "--budgets"), (["--max_pixels", 0], "--max_pixels")], ids=str)
+def test_a_bad_flag_is_one_line(monkeypatch, flags, words):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(tools.InputError, match=words):
+        evaluate.parse_args()
 
 
 def test_missing_model_says_which_command_makes_it(tmp_path):

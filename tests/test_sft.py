@@ -323,12 +323,41 @@ def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
     before = (tmp_path / "o/state.pt").read_bytes()
     code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv = sys.argv[1:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "sft.py"), *map(str, common[1:]), "--steps", "2"],
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "sft.py"), *map(str, common[1:]), "--steps", "2", "--resume"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error:" in done.stderr.splitlines()[-1] and ("cannot save" in done.stderr or "too large" in done.stderr)
     assert (tmp_path / "o/state.pt").read_bytes() == before
     assert not list((tmp_path / "o").glob(".*"))
+
+
+def test_a_fresh_run_never_goes_on_from_an_older_one(trained_folder, world, tmp_path):
+    """Killed before its first checkpoint and resumed, it starts anew: the older run's state was set aside."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON]
+    run_script(*common, "--steps", 2, "--seed", 1, "--out", tmp_path / "o")
+    old = (tmp_path / "o/state.pt").read_bytes()
+    kill_after(tmp_path / "o/old_state.pt", *common, "--steps", 3, "--out", tmp_path / "o")
+    assert (tmp_path / "o/old_state.pt").read_bytes() == old and not (tmp_path / "o/state.pt").exists()
+    run_script(*common, "--steps", 3, "--out", tmp_path / "o", "--resume")
+    run_script(*common, "--steps", 3, "--out", tmp_path / "whole")
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "o")) == 0
+    done = run_script(*common, "--steps", 2, "--out", tmp_path / "o", "--resume", check=False)
+    assert done.returncode == 1 and "is at step 3, beyond the 2 steps" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--lr", "nan"], ["--lr", -1], ["--epochs", "inf"], ["--warmup", "nan"], ["--seed", -1],
+                                   ["--steps", 0], ["--max_norm", 0], ["--weight_decay", "nan"], ["--max_pixels", -5]], ids=str)
+def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["sft.py", *map(str, flags)])
+    with pytest.raises(tools.InputError, match=flags[0]):
+        sft.parse_args()
+
+
+def test_a_run_that_diverges_stops_before_it_saves(trained_folder, world, tmp_path):
+    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 6, "--lr", 1e30,
+                      "--warmup", 0, "--max_norm", 1e30, "--out", tmp_path / "o", check=False)
+    assert done.returncode == 1 and "not finite; lower --lr" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "o/model.safetensors").exists()
 
 
 def test_mistakes_are_one_line(trained_folder, world, tmp_path):

@@ -289,7 +289,7 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
     ((1000, 500), (3136, 1_000_000), (1008, 504)),
     ((2000, 1000), (3136, 1_000_000), (1400, 700)),
     ((100, 20), (6272, 1_000_000), (196, 56)),    # 177.1 x 35.4
-    ((5000, 30), (784, 10_000), (1288, 28)),      # 1290.99 x 7.7: a side is never less than one patch
+    ((5000, 30), (784, 10_000), (336, 28)),       # 1290.99 x 7.7: 28 high, so 10000 / 28 = 357.1 wide
 ])
 def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
     assert tools.resize_for_model(Image.new("RGB", size), *limits).size == expected
@@ -397,7 +397,8 @@ def trajectory(*turns):
     return question(turns=list(turns))
 
 
-@pytest.mark.parametrize("changes", [{}, {"options": ["red", "blue"]}, {"level": "hard"}, {"level": None},
+@pytest.mark.parametrize("changes", [{}, {"options": ["7", "8"]}, {"options": ["red", "blue"], "answer": "B"},
+                                     {"system": None}, {"system": ""}, {"level": "hard"}, {"level": None},
                                      {"image": "..jpg"}, {"image": "a..b/c.jpg"}, {"unknown": 1}])
 def test_good_questions(changes):
     tools.check_question(question(**changes))
@@ -406,7 +407,8 @@ def test_good_questions(changes):
 @pytest.mark.parametrize("changes", [
     *({key: bad} for key in ("id", "image", "question", "answer") for bad in (KeyError, "", " ", 7, None)),
     *({"image": path} for path in ("/etc/passwd", "../secret.jpg", "images/../../secret.jpg", "..")),
-    {"options": []}, {"options": "red"}, {"options": [1, 2]}, {"level": "extreme"}, {"level": 1}])
+    {"options": []}, {"options": "red"}, {"options": [1, 2]},
+    {"options": ["red", "blue"]}, {"system": 5}, {"system": ["a"]}, {"level": "extreme"}, {"level": 1}])
 def test_bad_questions(changes):
     with pytest.raises(tools.InputError) as error:
         tools.check_question(question(**changes))
@@ -427,10 +429,27 @@ def test_good_trajectories(turns):
     ([], "'turns'"), ([LAST, ZOOM], "turn 1"), ([ZOOM, LAST, ZOOM], "turn 2"), (["text"], "turn 1"), ([{}], "turn 1"),
     ([{"text": 7}], "turn 1"), ([ZOOM, {"text": "", "error": 7}], "turn 2"), ([{"text": "", "zoom": None}], "turn 1"),
     ([{"text": "", "zoom": {"bbox_2d": [1, 0, 0, 1], "source": "original_image"}}, LAST], "turn 1: The box"),
-    ([{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_0"}}, LAST], "turn 1: The source")])
+    ([{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_0"}}, LAST], "turn 1: The source"),
+    ([ZOOM, {"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_2"}}, LAST], "turn 2: there is no observation_2 yet"),
+    *(([{**LAST, "learn": bad}], "turn 1: 'learn'") for bad in (0, 1, None, "false", 0.5))])
 def test_bad_trajectories(turns, words):
     with pytest.raises(tools.InputError, match=words):
         tools.check_trajectory(trajectory(*turns))
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"id": "\xe9"}', "utf-8"), (b'{"x": 1e999}', "too large"), (b'{"x": -Infinity}', "not JSON"),
+    (b'{"x": "\\ud800"}', "surrogates"), (b"\xef\xbb\xbf{}", "BOM")])
+def test_rows_that_could_not_be_written_again_are_refused_by_line(tmp_path, line, words):
+    (tmp_path / "rows.jsonl").write_bytes(b"{}\n\n" + line + b"\n")
+    with pytest.raises(tools.InputError, match=f"rows.jsonl:3: .*{words}"):
+        tools.read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_an_id_stands_in_one_line_only(tmp_path):
+    tools.write_jsonl(tmp_path / "q.jsonl", [question(), question(id="2"), question()])
+    with pytest.raises(tools.InputError, match="q.jsonl:3: id '1'"):
+        tools.read_questions(tmp_path / "q.jsonl")
 
 
 def test_a_trajectory_is_a_question():
