@@ -362,7 +362,7 @@ def test_sorting_gives_every_object_its_verdict(instructions):
             verdicts.append("Yes" if wanted in name.split() else "No")
             expected.append(f"I see {name}. Want {wanted}. {verdicts[-1]}.")
         assert row["answer"] == " ".join(expected)
-    assert min(verdicts.count("Yes"), verdicts.count("No")) > 20
+    assert min(verdicts.count("Yes"), verdicts.count("No")) > 10
 
 
 WORLD = r"What digit is on the (\w+) (\w+)\?|Which shape is the (\w+) object with digit (\d)\?"

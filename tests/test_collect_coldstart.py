@@ -380,18 +380,16 @@ def test_the_command_keeps_correct_trajectories_and_counts(folder):
     assert not list(folder.glob("*whole*partial*"))
 
 
-def test_long_and_wrong_solutions_are_left_out_and_counted(folder, world):
-    """Two questions that no answer fits (the teacher's is not among the options), and a cap of 5 turns."""
-    rows = tools.read_jsonl(folder / "train.jsonl")[:40]
-    rows = [{**row, "options": ["nothing", "of this"]} if i < 2 else row for i, row in enumerate(rows)]
-    tools.write_jsonl(folder / "odd.jsonl", rows)
+def test_long_solutions_are_left_out_and_counted(folder, world):
+    """With a cap of 5 turns some solutions are too long: they are wrong answers as far as the file is concerned."""
+    tools.write_jsonl(folder / "odd.jsonl", tools.read_jsonl(folder / "train.jsonl")[:40])
     said = collect(folder, "short.jsonl", "--data", folder / "odd.jsonl", "--max_turns", 5).stdout
     kept = tools.read_jsonl(folder / "short.jsonl")
-    assert 0 < len(kept) < 38 and all(len(r["turns"]) <= 5 and r["reward"] == 1.0 and "options" not in r for r in kept)
+    assert 0 < len(kept) < 38 and all(len(r["turns"]) <= 5 and r["reward"] == 1.0 for r in kept)
     left = re.search(r"40 trajectories, (\d+) correct and kept, (\d+) left out \((.*)\)", said)
     assert int(left[1]) == len(kept) and int(left[2]) == 40 - len(kept)
     reasons = {name: int(times) for name, times in re.findall(r"'(\w+)': (\d+)", left[3])}
-    assert sum(reasons.values()) == 40 - len(kept) and reasons["over_turn"] > 0 and set(reasons) <= {"over_turn", "answer"}
+    assert sum(reasons.values()) == 40 - len(kept) and set(reasons) == {"over_turn"}
 
 
 @pytest.fixture(scope="module")

@@ -296,7 +296,8 @@ def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
 
 
 def test_sizes_agree_with_qwens_own_processor():
-    """For sides of 17 pixels and more, where Qwen's rounding does not give a side of 0."""
+    """For sides of 17 pixels and more, where Qwen's rounding does not give a side of 0. A strip that would exceed the limit
+    there, since its short side cannot shrink, keeps it here."""
     rng = random.Random(0)
     for _ in range(400):
         width = int(17 * 100 ** rng.random())
@@ -305,7 +306,10 @@ def test_sizes_agree_with_qwens_own_processor():
         factor = rng.choice([28, 32])
         theirs = smart_resize(height, width, factor, *limits)
         ours = tools.resize_for_model(Image.new("L", (width, height)), *limits, factor)
-        assert ours.size == theirs[::-1], (width, height, limits, factor)
+        if min(theirs) > factor or theirs[0] * theirs[1] <= limits[1]:
+            assert ours.size == theirs[::-1], (width, height, limits, factor)
+        else:
+            assert min(ours.size) == factor and limits[1] - factor**2 < ours.width * ours.height <= limits[1]
 
 
 def test_resizing_keeps_a_fitting_image_and_repeats_nothing():
