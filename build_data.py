@@ -19,7 +19,8 @@ What differs from the paper's VisualProbe:
 3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows already: naming what is in
    a view, comparing it with what is wanted, keeping a list. It contains nothing of the multi-turn protocol.
 
-Files written to --out: train.jsonl, easy.jsonl, medium.jsonl, hard.jsonl, instruct.jsonl, images/, views/.
+Files written to --out: train.jsonl (all levels) and its parts train_easy.jsonl, train_medium.jsonl, train_hard.jsonl; the test
+sets easy.jsonl, medium.jsonl, hard.jsonl; instruct.jsonl; images/, views/.
 
 Commands (drawing is CPU work: a GPU or more nodes change nothing):
     1 CPU            python build_data.py --workers 1
@@ -368,6 +369,8 @@ def main():
         tools.write_jsonl(args.out / f"{split}.jsonl", rows)
         kinds = {k: sum(r["source"] == k for r in rows) for k in ("synthetic_digit", "synthetic_shape")}
         print(f"{args.out / split}.jsonl: {len(rows)} questions, {kinds}")
+        for level in levels if split == "train" else []:  # the same questions once more, for RL on a level or a mixture
+            tools.write_jsonl(args.out / f"train_{level}.jsonl", [row for row in rows if row["level"] == level])
     make = partial(make_instructions, out=args.out, seed=args.seed, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     rows = [row for rows in parallel(make, range(args.scenes), args.workers, "instruct") for row in rows]
     tools.write_jsonl(args.out / "instruct.jsonl", rows)

@@ -21,6 +21,9 @@ What differs from textbook GRPO and from the paper:
 6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
    is left over then is dropped from the update and counted ("groups_without_signal").
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
+8. The default questions are the easy ones, since a group teaches most when about half of it succeeds within the turn cap.
+   Where few succeed, one over std(r) makes the rare success weigh most: a search order that always fails there loses
+   nothing (it is masked), one that is lucky now and then gains, and the policy drifts towards the lucky order.
 
 Commands:
     1 CPU          python rl.py
@@ -166,11 +169,11 @@ def collect_groups(engine, sets, weights, step, places, args):
 
 
 def score_held_out(engine, held_out, args, rank, world):
-    """Accuracy on the questions kept back, one conversation each with --eval_turns turns. The random numbers are the same
+    """Accuracy on the questions kept back, one conversation each of at most --eval_turns turns. The random numbers are the same
     at every evaluation, so that scores of two checkpoints differ by the policy only."""
     training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
-    images = args.max_images or args.eval_turns
-    engine.limits = replace(engine.limits, max_turns=args.eval_turns, max_images=images)
+    turns = args.eval_turns or args.max_turns
+    engine.limits = replace(engine.limits, max_turns=turns, max_images=args.max_images or turns)
     engine.key = (args.seed, 2**31)  # a step number that training never reaches
     rows, roots = zip(*(held_out[i] for i in mine)) if mine else ((), ())
     right = sum(r.reward for r in engine.run(rows, 1, roots, mine))
@@ -314,7 +317,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", default="checkpoints/sft", help="local folder or hub id of the policy to start from")
-    group.add_argument("--data", nargs="+", default=["data/train.jsonl"], metavar="FILE[:WEIGHT]",
+    group.add_argument("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE[:WEIGHT]",
                        help="question files; a question's file is drawn by weight (default 1)")
     group.add_argument("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
     group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
@@ -323,7 +326,7 @@ def parse_args():
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("rollouts")
-    group.add_argument("--steps", type=int, default=40, help="RL steps")
+    group.add_argument("--steps", type=int, default=30, help="RL steps")
     group.add_argument("--prompts_per_step", type=int, default=24, help="P: questions per step over all processes (paper: 256)")
     group.add_argument("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
     group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
@@ -356,8 +359,8 @@ def parse_args():
     group.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
     group.add_argument("--eval_every", type=int, default=10, help="steps between scores on questions held out from RL; "
                        "--out keeps the best model (0: no evaluation, the last model is kept)")
-    group.add_argument("--eval_size", type=int, default=120, help="held-out questions, taken from the end of --data")
-    group.add_argument("--eval_turns", type=int, default=32, help="turns per conversation in these evaluations")
+    group.add_argument("--eval_size", type=int, default=240, help="held-out questions, taken from the end of --data")
+    group.add_argument("--eval_turns", type=int, help="turns per conversation in these evaluations (default: --max_turns)")
     group.add_argument("--dump_every", type=int, default=10, help="steps between dumps of 8 conversations to --out/rollouts/")
     group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
     args = parser.parse_args()
