@@ -276,6 +276,21 @@ def test_the_command_writes_what_one_process_would(built, tmp_path):
     assert all((tmp_path / f).read_bytes() == (out / f).read_bytes() for f in files)
 
 
+def test_each_level_of_the_training_questions_has_a_file_of_its_own(built):
+    out, _ = built
+    rows = tools.read_jsonl(out / "train.jsonl")
+    for level in LEVELS:
+        assert tools.read_jsonl(out / f"train_{level}.jsonl") == [row for row in rows if row["level"] == level] != []
+
+
+def test_a_change_of_a_level_never_reuses_an_old_picture(tmp_path, monkeypatch):
+    """The name of an image depends on what is drawn: with other settings a rerun in the same folder draws anew."""
+    before = build_data.make_question(("easy", 0, "easy"), tmp_path, 0)["image"]
+    monkeypatch.setitem(LEVELS, "easy", {**LEVELS["easy"], "radius": 0.3})
+    after = build_data.make_question(("easy", 0, "easy"), tmp_path, 0)["image"]
+    assert before != after and (tmp_path / before).read_bytes() != (tmp_path / after).read_bytes()
+
+
 def test_every_image_of_every_row_opens(built):
     out, _ = built
     for split in build_data.SPLITS:
