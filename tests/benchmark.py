@@ -12,7 +12,7 @@ ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend
 Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is forced to them.
 
 Commands:
-    1 CPU, 1 GPU     python tests/benchmark.py                            (the model in checkpoints/sft, questions in data/train.jsonl)
+    1 CPU, 1 GPU     python tests/benchmark.py                            (checkpoints/sft, data/train.jsonl)
     one case         python tests/benchmark.py rollout --groups 4 --repeats 1
     2 processes      torchrun --nproc_per_node=2 tests/benchmark.py sft   (both sides data parallel: ours against torch DDP)
 """
@@ -129,8 +129,8 @@ def play_with_cache(policy, rollouts, check=False):
                 if new else {}
             ids = torch.tensor([r.ids[:start]])
             out = policy.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, past_key_values=cache, do_sample=not check,
-                logits_processor=[Force([r.ids[start:end]], start, policy.device)], max_new_tokens=end - start,
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, past_key_values=cache,
+                do_sample=not check, logits_processor=[Force([r.ids[start:end]], start, policy.device)], max_new_tokens=end - start,
                 return_dict_in_generate=True, output_logits=check, **pixels)
             cache = out.past_key_values
             if check:
@@ -160,8 +160,8 @@ def case_rollout(args):
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
     rollouts = engine.run(rows, args.group, args.data.parent)
     tokens = sum(sum(r.mask) for r in rollouts)
-    alternate(f"rollout: {args.groups} x {args.group}, 6 turns, {tokens} tokens", lambda: engine.run(rows, args.group, args.data.parent),
-              lambda: play_with_generate(peer, rollouts), args.repeats)
+    alternate(f"rollout: {args.groups} x {args.group}, 6 turns, {tokens} tokens",
+              lambda: engine.run(rows, args.group, args.data.parent), lambda: play_with_generate(peer, rollouts), args.repeats)
 
 
 def case_cached(args):
@@ -257,8 +257,8 @@ def case_grpo(args):
     rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)                # (P, G)
     completed = torch.tensor([[rl.is_completed(r) for r in part] for part in parts])
     advantages = rl.group_advantages(rewards, completed)
-    settings = argparse.Namespace(overturn_mask=True, divisor="completed", aggregation="response", max_turn_tokens=96, max_turns=6,
-                                  tokens=args.tokens, clip_low=0.2, clip_high=0.3, max_norm=1.0)
+    settings = argparse.Namespace(overturn_mask=True, divisor="completed", aggregation="response", max_turn_tokens=96,
+                                  max_turns=6, tokens=args.tokens, clip_low=0.2, clip_high=0.3, max_norm=1.0)
     params = sft.trainable(policy, False)
     optimizer = sft.make_optimizer(params, 1e-5, 0.0)
     policy.model.train()
@@ -297,7 +297,8 @@ def case_growth(args):
         rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
         seconds, tokens = time.perf_counter() - start, sum(sum(r.mask) for r in rollouts)
         cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
-        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   {tokens / seconds:8.0f} tokens/s   KV cache {cache:6.1f} MB")
+        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   {tokens / seconds:8.0f} tokens/s   "
+            f"KV cache {cache:6.1f} MB")
 
     for turns in (8, 16, 32):
         measure(f"{turns} turns", 256, turns)

@@ -480,7 +480,8 @@ def test_a_collection_without_any_trajectory_leaves_the_old_file(small, wrong):
     assert done.returncode == 1 and "Traceback" not in done.stderr and (small / "old.jsonl").read_text() == "kept"
 
 
-@pytest.mark.parametrize("objects", [[["x"]], [[0, 9, "red", "star", 1]], [[0, 1, "red", "star"]], [[0, 1, "red", "star", "1"]], "x"])
+@pytest.mark.parametrize("objects", [
+    [["x"]], [[0, 9, "red", "star", 1]], [[0, 1, "red", "star"]], [[0, 1, "red", "star", "1"]], "x"])
 def test_a_damaged_layout_is_refused_by_line(small, objects):
     rows = tools.read_jsonl(small / "train.jsonl")
     tools.write_jsonl(small / "train.jsonl", [rows[0], {**rows[1], "objects": objects}])

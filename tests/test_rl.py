@@ -206,7 +206,8 @@ def runs(trained_folder, world, tmp_path_factory):
     tools.write_jsonl(world / "seen.jsonl", seen)
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
     common = ["rl.py", "--model", trained_folder, "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
-              "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2, "--eval_every", 2, "--eval_size", 2, "--eval_turns", 8]
+              "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2,
+              "--eval_every", 2, "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common

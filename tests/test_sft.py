@@ -354,8 +354,9 @@ def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
 
 
 def test_a_run_that_diverges_stops_before_it_saves(trained_folder, world, tmp_path):
-    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 6, "--lr", 1e30,
-                      "--warmup", 0, "--max_norm", 1e30, "--out", tmp_path / "o", check=False)
+    wild = ["--steps", 6, "--lr", 1e30, "--warmup", 0, "--max_norm", 1e30]
+    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, *wild,
+                      "--out", tmp_path / "o", check=False)
     assert done.returncode == 1 and "not finite; lower --lr" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "o/model.safetensors").exists()
 
