@@ -3,6 +3,7 @@ real runs on one and two processes."""
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import evaluate
 import rl
 import sft
 import tools
-from conftest import run_script
+from conftest import run_script, start_script
 
 T, F = True, False
 
@@ -256,9 +257,14 @@ def test_dumps_are_trajectory_rows(runs, world):
 
 
 def test_resume_is_exact(runs):
-    """One step, stopped, two more with --resume: the same weights, bit for bit, and one line per step in the log."""
+    """Killed after its first checkpoint and resumed: the same weights, bit for bit, and one line per step in the log."""
     out, common = runs
-    run_script(*common, "--steps", 1, "--out", out / "cut")
+    process = start_script(*common, "--steps", 3, "--out", out / "cut")
+    while not (out / "cut" / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     run_script(*common, "--steps", 3, "--out", out / "cut", "--resume")
     assert largest_difference(out / "one", out / "cut") == 0
     assert [m["step"] for m in read(out / "cut")] == [1, 2, 3]
