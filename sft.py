@@ -39,7 +39,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17: the top-level name wants torchvision
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as library
 from transformers.utils import logging as hf_logging
 
