@@ -99,6 +99,7 @@ class Teacher:
         return PHRASES["hint"]
 
     def empty_places(self, source):
+        """Names of the places without any object in the part that the observation `source` shows."""
         held = [o[1] for o in self.row["objects"] if o[0] == self.parts[source]]
         return [place for i, place in enumerate(PLACES) if i not in held]
 
@@ -178,8 +179,7 @@ def solve(row, index, root, prompts, max_turns, seed):
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
-    question = {k: v for k, v in row.items() if k not in ("objects", "walls")}
-    return {**question, "system": prompts["system"], "turns": turns, "finish": finish, "prediction": prediction,
+    return {**tools.without_layout(row), "system": prompts["system"], "turns": turns, "finish": finish, "prediction": prediction,
             "reward": float(tools.match_answer(prediction, row["answer"], row.get("options"))),
             "teacher": "scripted",
             "pattern": teacher.order if teacher.pattern in ("recover", "backtrack") else pattern}  # ended before its mistake

@@ -83,8 +83,7 @@ class Rollout(sft.Sequence):
 
     def as_row(self):
         """The trajectory row that is written to JSONL."""
-        question = {k: v for k, v in self.row.items() if k not in ("objects", "walls")}
-        return {**question, "system": self.system, "turns": self.turns, "finish": self.finish,
+        return {**tools.without_layout(self.row), "system": self.system, "turns": self.turns, "finish": self.finish,
                 "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
 
 

@@ -370,6 +370,11 @@ def check_trajectory(row):
             raise InputError(f"turn {number} has neither 'zoom' nor 'error' and is not the last")
 
 
+def without_layout(row):
+    """A question row as everybody but the scripted teacher may see it: without where things lie in the default world."""
+    return {k: v for k, v in row.items() if k not in ("objects", "walls")}
+
+
 def read_questions(path, hint=""):
     """Question rows of a file. Raises InputError as read_jsonl does, and for an id that stands there twice."""
     seen = set()

@@ -130,7 +130,8 @@ def play_with_cache(policy, rollouts, check=False):
             ids = torch.tensor([r.ids[:start]])
             out = policy.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, past_key_values=cache,
-                do_sample=not check, logits_processor=[Force([r.ids[start:end]], start, policy.device)], max_new_tokens=end - start,
+                do_sample=not check, max_new_tokens=end - start,
+                logits_processor=[Force([r.ids[start:end]], start, policy.device)],
                 return_dict_in_generate=True, output_logits=check, **pixels)
             cache = out.past_key_values
             if check:

@@ -4,7 +4,6 @@ References: transformers' own positions, vision attention and logits; torch's Di
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import sft
 import tools
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, start_script
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +193,8 @@ def test_exported_folder_loads_with_the_library(trained_folder, trained):
     assert trained.banned[0] in model.generation_config.suppress_tokens
     chat = tokenizer.apply_chat_template([{"role": "system", "content": "Look closer."}, {"role": "user", "content": [
         {"type": "text", "text": "Hi\n"}, {"type": "image"}]}], add_generation_prompt=True, tokenize=False)
-    assert chat == ("<|im_start|>system\nLook closer.<|im_end|>\n<|im_start|>user\nHi\n<|vision_start|><|image_pad|><|vision_end|>"
-                    "<|im_end|>\n<|im_start|>assistant\n")
+    assert chat == ("<|im_start|>system\nLook closer.<|im_end|>\n<|im_start|>user\nHi\n"
+                    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_word_is_one_token_wherever_it_is_copied(policy):
@@ -293,8 +292,7 @@ def test_gradient_sum_equals_torch_ddp(trained_folder, world, tmp_path):
 
 def kill_after(path, *args):
     """Start a stage, SIGKILL it as soon as `path` exists."""
-    process = subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_script(*args)
     for _ in range(3000):
         if path.exists() or process.poll() is not None:
             break
