@@ -87,10 +87,15 @@ class Rollout(sft.Sequence):
                 "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
 
 
+CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
+
+
 class SlotCache:
     """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the longest conversation.
 
-    The model calls update() in every layer; the engine says beforehand, with at(), which rows and columns are written.
+    The model calls update() in every layer; the engine says beforehand, with at(), which slots and columns are written. What
+    is attended to is cut into spans (rows of the batch, their slots, columns in use, mask), so that nothing is copied and a
+    short conversation is not charged for the longest one. The engine keeps conversations of similar length together.
     """
 
     def __init__(self, config, slots, dtype, device):
@@ -98,22 +103,30 @@ class SlotCache:
         self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
-    def at(self, rows, columns, length):
-        """Next forward: write at rows (n,) x columns (n, w); attend to the first `length` columns."""
-        self.rows, self.columns, self.length = rows, columns, length
-        self.all = rows.tolist() == list(range(len(rows)))
-        need, have = int(columns.max()) + 1, self.layers[0][0].shape[2]
+    def at(self, slots, fed, pieces, device):
+        """Next forward: `pieces` new tokens per slot behind `fed` old ones, padded to the longest piece. Returns its spans."""
+        width, have = max(pieces), self.layers[0][0].shape[2]
+        need = max(fed) + width
         if need > have:
             more = max(need - have, have // 2)
             self.layers = [[torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer] for layer in self.layers]
+        columns = torch.tensor(fed, device=device)[:, None] + torch.arange(width, device=device)                     # (n, w)
+        self.where = torch.tensor(slots, device=device)[:, None], columns
+        step = CHUNK if slots == list(range(len(slots))) else 1         # slots that are not neighbours attend one by one
+        spans = []
+        for first in range(0, len(slots), step):
+            last = min(first + step, len(slots))
+            length = max(f + p for f, p in zip(fed[first:last], pieces[first:last]))
+            mask = torch.arange(length, device=device) <= columns[first:last, None, :, None]                 # (b, 1, w, length)
+            spans.append((slice(first, last), slice(slots[first], slots[last - 1] + 1), length, mask))
+        return spans
 
     def update(self, key, value, layer, *args, **kwargs):
-        """key, value: (n, heads, w, D) of the new tokens. Returns all keys and values to attend to: (n, heads, length, D)."""
+        """key, value: (n, heads, w, D) of the new tokens. Returns the keys and values of all slots, of which spans are cut."""
+        slots, columns = self.where
         for store, new in zip(self.layers[layer], (key, value)):
-            store[self.rows[:, None], :, self.columns] = new.transpose(1, 2)             # (n, w, heads, D)
-        # the first n slots are a view without a copy, which is what makes decoding fast
-        return tuple(t[:len(self.rows), :, :self.length] if self.all else t[self.rows, :, :self.length]
-                     for t in self.layers[layer])
+            store[slots, :, columns] = new.transpose(1, 2)                                               # (n, w, heads, D)
+        return self.layers[layer]
 
     def read(self, slot, length):
         return [[t[slot, :, :length].clone() for t in layer] for layer in self.layers]
@@ -217,13 +230,10 @@ class Engine:
         if any(image is not None for image in images):
             pixels = {"pixel_values": torch.cat([i[0] for i in images if i is not None]).to(device),
                       "image_grid_thw": torch.tensor([i[1] for i in images if i is not None], device=device)}
-        length = max(r.fed + len(piece) for r, piece in zip(rollouts, pieces))
-        columns = (torch.tensor([r.fed for r in rollouts])[:, None] + torch.arange(width)).to(device)                # (n, w)
-        self.cache.at(torch.tensor(list(slots), device=device), columns, length)
-        mask = torch.arange(length, device=device) <= columns[:, None, :, None]                          # (n, 1, w, length)
+        spans = self.cache.at(list(slots), [r.fed for r in rollouts], list(map(len, pieces)), device)
         hidden = self.policy.model.model(
-            input_ids=ids, position_ids=where.to(device), attention_mask=mask, past_key_values=self.cache,
-            use_cache=True, **pixels).last_hidden_state                                                              # (n, w, D)
+            input_ids=ids, position_ids=where.to(device), attention_mask=spans[0][-1], past_key_values=self.cache,
+            use_cache=True, spans=spans, **pixels).last_hidden_state    # (n, w, D); a 4-D mask keeps the library from making one
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
         return sft.project(self.policy, hidden[torch.arange(len(pieces), device=device), last]), after               # (n, V)
 
@@ -235,7 +245,7 @@ class Engine:
             ids = logprobs.argmax(-1)
         else:
             u = torch.tensor([r.random.random(dtype=np.float32) for r in rollouts], dtype=torch.float64, device=logprobs.device)
-            total = logprobs.double().exp().cumsum(-1)                                                 # (n, V)
+            total = logprobs.exp().cumsum(-1, dtype=torch.float64)                                     # (n, V)
             ids = (total <= u[:, None] * total[:, -1:]).sum(-1)   # first id whose cumulative mass exceeds u: never banned
         scores = logprobs.gather(-1, ids[:, None])[:, 0]
         ended = []
@@ -274,20 +284,29 @@ class Engine:
             r.new_image, r.turn_start = image, len(r.ids)
 
     def retire(self, slot):
-        """Score a finished conversation and free its slot: refill it, or move the last one in to keep the slots compact."""
+        """Score a finished conversation and free its slot. Long conversations stand first, so that slots that attend together
+        are about equally long; a new one begins in the last chunk, or the last one is moved to keep the slots compact."""
         r = self.slots[slot]
         r.reward = float(tools.match_answer(r.prediction, r.row["answer"], r.row.get("options")))
         self.done[r.job] = r
         if self.bar is not None:
             self.bar.update()
+        # the hole moves to the last chunk: each chunk on the way hands its longest conversation to the one before it
+        for first in range((slot // CHUNK + 1) * CHUNK, len(self.slots), CHUNK):
+            longest = max(range(first, min(first + CHUNK, len(self.slots))), key=lambda i: self.slots[i].fed)
+            slot = self.move(longest, slot)
         if self.queue:
             self.start(slot)
             return
-        last = len(self.slots) - 1
-        if slot != last:
-            self.cache.write(slot, self.cache.read(last, self.slots[last].fed))
-            self.slots[slot] = self.slots[last]
+        if slot != len(self.slots) - 1:
+            self.move(len(self.slots) - 1, slot)
         self.slots.pop()
+
+    def move(self, slot, hole):
+        """Move a conversation into a free slot. Returns the slot that is free then."""
+        self.cache.write(hole, self.cache.read(slot, self.slots[slot].fed))
+        self.slots[hole] = self.slots[slot]
+        return slot
 
 
 # ---------------------------------------------------------------------------------------------------------------------

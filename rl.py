@@ -185,13 +185,14 @@ def score_held_out(engine, held_out, args, rank, world):
 # The update
 
 
-def collate_rollouts(policy, rollouts):
-    """sft.collate plus the sampler's log-probs: (batch, old_logprobs (B, T - 1)), aligned with batch["mask"][:, 1:]."""
-    batch = sft.collate(policy, rollouts)
-    mask = batch["mask"][:, 1:]
-    flat = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float64, device=policy.device)
-    dtype = torch.float64 if policy.model.dtype == torch.float64 else torch.float32
-    return batch, torch.zeros(mask.shape, dtype=dtype, device=policy.device).masked_scatter(mask, flat.to(dtype))
+def score_rollouts(policy, rollouts):
+    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were sampled, response by
+    response. Returns (new (B, T), old (B, T), mask (B, T) bool)."""
+    lengths = torch.tensor([len(r.logprobs) for r in rollouts], device=policy.device)
+    mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]                 # (B, T)
+    new = sft.token_logprobs(policy, sft.collate(policy, rollouts))                                  # (N,)
+    old = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=new.dtype, device=policy.device)
+    return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
 
 
 def update_policy(policy, params, optimizer, groups, args, lr):
@@ -208,9 +209,7 @@ def update_policy(policy, params, optimizer, groups, args, lr):
         return sums, None
     advantage_of = {id(r): a for r, a in every}
     for micro in sft.micro_batches([r for r, a in every if a != 0], args.tokens):
-        batch, old = collate_rollouts(policy, micro)
-        mask = batch["mask"][:, 1:]                                                                  # (B, T - 1)
-        new = torch.zeros_like(old).masked_scatter(mask, sft.token_logprobs(policy, batch).to(old.dtype))
+        new, old, mask = score_rollouts(policy, micro)                                               # (B, T)
         advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
         done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
         loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
@@ -349,7 +348,7 @@ def parse_args():
     group.add_argument("--lr", type=float, default=2e-4, help="learning rate, constant after warm-up (paper: 1e-6)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
     group.add_argument("--minibatch", type=int, help="prompts per optimizer step (default: all of a step; paper: 32)")
-    group.add_argument("--tokens", type=int, default=4096, help="padded tokens per forward pass on one process")
+    group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices")
     group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")

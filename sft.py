@@ -6,7 +6,8 @@ ids + mask + images, log-probabilities, hand-written data parallel, and checkpoi
 What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 1. Loss only on the assistant's tokens, the stop token included; a turn marked "learn": false (a teacher's deliberate
    mistake) is context, not target.
-2. A batch is right-padded and has no attention mask: under causal attention the padding cannot be seen by real tokens.
+2. A batch is packed: its conversations lie end to end in one row and attend each to itself, so there is neither padding
+   nor an attention mask.
 3. Positions are explicit (three axes, M-RoPE), by one function that the rollout engine uses too.
 4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are excluded from the softmax,
    here as in the sampler.
@@ -39,7 +40,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17: the top-level name wants torchvision
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as library
 from transformers.utils import logging as hf_logging
@@ -177,7 +180,7 @@ def build_tiny(texts, seed):
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
+            num_key_value_heads=2, max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
             rope_parameters={"rope_type": "default", "rope_theta": 3000.0, "mrope_section": [0, 1, 15]}),
         vision_config=dict(
             depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, window_size=112,
@@ -229,7 +232,34 @@ def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_se
     return torch.cat(parts)[torch.cat(order).argsort()].unsqueeze(0), None
 
 
+def conversations(module, query, key, value, attention_mask, scaling=None, lengths=None, spans=None, **more):
+    """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns ((B, T, H, D), None).
+
+    lengths (training): conversations of these lengths lie end to end in one row; each is a causal call of its own.
+    spans (rollouts): pieces of the KV cache, see evaluate.SlotCache. The H / K query heads that share a key head are laid
+    along the query axis, so that keys are neither repeated nor read twice. Without either: the library's own attention.
+    """
+    if lengths is not None:
+        parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))                            # (1, H, length, D)
+        out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
+                         for qkv in parts], dim=2)
+    elif spans is not None:
+        heads, out = key.shape[1], []
+        for rows, slots, length, mask in spans:
+            q = query[rows].unflatten(1, (heads, -1))                                                   # (b, K, H / K, T, D)
+            share = q.shape[2]
+            part = F.scaled_dot_product_attention(q.flatten(2, 3), key[slots, :, :length], value[slots, :, :length],
+                                                  attn_mask=mask.repeat(1, 1, share, 1), scale=scaling)
+            out.append(part.unflatten(2, (share, -1)).flatten(1, 2))                                    # (b, H, T, D)
+        out = torch.cat(out)
+    else:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+    return out.transpose(1, 2), None
+
+
 AttentionInterface.register("windows_flash", windows_flash)
+AttentionInterface.register("conversations", conversations)
+AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate` on a policy's model
 
 
 @dataclass
@@ -340,7 +370,7 @@ def exact_rotary(q, k, cos, sin):
 
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
-    model.set_attn_implementation({"vision_config": "windows_flash"})
+    model.set_attn_implementation({"text_config": "conversations", "vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
     if model.dtype == torch.float64:
@@ -410,28 +440,28 @@ def positions(ids, grids, image_id, merge, start=0):
 
 
 def collate(policy, sequences):
-    """Right-padded tensors of several Sequences: input_ids (B, T), mask (B, T), position_ids (3, B, T), images."""
-    longest = max(len(s.ids) for s in sequences)
-    batch = {"input_ids": torch.tensor([s.ids + [0] * (longest - len(s.ids)) for s in sequences]),
-             "mask": torch.tensor([s.mask + [False] * (longest - len(s.mask)) for s in sequences]),
-             "position_ids": torch.zeros(3, len(sequences), longest, dtype=torch.long)}
-    for i, s in enumerate(sequences):
-        batch["position_ids"][:, i, :len(s.ids)] = positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
+    """Several Sequences end to end as one row: input_ids (1, T), position_ids (3, 1, T), lengths (a list), written (the
+    places of the N tokens that the policy wrote), images."""
+    where = [positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0] for s in sequences]   # (3, length)
+    batch = {"input_ids": torch.tensor([[token for s in sequences for token in s.ids]]),
+             "written": torch.tensor([written for s in sequences for written in s.mask]).nonzero()[:, 0],       # (N,)
+             "position_ids": torch.cat(where, dim=1)[:, None]}
     images = [image for s in sequences for image in s.images]
     if images:
         batch["pixel_values"] = torch.cat([patches for patches, _ in images])         # (sum of patches, C)
         batch["image_grid_thw"] = torch.tensor([grid for _, grid in images])          # (images, 3)
-    return {name: tensor.to(policy.device) for name, tensor in batch.items()}
+    return {"lengths": [len(s.ids) for s in sequences], **{name: tensor.to(policy.device) for name, tensor in batch.items()}}
 
 
 def micro_batches(sequences, tokens):
-    """Cut a list into batches of at most `tokens` padded tokens, long ones together. One longer than that goes alone."""
-    batch = []
-    for sequence in sorted(sequences, key=lambda s: len(s.ids), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > tokens:
+    """Cut a list into batches of at most `tokens` tokens. A sequence longer than that goes alone."""
+    batch, size = [], 0
+    for sequence in sequences:
+        if batch and size + len(sequence.ids) > tokens:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(sequence)
+        size += len(sequence.ids)
     if batch:
         yield batch
 
@@ -444,15 +474,14 @@ def project(policy, hidden):
 
 
 def token_logprobs(policy, batch, chunk=4096):
-    """Log-probability of every token the policy wrote, given all before it: flat (N,), in the order of batch["mask"].
+    """Log-probability of every token the policy wrote, given all before it: (N,), in the order of batch["written"].
 
     The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in backward: with 152k ids and
     32k tokens the logits would otherwise be the largest tensor by far.
     """
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "pixel_values", "image_grid_thw") if k in batch}
-    hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state            # (B, T, D)
-    mask = batch["mask"][:, 1:]                                                         # token t is predicted at t - 1
-    hidden, targets = hidden[:, :-1][mask], batch["input_ids"][:, 1:][mask]             # (N, D), (N,)
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "lengths", "pixel_values", "image_grid_thw") if k in batch}
+    hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]         # (T, D)
+    hidden, targets = hidden[batch["written"] - 1], batch["input_ids"][0, batch["written"]]     # token t is predicted at t - 1
 
     def score(h, t):
         return project(policy, h).gather(-1, t[:, None])[:, 0]                          # (n, V) -> (n,)
@@ -650,7 +679,7 @@ def parse_args():
     group.add_argument("--epochs", type=float, default=2.0, help="passes over the data")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     group.add_argument("--batch", type=int, default=16, help="conversations per step, over all processes")
-    group.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass on one process")
+    group.add_argument("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
     group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
     group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
     group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")

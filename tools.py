@@ -60,11 +60,10 @@ def run(main):
 # Prompts. `<image>` marks where the picture goes; {question}, {name} and {error} are filled in.
 
 PROMPTS = {
-    "system": "You answer a question about a large image. You see images at low resolution, so look closer before you "
-              "answer. Think between <think> and </think>, then do one of two things. To zoom, write <grounding>"
-              '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>: the corners of a box as '
-              "fractions of the width and height of the source, which is original_image or an observation such as "
-              "observation_1. To finish, write <answer>your answer</answer>.",
+    "system": "You answer a question about a large image of which you see small views. Think between <think> and </think>, "
+              "then either zoom into a box, in fractions of its source (original_image or an observation), "
+              '<grounding>{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>, or finish, '
+              "<answer>your answer</answer>.",
     "question": "{question}\n<image>",
     "observation": "{name}:\n<image>",
     "error": "Error: {error}",

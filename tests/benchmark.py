@@ -188,12 +188,15 @@ def case_cached(args):
 
 def padded(policy, sequences):
     """A right-padded batch as a data collator would make it: attention mask, labels, no positions."""
-    batch = sft.collate(policy, sequences)
-    lengths = torch.tensor([len(s.ids) for s in sequences], device=policy.device)
-    attention = (torch.arange(batch["input_ids"].shape[1], device=policy.device) < lengths[:, None]).long()      # (B, T)
-    inputs = {k: batch[k] for k in ("input_ids", "pixel_values", "image_grid_thw") if k in batch}
-    return {**inputs, "attention_mask": attention, "mm_token_type_ids": (batch["input_ids"] == policy.image_id).long(),
-            "labels": batch["input_ids"].masked_fill(~batch["mask"], -100)}
+    def pad(lists, value):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+
+    ids, written = pad([s.ids for s in sequences], policy.tokenizer.pad_token_id), pad([s.mask for s in sequences], False)
+    batch = {"input_ids": ids, "attention_mask": pad([[1] * len(s.ids) for s in sequences], 0),                  # (B, T)
+             "mm_token_type_ids": (ids == policy.image_id).long(), "labels": ids.masked_fill(~written, -100)}
+    packed = sft.collate(policy, sequences)
+    batch |= {k: packed[k] for k in ("pixel_values", "image_grid_thw") if k in packed}
+    return {k: v.to(policy.device) for k, v in batch.items()}
 
 
 def peer_trainer(args):
@@ -272,7 +275,7 @@ def case_grpo(args):
             labels = batch.pop("labels")[:, 1:]                                                              # (B, T - 1)
             logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)                       # (B, T - 1, V)
             new = logprobs.gather(-1, labels.clamp(min=0)[:, :, None])[:, :, 0]
-            _, old = rl.collate_rollouts(peer, part)
+            old = torch.zeros_like(new).masked_scatter(labels >= 0, torch.tensor([x for r in part for x in r.logprobs]))
             rl.grpo_loss(new, old, flat[at:at + args.micro].float(), labels >= 0, keep[at:at + args.micro],
                          denominator=int(keep.sum()) or 1).backward()
         torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)

@@ -185,11 +185,10 @@ def test_trainer_agrees_with_sampler(trained, world):
     """The log-probs of an update, before any step, are those the sampler recorded: every ratio is 1."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
-    batch, old = rl.collate_rollouts(trained, rollouts)
-    mask = batch["mask"][:, 1:]
     with torch.no_grad():
-        new = torch.zeros_like(old).masked_scatter(mask, sft.token_logprobs(trained, batch))
-    assert ((new - old)[mask]).abs().max() < 1e-9 and (old[~mask] == 0).all()
+        new, old, mask = rl.score_rollouts(trained, rollouts)
+    assert ((new - old)[mask]).abs().max() < 1e-9 and (new[~mask] == 0).all() and (old[~mask] == 0).all()
+    assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 8,

@@ -99,7 +99,7 @@ def test_images_of_odd_sizes(policy, size):
     assert torch.equal(reference["pixel_values"].double(), patches)
 
 
-def test_padded_batch_equals_single_conversations(policy, rows, world):
+def test_packed_batch_equals_single_conversations(policy, rows, world):
     sequences = [sft.encode(policy, row, world) for row in rows[:4]]
     with torch.no_grad():
         together = sft.token_logprobs(policy, sft.collate(policy, sequences))
@@ -154,7 +154,7 @@ def test_batched_vision_windows_equal_the_library(policy, world):
 def test_micro_batches_keep_every_conversation_within_the_budget():
     sequences = [sft.Sequence(ids=[0] * n) for n in (5, 30, 7, 12, 1, 12)]
     batches = list(sft.micro_batches(sequences, 24))
-    assert [[len(s.ids) for s in b] for b in batches] == [[30], [12, 12], [7, 5, 1]]
+    assert [[len(s.ids) for s in b] for b in batches] == [[5], [30], [7, 12, 1], [12]]
 
 
 def test_learning_rate_by_hand():
