@@ -135,8 +135,8 @@ def draw_scene(rng, scene):
     noise = rng.integers(90, 160, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
     image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     tint = [[0, 0, 0] if wall is None else [round(0.35 * (c - 128)) for c in COLOURS[wall]] for wall in scene["walls"]]
-    third = np.arange(side) * 3 // side                                          # index of the part, along one axis
-    paper = np.array(tint, dtype=np.int16).reshape(3, 3, 3)[third[:, None], third[None, :]]             # (side, side, 3)
+    third = np.bincount(np.arange(side) * 3 // side)                             # pixels of each part, along one axis
+    paper = np.array(tint, dtype=np.int16).reshape(3, 3, 3).repeat(third, axis=0).repeat(third, axis=1)     # (side, side, 3)
     grain = rng.integers(-5, 6, size=(side, side, 1), dtype=np.int16)
     image = Image.fromarray(np.clip(np.asarray(image) + paper + grain, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
@@ -158,8 +158,8 @@ def draw_scene(rng, scene):
 
 
 def save_image(image, path, quality):
-    """JPEG, put in place in one step so that a kill never leaves half an image."""
-    tools.write_atomic(path, lambda file: image.save(file, "JPEG", quality=quality, subsampling=0))
+    """JPEG, put in place in one step so that a kill never leaves half an image. main() flushes them to disk together."""
+    tools.write_atomic(path, lambda file: image.save(file, "JPEG", quality=quality, subsampling=0), sync=False)
 
 
 def make_question(job, out, seed):
@@ -366,6 +366,7 @@ def main():
         count = args.train if split == "train" else args.test
         jobs = [(split, i, levels[i % 3] if split == "train" else split) for i in range(count)]
         rows = list(parallel(partial(make_question, out=args.out, seed=args.seed), jobs, args.workers, f"{split:8}"))
+        os.sync()  # the images, before the rows that name them
         tools.write_jsonl(args.out / f"{split}.jsonl", rows)
         kinds = {k: sum(r["source"] == k for r in rows) for k in ("synthetic_digit", "synthetic_shape")}
         print(f"{args.out / split}.jsonl: {len(rows)} questions, {kinds}")
@@ -373,6 +374,7 @@ def main():
             tools.write_jsonl(args.out / f"train_{level}.jsonl", [row for row in rows if row["level"] == level])
     make = partial(make_instructions, out=args.out, seed=args.seed, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     rows = [row for rows in parallel(make, range(args.scenes), args.workers, "instruct") for row in rows]
+    os.sync()
     tools.write_jsonl(args.out / "instruct.jsonl", rows)
     print(f"{args.out / 'instruct.jsonl'}: {len(rows)} single-view questions")
 

@@ -24,12 +24,14 @@ Commands:
 
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +64,13 @@ class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image: an observation that
-    was appended but not fed yet.
+    was appended but not fed yet (a future, since it is resized in the background). What was seen is let go of at the end.
     """
     row: dict = None
     system: str = ""
     prompt: int = 0
     sample: int = 0
+    root: Path = None
     logprobs: list = field(default_factory=list)
     views: list = field(default_factory=list)
     turns: list = field(default_factory=list)
@@ -77,7 +80,7 @@ class Rollout(sft.Sequence):
     random: object = None
     fed: int = 0
     next_position: int = 0
-    new_image: tuple = None
+    new_image: Future = None
     turn_start: int = 0
     job: tuple = None
 
@@ -85,6 +88,13 @@ class Rollout(sft.Sequence):
         """The trajectory row that is written to JSONL."""
         return {**tools.without_layout(self.row), "system": self.system, "turns": self.turns, "finish": self.finish,
                 "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
+
+    def with_images(self, policy):
+        """A copy with all images that were seen, cut again: kept, they would make memory grow with the number of rollouts."""
+        return replace(self, images=policy.pixels(tools.replay(self.as_row(), _open(Path(self.root) / self.row["image"]))))
+
+
+_open = functools.lru_cache(maxsize=1)(tools.open_image)    # the conversations of a group share one image
 
 
 CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
@@ -143,6 +153,7 @@ class Engine:
     def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False):
         self.policy, self.limits, self.greedy = policy, limits, greedy
         self.max_slots, self.key, self.cache = slots, (seed, step), None
+        self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
     @torch.inference_mode()
     def run(self, rows, samples, root, prompts=None, bar=None):
@@ -154,6 +165,7 @@ class Engine:
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
+        self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
             self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device)
@@ -170,25 +182,31 @@ class Engine:
         self.policy.model.train(training)
         return [self.done[key] for key in sorted(self.done)]
 
+    def load(self, i):
+        """Question i's image and the copy that the model sees."""
+        image = tools.open_image(Path(self.roots[i]) / self.rows[i]["image"])
+        return image, self.policy.pixels([image])[0]
+
     def start(self, slot):
         """Put the next job into a slot. The prompt is encoded by the first sample of a question; the others copy its keys
         and values. The prompt's last token stays pending, so that the first draw is like every other."""
         i, sample = self.queue.popleft()
         if self.opened is None or self.opened[0] != i:
-            image = tools.open_image(Path(self.roots[i]) / self.rows[i]["image"])
-            shown = self.policy.pixels([image])[0]
+            image, shown = self.ahead.pop(i).result()
+            if i + 1 < len(self.rows):
+                self.ahead[i + 1] = self.loader.submit(self.load, i + 1)
             ids = self.policy.opening(self.rows[i], shown[1])
             if len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
                 raise tools.InputError(f"question {self.rows[i]['id']}: prompt ({len(ids)} tokens) and one turn "
                                        f"({self.limits.max_turn_tokens}) do not fit in --max_context {self.limits.max_context}: "
                                        "raise it or lower --max_pixels")
-            rollout = self.slots[slot] = Rollout(ids=ids[:-1], new_image=shown)
-            self.prefill([slot])
-            self.opened = (i, image, shown, ids, self.cache.read(slot, rollout.fed), rollout.next_position)
-        _, image, shown, ids, saved, position = self.opened
+            self.slots[slot] = Rollout()
+            _, after = self.forward([slot], [ids[:-1]], [shown])
+            self.opened = (i, image, ids, self.cache.read(slot, len(ids) - 1), after[0])
+        _, image, ids, saved, position = self.opened
         self.cache.write(slot, saved)
         self.slots[slot] = Rollout(
-            ids=list(ids), mask=[False] * len(ids), images=[shown], row=self.rows[i],
+            ids=list(ids), mask=[False] * len(ids), row=self.rows[i], root=self.roots[i],
             system=self.policy.system(self.rows[i]), prompt=self.prompts[i], sample=sample,
             views=[image], fed=len(ids) - 1, next_position=position, turn_start=len(ids),
             random=np.random.default_rng([*self.key, self.prompts[i], sample]), job=(i, sample))
@@ -196,7 +214,8 @@ class Engine:
     def prefill(self, slots):
         """Feed everything that is pending in these slots. Returns log-probs of what comes next: (n, V)."""
         rollouts = [self.slots[i] for i in slots]
-        logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts], [r.new_image for r in rollouts])
+        logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts],
+                                       [r.new_image and r.new_image.result()[0] for r in rollouts])
         for r, position in zip(rollouts, after):
             r.fed, r.next_position, r.new_image = len(r.ids), position, None
         return logprobs
@@ -273,22 +292,22 @@ class Engine:
 
     def append_observations(self, rollouts):
         """Append what the tool returned to these conversations, unless it would not fit: then they end as over_context."""
-        crops = iter(self.policy.pixels([r.views[-1] for r in rollouts if "zoom" in r.turns[-1]]))
         for r in rollouts:
-            image = next(crops) if "zoom" in r.turns[-1] else None
-            ids = self.policy.observation(len(r.views) - 1, image[1]) if image else self.policy.refusal(r.turns[-1]["error"])
+            zoomed = "zoom" in r.turns[-1]
+            ids = self.policy.observation(len(r.views) - 1, self.policy.grid(r.views[-1])) if zoomed else \
+                self.policy.refusal(r.turns[-1]["error"])
             if len(r.ids) + len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
                 r.finish = "over_context"
                 continue
-            r.add(ids, False, image)
-            r.new_image, r.turn_start = image, len(r.ids)
+            r.add(ids, False)
+            r.new_image, r.turn_start = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None, len(r.ids)
 
     def retire(self, slot):
         """Score a finished conversation and free its slot. Long conversations stand first, so that slots that attend together
         are about equally long; a new one begins in the last chunk, or the last one is moved to keep the slots compact."""
         r = self.slots[slot]
         r.reward = float(tools.match_answer(r.prediction, r.row["answer"], r.row.get("options")))
-        self.done[r.job] = r
+        self.done[r.job], r.views = r, []
         if self.bar is not None:
             self.bar.update()
         # the hole moves to the last chunk: each chunk on the way hands its longest conversation to the one before it

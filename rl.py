@@ -190,7 +190,7 @@ def score_rollouts(policy, rollouts):
     response. Returns (new (B, T), old (B, T), mask (B, T) bool)."""
     lengths = torch.tensor([len(r.logprobs) for r in rollouts], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]                 # (B, T)
-    new = sft.token_logprobs(policy, sft.collate(policy, rollouts))                                  # (N,)
+    new = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]))     # (N,)
     old = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=new.dtype, device=policy.device)
     return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
 

@@ -30,6 +30,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -305,6 +306,11 @@ class Policy:
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
+
+    def grid(self, view):
+        """The grid that pixels() gives a view, without making its pixels."""
+        width, height = tools.size_for_model(*view.size, self.min_pixels, self.max_pixels, self.factor)
+        return 1, height * self.merge // self.factor, width * self.merge // self.factor
 
     def image_tokens(self, grid):
         return grid[0] * grid[1] * grid[2] // self.merge**2
@@ -612,6 +618,12 @@ def step_rows(rows, step, batch, seed):
     return picked
 
 
+def load_batch(policy, rows, root, step, args, rank, world):
+    """This rank's share of a step's batch as Sequences; long conversations are shared out evenly."""
+    batch = sorted(step_rows(rows, step, args.batch, args.seed), key=lambda row: len(row["turns"]))
+    return [encode(policy, row, root) for row in batch[rank::world]]
+
+
 def check_finite(step, *values):
     """Stop before a broken state is saved; the values are sums over ranks, so all ranks stop together."""
     if not all(map(math.isfinite, values)):
@@ -644,10 +656,13 @@ def train(policy, rows, root, args, rank, world):
     broadcast_weights(policy.model)
     log = open_log(args.out, start) if rank == 0 else None
     bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
+    loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
+    ahead = loader.submit(load_batch, policy, rows, root, start, args, rank, world)
     for step in bar:
         lr = learning_rate(step, total, args.lr, args.warmup)
-        batch = sorted(step_rows(rows, step, args.batch, args.seed), key=lambda row: len(row["turns"]))
-        sequences = [encode(policy, row, root) for row in batch[rank::world]]
+        sequences = ahead.result()
+        if step + 1 < total:
+            ahead = loader.submit(load_batch, policy, rows, root, step + 1, args, rank, world)
         longest = max((len(s.ids) for s in sequences), default=0)
         if longest > args.max_tokens:
             raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "

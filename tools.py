@@ -132,10 +132,9 @@ def open_image(path):
         raise InputError(f"{path}: not a readable image ({error}); replace it or remove its rows") from None
 
 
-def resize_for_model(image, min_pixels, max_pixels, factor=28):
-    """The copy of a view that the model is shown: sides are multiples of `factor` (patch x merge), the area is in
+def size_for_model(width, height, min_pixels, max_pixels, factor=28):
+    """(width, height) of the copy of a view that the model is shown: multiples of `factor` (patch x merge), the area is in
     [min_pixels, max_pixels] where that is possible, the aspect ratio is kept as well as the grid allows."""
-    width, height = image.size
     w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
     if w * h > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
@@ -145,7 +144,13 @@ def resize_for_model(image, min_pixels, max_pixels, factor=28):
     elif w * h < min_pixels:
         scale = math.sqrt(min_pixels / (width * height))
         w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
-    return image if (w, h) == image.size else image.resize((w, h), Image.Resampling.BICUBIC)
+    return w, h
+
+
+def resize_for_model(image, min_pixels, max_pixels, factor=28):
+    """The copy of a view that the model is shown, see size_for_model."""
+    size = size_for_model(*image.size, min_pixels, max_pixels, factor)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,8 +304,9 @@ def read_jsonl(path, check=None, hint=""):
     return rows
 
 
-def write_atomic(path, write):
-    """Call write(file) on a temporary binary file beside `path`, flush it to disk, then put it in place in one step."""
+def write_atomic(path, write, sync=True):
+    """Call write(file) on a temporary binary file beside `path`, flush it to disk, then put it in place in one step. sync
+    False leaves the flushing to the caller: a kill does no harm then either, but a power failure could."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -308,7 +314,8 @@ def write_atomic(path, write):
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

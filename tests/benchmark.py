@@ -7,23 +7,29 @@ ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend
     cached      the same against `generate` with its cache carried over turns, one conversation at a time
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
+    ddp         our data parallel against torch's around the same forward pass and update (under torchrun)
+    rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
     growth      cost of our rollouts as turns, conversations and pixels grow
+    paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not run
 
 Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is forced to them.
 
 Commands:
     1 CPU, 1 GPU     python tests/benchmark.py                            (checkpoints/sft, data/train.jsonl)
     one case         python tests/benchmark.py rollout --groups 4 --repeats 1
-    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py sft   (both sides data parallel: ours against torch DDP)
+    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp sft grpo
 """
 
 import argparse
+import contextlib
+import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,15 +46,19 @@ def alternate(title, ours, peer, repeats):
         pair = []
         for function in (ours, peer):
             sft.barrier()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            pair.append(time.perf_counter() - start)
+            pair.append(clock(function))
         times += [pair] if repeat or repeats == 1 else []
     a, b = (statistics.median(t) for t in zip(*times))
     ratio = statistics.median(p / o for o, p in times)
     say(f"{title:60} ours {a:8.3f} s   peer {b:8.3f} s   ratio {ratio:6.2f}")
+
+
+def clock(function):
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def say(text):
@@ -159,7 +169,7 @@ def questions(args):
 def case_rollout(args):
     ours, peer, rows = load(args), load(args, library=True), questions(args)
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    rollouts = engine.run(rows, args.group, args.data.parent)
+    rollouts = [r.with_images(peer) for r in engine.run(rows, args.group, args.data.parent)]
     tokens = sum(sum(r.mask) for r in rollouts)
     alternate(f"rollout: {args.groups} x {args.group}, 6 turns, {tokens} tokens",
               lambda: engine.run(rows, args.group, args.data.parent), lambda: play_with_generate(peer, rollouts), args.repeats)
@@ -170,7 +180,7 @@ def case_cached(args):
     ours, peer, rows = load(args), load(args, library=True), questions(args)
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
     everything = engine.run(rows, args.group, args.data.parent)
-    some = everything[::max(1, args.group // 2)]
+    some = [r.with_images(peer) for r in everything[::max(1, args.group // 2)]]
     play_with_cache(peer, some[:4], check=True)
     share = sum(sum(r.mask) for r in some) / sum(sum(r.mask) for r in everything)
     start = time.perf_counter()
@@ -228,8 +238,72 @@ def case_sft(args):
     tokens = sum(len(s.ids) for s in sequences)
     alternate(f"sft: {len(rows)} conversations a process, {tokens} tokens", lambda: sft.train_step(
         policy, params, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
-    if world > 1:
-        measure_traffic(policy, params, module, peer, sequences)
+
+
+def case_rate(args):
+    """How fast an update computes, beside the machine's rate on matrices of the model's own sizes."""
+    policy = load(args)
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch]
+    sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
+    params = sft.trainable(policy, False)
+    optimizer, settings = sft.make_optimizer(params, 1e-5, 0.01), argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+    policy.model.train()
+
+    def step():
+        sft.train_step(policy, params, optimizer, sequences, 1e-5, settings)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops, seconds = counter.get_total_flops(), statistics.median(clock(step) for _ in range(args.repeats + 1))
+    work, time_of_matrices = 0, 0.0
+    for weight in (m.weight for m in policy.model.modules() if isinstance(m, torch.nn.Linear)):
+        x = torch.randn(args.tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            time_of_matrices += min(clock(lambda: x @ weight.T) for _ in range(10))
+        work += 2 * args.tokens * weight.numel()
+    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: {flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
+        f"{flops / seconds / 1e9:.0f} GFLOP/s, {flops / seconds / work * time_of_matrices:.0%} of the {work / time_of_matrices / 1e9:.0f} "
+        f"GFLOP/s of plain products ({args.tokens}, in) x (in, out) with the model's own matrices")
+
+
+def case_ddp(args):
+    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward pass and update."""
+    rank, world, _ = sft.setup_distributed()
+    if world == 1:
+        return say("ddp: needs torchrun --nproc_per_node=2")
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    ours, peer = load(args), load(args)
+    sequences = [sft.encode(ours, row, args.trajectories.parent) for row in rows]
+    wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
+    sides = []
+    for policy, module, reduce in ((ours, Loss(ours), sft.sum_gradients), (peer, wrapped, lambda params: None)):
+        params = sft.trainable(policy, False)
+        sides.append((policy, module, reduce, params, sft.make_optimizer(params, 1e-5, 0.0)))
+
+    def step(policy, module, reduce, params, optimizer):
+        micro = list(sft.micro_batches(sequences, args.tokens))
+        for i, part in enumerate(micro):
+            with module.no_sync() if module is wrapped and i + 1 < len(micro) else contextlib.nullcontext():
+                module(sft.collate(policy, part)).backward()
+        reduce(params)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    alternate(f"ddp: {len(rows)} conversations a process, {world} processes", lambda: step(*sides[0]),
+              lambda: step(*sides[1]), args.repeats)
+    measure_traffic(ours, sides[0][3], wrapped, peer, sequences[:1])
+
+
+class Loss(torch.nn.Module):
+    """The loss of an update as a module, which is what DistributedDataParallel wants."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.model, self.policy = policy.model, [policy]
+
+    def forward(self, batch):
+        return -sft.token_logprobs(self.policy[0], batch).sum()
 
 
 def measure_traffic(policy, params, module, peer, sequences):
@@ -245,9 +319,9 @@ def measure_traffic(policy, params, module, peer, sequences):
         return reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
 
     module.register_comm_hook(None, hook)
-    module(**padded(peer, sequences[:1]), use_cache=False).loss.backward()
+    module(sft.collate(peer, sequences)).backward()
     torch.distributed.all_reduce = counted
-    sft.token_logprobs(policy, sft.collate(policy, sequences[:1])).sum().backward()
+    sft.token_logprobs(policy, sft.collate(policy, sequences)).sum().backward()
     sft.sum_gradients(params)
     torch.distributed.all_reduce = reduce
     say(f"gradient bytes handed to all-reduce per step: ours {sent['ours']:,}   peer {sent['peer']:,}")
@@ -271,7 +345,7 @@ def case_grpo(args):
         flat, keep = advantages.flatten(), completed.flatten()
         for at in range(0, len(rollouts), args.micro):
             part = rollouts[at:at + args.micro]
-            batch = padded(peer, part)
+            batch = padded(peer, [r.with_images(peer) for r in part])
             labels = batch.pop("labels")[:, 1:]                                                              # (B, T - 1)
             logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)                       # (B, T - 1, V)
             new = logprobs.gather(-1, labels.clamp(min=0)[:, :, None])[:, :, 0]
@@ -301,18 +375,68 @@ def case_growth(args):
         rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
         seconds, tokens = time.perf_counter() - start, sum(sum(r.mask) for r in rollouts)
         cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10   # a high-water mark: hence in rising order
         say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   {tokens / seconds:8.0f} tokens/s   "
-            f"KV cache {cache:6.1f} MB")
+            f"KV cache {cache:6.1f} MB   peak memory of the process {peak:6.0f} MB")
 
-    for turns in (8, 16, 32):
-        measure(f"{turns} turns", 256, turns)
+    measure("warm-up", 64, 6)
     for count in (64, 256, 1024):
         measure(f"{count} rollouts", count, 6)
+    for turns in (8, 16, 32):
+        measure(f"{turns} turns", 256, turns)
     for pixels in (1, 2, 4):
         measure(f"{pixels} x pixels", 256, 6, pixels)
 
 
-CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "growth": case_growth}
+# ---------------------------------------------------------------------------------------------------------------------
+# One RL step of Qwen2.5-VL-7B on 8 H100, on paper
+
+
+def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=1500, text=250, slots=16):
+    """FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table. Nothing is run.
+
+    A conversation has T = text + turns (view + written) tokens: `view` image tokens and `written` sampled ones a turn. With N
+    parameters in L text layers of width D:
+        forward of t tokens behind c others     2 N t + 4 L D t (c + t / 2)          matrices, causal attention
+        vision tower, P = 4 view patches        2 N_v P + 4 D_v P^2 per full-attention layer (windows are negligible)
+        decode of one token in every slot       bytes: 2 (N + N_head) + slots * 2 * 2 * L * kv * mean length
+        update                                  4 forwards (forward, recomputation, backward twice), head at `written` tokens
+    Seconds: FLOPs at 40% of 989 TFLOP/s (bf16), memory at 60% of 3.35 TB/s, links at 60% of 450 GB/s.
+    """
+    L, D, ff, kv, vocabulary = 28, 3584, 18944, 4 * 128, 152064
+    layers_v, D_v, ff_v, full_v = 32, 1280, 3420, 4
+    N = L * (2 * D * D + 2 * D * kv + 3 * D * ff)
+    N_head, N_v = vocabulary * D, layers_v * (4 * D_v**2 + 3 * D_v * ff_v) + (4 * D_v) * (4 * D_v + D)
+    total = N + 2 * N_head + N_v
+    mine, P, T = prompts * group / gpus, 4 * view, text + turns * (view + written)
+
+    def forward(t, c=0):
+        return 2 * N * t + 4 * L * D * t * (c + t / 2)
+
+    vision = 2 * N_v * P + 4 * D_v * P**2 * full_v                          # per image
+    images, steps = prompts / gpus + mine * (turns - 1), mine / slots * turns * written
+    middle = T / 2                                                          # mean length while a conversation is played
+    stages = {
+        "rollout: images": (images * vision, images * P * 1176 * 2, 0),
+        "rollout: prefill": (prompts / gpus * forward(text + view) + mine * sum(
+            forward(view, text + turn * (view + written)) for turn in range(1, turns)), steps / written * 2 * N, 0),
+        "rollout: decode": (mine * turns * written * (forward(1, middle) + 2 * N_head),
+                            steps * (2 * (N + N_head) + slots * 4 * L * kv * middle), 0),
+        "update: images": (mine * turns * 4 * vision, 0, 0),
+        "update: text": (mine * (4 * forward(T) + 4 * 2 * N_head * turns * written), 0, 0),
+        "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus, 2 * 2 * total * (gpus - 1) / gpus)}
+    say(f"{gpus} x H100, {prompts} x {group} conversations of {turns} turns and {T} tokens, {slots} slots, "
+        f"{total / 1e9:.2f} billion parameters; per GPU:\n\n| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
+    seconds = 0
+    for name, (flops, memory, link) in stages.items():
+        needed = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
+        seconds += needed
+        say(f"| {name} | {flops / 1e15:.2f} | {memory / 1e12:.2f} | {link / 1e9:.1f} | {needed:.1f} |")
+    say(f"| total | | | | {seconds:.1f} |")
+
+
+CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp,
+         "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
 def main():

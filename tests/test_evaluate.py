@@ -46,7 +46,7 @@ def test_greedy_equals_generate_token_for_token(trained, world):
             ids = torch.tensor([r.ids[:start]])
             shown = (ids == trained.image_id).sum().item()
             images, count = [], 0
-            for patches, grid in r.images:
+            for patches, grid in r.with_images(trained).images:
                 if count < shown:
                     images.append((patches, grid))
                     count += trained.image_tokens(grid)
@@ -81,7 +81,7 @@ def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, wo
     rollouts = play(policy, world, samples=3, slots=6)
     with torch.no_grad():
         for r in rollouts:
-            full = sft.token_logprobs(policy, sft.collate(policy, [r]))
+            full = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy)]))
             assert len(r.logprobs) == sum(r.mask) == len(full)
             assert (full - torch.tensor(r.logprobs, dtype=torch.float64)).abs().max() < tolerance
 
@@ -107,15 +107,18 @@ def test_conversation_equals_its_stored_row(rollouts, trained, world):
         again = sft.encode(trained, {**r.as_row(), "system": None}, world)
         forced = [t for t, m in zip(r.ids, r.mask) if not m]
         assert [t for t, m in zip(again.ids, again.mask) if not m] == forced
-        assert [g for _, g in again.images] == [g for _, g in r.images]
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, r.images))
+        shown = r.with_images(trained).images
+        assert [g for _, g in again.images] == [g for _, g in shown]
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, shown))
+        assert sum(t == trained.image_id for t in r.ids) == sum(trained.image_tokens(g) for _, g in shown)
+        assert r.views == r.images == []    # memory does not grow with the number of rollouts
 
 
 def test_finish_reasons_and_limits(rollouts, trained, world):
     seen = collections.Counter(r.finish for r in rollouts)
     assert set(seen) <= set(evaluate.FINISHES) and len(seen) >= 2
     for r in rollouts:
-        assert len(r.turns) <= LIMITS.max_turns and len(r.views) <= LIMITS.max_images
+        assert len(r.turns) <= LIMITS.max_turns and len(r.with_images(trained).images) <= LIMITS.max_images
         assert (r.finish == "answer") == (r.prediction is not None)
         if r.finish == "over_turn":
             assert "zoom" in r.turns[-1] or "error" in r.turns[-1]

@@ -94,7 +94,7 @@ def test_images_of_odd_sizes(policy, size):
     image = Image.effect_noise(size, 60).convert("RGB")
     (patches, grid), = policy.pixels([image])
     small = tools.resize_for_model(image, policy.min_pixels, policy.max_pixels)
-    assert grid == (1, small.height // 14, small.width // 14) and patches.shape == (grid[1] * grid[2], 3 * 2 * 14 * 14)
+    assert grid == policy.grid(image) == (1, small.height // 14, small.width // 14) and patches.shape == (grid[1] * grid[2], 3 * 2 * 14 * 14)
     reference = policy.processor(images=[small], return_tensors="pt", size={"shortest_edge": 1, "longest_edge": 10**9})
     assert torch.equal(reference["pixel_values"].double(), patches)
 
