@@ -122,13 +122,14 @@ class SlotCache:
             self.layers = [[torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer] for layer in self.layers]
         columns = torch.tensor(fed, device=device)[:, None] + torch.arange(width, device=device)                     # (n, w)
         self.where = torch.tensor(slots, device=device)[:, None], columns
+        hidden = torch.arange(need, device=device) > columns[:, None, :, None]                               # (n, 1, w, need)
+        mask = torch.zeros(hidden.shape, dtype=self.layers[0][0].dtype, device=device).masked_fill(hidden, -math.inf)
         step = CHUNK if slots == list(range(len(slots))) else 1         # slots that are not neighbours attend one by one
         spans = []
         for first in range(0, len(slots), step):
             last = min(first + step, len(slots))
             length = max(f + p for f, p in zip(fed[first:last], pieces[first:last]))
-            mask = torch.arange(length, device=device) <= columns[first:last, None, :, None]                 # (b, 1, w, length)
-            spans.append((slice(first, last), slice(slots[first], slots[last - 1] + 1), length, mask))
+            spans.append((slice(first, last), slice(slots[first], slots[last - 1] + 1), length, mask[first:last, ..., :length]))
         return spans
 
     def update(self, key, value, layer, *args, **kwargs):
@@ -214,8 +215,9 @@ class Engine:
     def prefill(self, slots):
         """Feed everything that is pending in these slots. Returns log-probs of what comes next: (n, V)."""
         rollouts = [self.slots[i] for i in slots]
+        crops = iter(self.policy.patches([r.new_image.result() for r in rollouts if r.new_image]))
         logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts],
-                                       [r.new_image and r.new_image.result()[0] for r in rollouts])
+                                       [next(crops) if r.new_image else None for r in rollouts])
         for r, position in zip(rollouts, after):
             r.fed, r.next_position, r.new_image = len(r.ids), position, None
         return logprobs
@@ -300,7 +302,8 @@ class Engine:
                 r.finish = "over_context"
                 continue
             r.add(ids, False)
-            r.new_image, r.turn_start = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None, len(r.ids)
+            r.new_image = self.loader.submit(self.policy.resize, r.views[-1]) if zoomed else None
+            r.turn_start = len(r.ids)
 
     def retire(self, slot):
         """Score a finished conversation and free its slot. Long conversations stand first, so that slots that attend together

@@ -249,8 +249,9 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
         for rows, slots, length, mask in spans:
             q = query[rows].unflatten(1, (heads, -1))                                                   # (b, K, H / K, T, D)
             share = q.shape[2]
+            mask = mask.repeat(1, 1, share, 1) if q.shape[3] > 1 else mask                              # (b, 1, H / K * T, length)
             part = F.scaled_dot_product_attention(q.flatten(2, 3), key[slots, :, :length], value[slots, :, :length],
-                                                  attn_mask=mask.repeat(1, 1, share, 1), scale=scaling)
+                                                  attn_mask=mask, scale=scaling)
             out.append(part.unflatten(2, (share, -1)).flatten(1, 2))                                    # (b, H, T, D)
         out = torch.cat(out)
     else:
@@ -299,13 +300,20 @@ class Policy:
 
     def pixels(self, views):
         """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
-        if not views:
+        return self.patches([self.resize(view) for view in views])
+
+    def patches(self, small):
+        """The same for views that resize() has made small already."""
+        if not small:
             return []
-        small = [tools.resize_for_model(v, self.min_pixels, self.max_pixels, self.factor) for v in views]
         out = self.processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
+
+    def resize(self, view):
+        """The copy that the model sees."""
+        return tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
 
     def grid(self, view):
         """The grid that pixels() gives a view, without making its pixels."""
