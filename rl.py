@@ -325,7 +325,7 @@ def parse_args():
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("rollouts")
-    group.add_argument("--steps", type=int, default=30, help="RL steps")
+    group.add_argument("--steps", type=int, default=12, help="RL steps")
     group.add_argument("--prompts_per_step", type=int, default=24, help="P: questions per step over all processes (paper: 256)")
     group.add_argument("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
     group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
@@ -356,11 +356,11 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
-    group.add_argument("--eval_every", type=int, default=10, help="steps between scores on questions held out from RL; "
+    group.add_argument("--eval_every", type=int, default=4, help="steps between scores on questions held out from RL; "
                        "--out keeps the best model (0: no evaluation, the last model is kept)")
     group.add_argument("--eval_size", type=int, default=240, help="held-out questions, taken from the end of --data")
     group.add_argument("--eval_turns", type=int, help="turns per conversation in these evaluations (default: --max_turns)")
-    group.add_argument("--dump_every", type=int, default=10, help="steps between dumps of 8 conversations to --out/rollouts/")
+    group.add_argument("--dump_every", type=int, default=4, help="steps between dumps of 8 conversations to --out/rollouts/")
     group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
     args = parser.parse_args()
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",

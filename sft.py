@@ -16,11 +16,11 @@ What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 6. Images go through the family's own processor, but are resized by tools.resize_for_model, once, for every stage.
 
 Commands:
-    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --batch 32 --epochs 3
+    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --batch 16 --epochs 2
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
-    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --freeze_vision --checkpointing
-    8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --batch 32 --lr 1e-5 --freeze_vision \\
+    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --checkpointing
+    8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --batch 32 --lr 1e-5 \\
                        --checkpointing --tokens 32768 --min_pixels 40000 --max_pixels 2000000
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py ...
 """
@@ -654,7 +654,7 @@ def train_step(policy, params, optimizer, sequences, lr, args):
 
 def train(policy, rows, root, args, rank, world):
     """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log -> save."""
-    params = trainable(policy, args.freeze_vision)
+    params = trainable(policy, args.model != "tiny" if args.freeze_vision is None else args.freeze_vision)
     optimizer = make_optimizer(params, args.lr, args.weight_decay)
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
@@ -699,16 +699,17 @@ def parse_args():
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
                        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, default=2.0, help="passes over the data")
+    group.add_argument("--epochs", type=float, default=1.5, help="passes over the data")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    group.add_argument("--batch", type=int, default=16, help="conversations per step, over all processes")
+    group.add_argument("--batch", type=int, default=8, help="conversations per step, over all processes")
     group.add_argument("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
     group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
     group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
     group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
     group.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's decay of matrices")
     group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
-    group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")
+    group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
+                       help="do not train the vision tower and its projector (default, as in the paper, but for --model tiny)")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
     group.add_argument("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     group = parser.add_argument_group("checkpoints")

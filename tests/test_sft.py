@@ -210,7 +210,8 @@ def test_unknown_family_and_missing_folder_are_named(tmp_path):
         sft.load_policy("checkpoints/absent", "cpu", hint="x.py")
 
 
-COMMON = ["--dtype", "float64", "--batch", 4, "--lr", "1e-3", "--warmup", 0, "--tokens", 2000]
+COMMON = ["--dtype", "float64", "--batch", 4, "--lr", "1e-3", "--warmup", 0, "--tokens", 2000,
+          "--no-freeze_vision"]
 
 
 def weights(folder):
