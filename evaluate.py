@@ -122,8 +122,8 @@ class SlotCache:
             self.layers = [[torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer] for layer in self.layers]
         columns = torch.tensor(fed, device=device)[:, None] + torch.arange(width, device=device)                     # (n, w)
         self.where = torch.tensor(slots, device=device)[:, None], columns
-        hidden = torch.arange(need, device=device) > columns[:, None, :, None]                               # (n, 1, w, need)
-        mask = torch.zeros(hidden.shape, dtype=self.layers[0][0].dtype, device=device).masked_fill(hidden, -math.inf)
+        ahead = torch.arange(need, device=device) > columns[:, None, :, None]                                # (n, 1, w, need)
+        mask = torch.zeros(ahead.shape, dtype=self.layers[0][0].dtype, device=device).masked_fill(ahead, -math.inf)
         step = CHUNK if slots == list(range(len(slots))) else 1         # slots that are not neighbours attend one by one
         spans = []
         for first in range(0, len(slots), step):

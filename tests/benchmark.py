@@ -163,7 +163,9 @@ def load(args, library=False):
 
 
 def questions(args):
-    return tools.read_jsonl(args.data, tools.check_question, "python build_data.py")[:args.groups]
+    """This process's share of the questions."""
+    rank, world, _ = sft.setup_distributed()
+    return tools.read_jsonl(args.data, tools.check_question, "python build_data.py")[:args.groups][rank::world]
 
 
 def case_rollout(args):
@@ -171,7 +173,7 @@ def case_rollout(args):
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
     rollouts = [r.with_images(peer) for r in engine.run(rows, args.group, args.data.parent)]
     tokens = sum(sum(r.mask) for r in rollouts)
-    alternate(f"rollout: {args.groups} x {args.group}, 6 turns, {tokens} tokens",
+    alternate(f"rollout: {len(rows)} x {args.group} a process, 6 turns, {tokens} tokens",
               lambda: engine.run(rows, args.group, args.data.parent), lambda: play_with_generate(peer, rollouts), args.repeats)
 
 
@@ -261,9 +263,10 @@ def case_rate(args):
         with torch.no_grad():
             time_of_matrices += min(clock(lambda: x @ weight.T) for _ in range(10))
         work += 2 * args.tokens * weight.numel()
-    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: {flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
-        f"{flops / seconds / 1e9:.0f} GFLOP/s, {flops / seconds / work * time_of_matrices:.0%} of the {work / time_of_matrices / 1e9:.0f} "
-        f"GFLOP/s of plain products ({args.tokens}, in) x (in, out) with the model's own matrices")
+    rate, plain = flops / seconds / 1e9, work / time_of_matrices / 1e9
+    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: {flops / 1e9:.0f} GFLOP in {seconds:.2f} s = {rate:.0f} "
+        f"GFLOP/s, {rate / plain:.0%} of the {plain:.0f} GFLOP/s of plain products ({args.tokens}, in) x (in, out) with the "
+        f"model's own matrices")
 
 
 def case_ddp(args):
@@ -426,7 +429,8 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
         "update: text": (mine * (4 * forward(T) + 4 * 2 * N_head * turns * written), 0, 0),
         "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus, 2 * 2 * total * (gpus - 1) / gpus)}
     say(f"{gpus} x H100, {prompts} x {group} conversations of {turns} turns and {T} tokens, {slots} slots, "
-        f"{total / 1e9:.2f} billion parameters; per GPU:\n\n| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
+        f"{total / 1e9:.2f} billion parameters; per GPU:\n\n"
+        "| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
     seconds = 0
     for name, (flops, memory, link) in stages.items():
         needed = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
