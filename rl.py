@@ -31,13 +31,16 @@ Commands:
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
                        --checkpointing --freeze_vision --max_turn_tokens 1024 --max_context 16384 --slots 16
     8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/train.jsonl --lr 1e-6 \\
-                       --prompts_per_step 256 --minibatch 32 --group 16 --checkpointing --max_turn_tokens 2048 \\
+                       --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing --max_turn_tokens 2048 \\
                        --max_context 32768 --max_images 12 --slots 16
+    memory needed  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 --slots 16 \\
+                       --checkpointing --shard_optimizer
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 rl.py ...
 """
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import evaluate
 import sft
@@ -165,6 +169,7 @@ def collect_groups(engine, sets, weights, step, places, args):
         signal = (advantages != 0).any(1).tolist()
         groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
         places = [place for place, s in zip(places, signal) if not s]
+    engine.cache = None  # the update needs the memory
     return groups, played, places
 
 
@@ -195,7 +200,7 @@ def score_rollouts(policy, rollouts):
     return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
 
 
-def update_policy(policy, params, optimizer, groups, args, lr):
+def update_policy(policy, optimizer, groups, args, lr):
     """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log, gradient norm).
     Without signal on any rank there is no step, which would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
@@ -208,20 +213,24 @@ def update_policy(policy, params, optimizer, groups, args, lr):
     if not denominator:
         return sums, None
     advantage_of = {id(r): a for r, a in every}
-    for micro in sft.micro_batches([r for r, a in every if a != 0], args.tokens):
+
+    def loss_of(micro):
         new, old, mask = score_rollouts(policy, micro)                                               # (B, T)
         advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
         done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
         loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
                          denominator=denominator, **how)
-        loss.backward()
         gap = (new.detach() - old)[mask]                                                             # (N,)
         sums["loss"] += loss.item()
         sums["mismatch"] += gap.abs().sum().item()
         sums["clipped"] += ((gap.exp() < 1 - args.clip_low) | (gap.exp() > 1 + args.clip_high)).sum().item()
         sums["tokens"] += len(gap)
         sums["responses"] += len(micro)
-    return sums, sft.update(params, optimizer, lr, args.max_norm)
+        return loss
+
+    optimizer.backward(sft.micro_batches([r for r, a in every if a != 0], args.tokens), loss_of)
+    healthy = math.isfinite(sft.sum_over_ranks([sums["loss"]], policy.device)[0])
+    return sums, optimizer.step(lr, args.max_norm, healthy)
 
 
 def measure(played, sums, norms, unsignalled, seconds, args, device):
@@ -236,16 +245,92 @@ def measure(played, sums, norms, unsignalled, seconds, args, device):
     return {"reward": correct / n, "rollouts": int(n), "turns": turns / n, "turns_correct": right_turns / max(correct, 1),
             "answer": answer / n, "void": void / n, "over_turn": over_turn / n, "over_context": over_context / n,
             "wrong": (answer - correct) / n, "sampled_tokens": int(sampled), "groups_without_signal": int(silent),
-            "trained_responses": int(responses), "loss": loss, "mismatch": mismatch / max(tokens, 1),
-            "clip_fraction": clipped / max(tokens, 1), "grad_norm": sum(norms) / max(len(norms), 1),
+            "trained_responses": int(responses), "loss": sft.finite(loss), "mismatch": sft.finite(mismatch / max(tokens, 1)),
+            "clip_fraction": clipped / max(tokens, 1), "grad_norm": sft.finite(sum(norms) / max(len(norms), 1)),
             "seconds_rollout": seconds[0], "seconds_update": seconds[1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory on paper
+
+
+def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointing=True, freeze_vision=False, chunk=4096):
+    """Bytes on each of `ranks` processes, from a model whose tensors may be on the meta device. Returns {part: bytes}.
+
+    With N parameters of w bytes (N' of them trained), W ranks, T tokens per micro-batch, L layers of width D (K x d of keys, ff in
+    the MLP), V ids in the vocabulary and F = 4 bytes (8 in float64):
+        weights       w N
+        gradients     F N' / W and three buckets under way; not sharded: w N' + F N'
+        optimizer     2 F N' and, if w < F, F N' for master weights; / W if sharded
+        activations   checkpointing: w T D L + one layer's own; without: L layers' own. One layer's own: w T (10 D + 2 K d + 4 ff)
+        logits        min(T, chunk) V (w + 3 F): projected, widened, without banned ids, normalised
+        KV cache      2 w L K d slots max_context, given back before the update
+    The vision tower's activations are left out: it runs image by image in every layer and is small beside the text's.
+    """
+    text, head = model.config.text_config, model.lm_head.weight
+    trained = [p for p in model.parameters() if not freeze_vision or all(p is not q for q in model.model.visual.parameters())]
+    N, own, w = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), head.element_size()
+    F, W = max(4, w), ranks if shard else 1
+    L, D, keys = text.num_hidden_layers, text.hidden_size, text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    layer = w * tokens * (10 * D + 2 * keys + 4 * text.intermediate_size)
+    flying = 3 * F * max(sum(p.numel() for p in bucket) for bucket in sft.buckets(trained[::-1]))
+    return {"weights": w * N,
+            "gradients": F * own // W + (flying if shard and ranks > 1 else w * own),
+            "optimizer": (2 * F + (F if w < F else 0)) * own // W,
+            "activations": w * tokens * D * L + layer if checkpointing else L * layer,
+            "logits": min(tokens, chunk) * head.shape[0] * (w + 3 * F),
+            "KV cache": 2 * w * L * keys * slots * max_context}
+
+
+def phases(plan):
+    """Bytes held during rollouts and during an update."""
+    return (plan["weights"] + plan["optimizer"] + plan["KV cache"], sum(plan.values()) - plan["KV cache"])
+
+
+def print_plan(args, gigabytes=80.0):
+    """What a run with these flags needs per GPU on 1, 2, 4, 8 and 64 of them, as a table, and what would make it fit."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise tools.InputError(f"--plan: cannot read the configuration of {args.model}: {str(error).splitlines()[0]}") from None
+    flags = {"tokens": args.tokens, "slots": args.slots, "max_context": args.max_context, "freeze_vision": args.freeze_vision}
+    parts, advice = None, []
+    for ranks in (1, 2, 4, 8, 64):
+        plan = plan_memory(model, ranks, shard=args.shard_optimizer, checkpointing=args.checkpointing, **flags)
+        if parts is None:
+            parts = list(plan)
+            print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} slots of "
+                  f"{args.max_context}\n| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |\n{'|---' * (len(parts) + 4)}|")
+        rollout, update = phases(plan)
+        fits = 1.1 * max(rollout, update) < gigabytes * 1e9     # a tenth for the allocator's gaps and the libraries
+        print(f"| {ranks} | {' | '.join(f'{plan[k] / 1e9:.1f}' for k in parts)} | {rollout / 1e9:.1f} | {update / 1e9:.1f} | "
+              f"{'yes' if fits else 'no'} |")
+        if not fits:
+            advice.append((ranks, cheaper(model, ranks, args, flags, gigabytes)))
+    for ranks, flag in advice:
+        print(f"{ranks} GPU(s): {f'fits with {flag}' if flag else 'does not fit with any of these flags: use more GPUs'}")
+
+
+def cheaper(model, ranks, args, flags, gigabytes):
+    """The first of a few sets of flags, from mild to hard, with which it fits; None if there is none."""
+    extra, have = [], dict(flags, shard=args.shard_optimizer, checkpointing=args.checkpointing)
+    for flag, value in (("checkpointing", True), ("shard", True), ("slots", max(1, args.slots // 4)),
+                        ("tokens", max(1, args.tokens // 4)), ("freeze_vision", True)):
+        if have[flag] == value:
+            continue
+        have[flag] = value
+        extra.append({"shard": "--shard_optimizer"}.get(flag, f"--{flag}") + ("" if value is True else f" {value}"))
+        if 1.1 * max(phases(plan_memory(model, ranks, **have))) < gigabytes * 1e9:
+            return " ".join(extra)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train_step(policy, params, optimizer, engine, sets, weights, step, args, rank, world):
+def train_step(policy, optimizer, engine, sets, weights, step, args, rank, world):
     """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
@@ -256,7 +341,7 @@ def train_step(policy, params, optimizer, engine, sets, weights, step, args, ran
     size = args.minibatch or args.prompts_per_step
     for first in range(0, args.prompts_per_step, size):
         share = [groups[place] for place in sorted(groups) if first <= place < first + size]
-        sums, norm = update_policy(policy, params, optimizer, share, args, lr)
+        sums, norm = update_policy(policy, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
@@ -273,20 +358,21 @@ def dump(out, step, groups, count=8):
 def train(policy, sets, weights, held_out, args, rank, world):
     """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is the best one evaluated."""
     params = sft.trainable(policy, args.freeze_vision)
-    optimizer = sft.make_optimizer(params, args.lr, args.weight_decay)
+    sft.heed_sigterm()
+    sft.broadcast_weights(policy.model)
+    optimizer = sft.Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer)
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    start = sft.load_state(args.out, policy, optimizer, args.resume, args.steps)
-    sft.broadcast_weights(policy.model)
+    start = sft.load_state(args.out, optimizer, args.resume, args.steps)
     limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
     engine = evaluate.Engine(policy, limits, args.slots)
     log = sft.open_log(args.out, start) if rank == 0 else None
     best = best_score(args.out) if start else -1.0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
     for step in bar:
-        metrics, groups = train_step(policy, params, optimizer, engine, sets, weights, step, args, rank, world)
-        sft.check_finite(step, metrics["loss"], metrics["grad_norm"])
+        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, rank, world)
+        sft.check_skipped(optimizer, step)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             metrics["eval"] = score_held_out(engine, held_out, args, rank, world)
             if metrics["eval"] >= best:
@@ -299,8 +385,11 @@ def train(policy, sets, weights, held_out, args, rank, world):
             bar.set_postfix_str(" ".join(f"{k} {metrics[k]:.3f}" for k in shown))
             if (step + 1) % args.dump_every == 0:
                 dump(args.out, step + 1, groups)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            sft.save_state(args.out, policy, optimizer, step + 1)
+        stop = sft.asked_to_stop(policy.device)
+        if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            sft.save_state(args.out, optimizer, step + 1, args.keep)
+        if stop:
+            return sft.stopped(args.out, step + 1)
     if not held_out:
         sft.export(policy, args.out)
 
@@ -352,6 +441,8 @@ def parse_args():
     group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices")
     group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")
+    group.add_argument("--shard_optimizer", action="store_true", help="each process keeps gradients, float32 weights and moments "
+                       "of its own share of the model only")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
@@ -361,11 +452,13 @@ def parse_args():
     group.add_argument("--eval_size", type=int, default=240, help="held-out questions, taken from the end of --data")
     group.add_argument("--eval_turns", type=int, help="turns per conversation in these evaluations (default: --max_turns)")
     group.add_argument("--dump_every", type=int, default=4, help="steps between dumps of 8 conversations to --out/rollouts/")
-    group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
+    group.add_argument("--keep", type=int, default=2, help="how many checkpoints are kept")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out/state where there is one")
+    group.add_argument("--plan", action="store_true", help="print the memory that this run needs on 1 to 64 GPUs, and stop")
     args = parser.parse_args()
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
-                             "lr", "minibatch", "tokens", "max_norm", "save_every", "eval_turns", "dump_every", "min_pixels",
-                             "max_pixels"), ("seed", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay",
+                             "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
+                             "min_pixels", "max_pixels"), ("seed", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay",
                                              "eval_every", "eval_size"))
     if args.group < 2:
         raise tools.InputError("--group must be at least 2: an advantage compares conversations about the same question")
@@ -374,6 +467,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.plan:
+        return print_plan(args)
     rank, world, device = sft.setup_distributed()
     if args.prompts_per_step < world:
         raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")

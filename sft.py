@@ -21,17 +21,22 @@ Commands:
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
     1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --checkpointing
     8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --batch 32 --lr 1e-5 \\
-                       --checkpointing --tokens 32768 --min_pixels 40000 --max_pixels 2000000
+                       --shard_optimizer --checkpointing --tokens 32768 --min_pixels 40000 --max_pixels 2000000
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py ...
 """
 
 import argparse
+import collections
 import json
 import math
 import os
 import shutil
+import signal
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +56,7 @@ from transformers.utils import logging as hf_logging
 import tools
 
 hf_logging.disable_progress_bar()
-STATE = "state.pt"  # weights, optimizer, step and random state, beside the exported model
+TIMEOUT = timedelta(minutes=60)     # of a collective: longer than the slowest rank's rollouts may keep the others waiting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data parallel by hand. Every rank holds all weights; gradients are summed in flat buckets.
@@ -67,8 +72,47 @@ def setup_distributed():
     elif world > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(meet(store, rank, world), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=TIMEOUT)
     return rank, world, device
+
+
+def meet(store, rank, world):
+    """A name for this attempt that all its ranks agree on. After a crash torchrun starts workers again on the same store, where
+    the addresses of dead ones still stand; nor do the agents of several nodes count restarts alike. Hence rank 0 counts, and
+    tells everyone who has introduced himself with a name never used before."""
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"hello/{rank}", name)
+        attempt = store.get(f"answer/{name}").decode()                          # waits; nobody answers the dead
+        store.set(f"thanks/{attempt}/{rank}", "")
+    else:
+        attempt, missing = str(store.add("attempts", 1)), set(range(1, world))
+        deadline = time.time() + TIMEOUT.total_seconds()
+        while missing and time.time() < deadline:
+            for other in [r for r in missing if store.check([f"hello/{r}"])]:
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", attempt)
+            missing = {r for r in missing if not store.check([f"thanks/{attempt}/{r}"])}
+            time.sleep(0.01)
+    if attempt != "1":
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = attempt                      # for load_state
+    return f"attempt_{attempt}"
+
+
+stop_signals = []
+
+
+def heed_sigterm():
+    """From now on SIGTERM (of a batch system, or of torchrun when a peer has died) only leaves a note for asked_to_stop."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(time.time()))
+
+
+def asked_to_stop(device):
+    """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop at the same one: they save
+    and exit 0. A rank whose peers have died never gets here: its collectives fail."""
+    return max_over_ranks(len(stop_signals), device) > 0
 
 
 def world_size():
@@ -94,6 +138,14 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
+def max_over_ranks(value, device):
+    """The largest of all ranks' numbers. Every rank must call this. Returns a float."""
+    value = torch.tensor(float(value), dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
+
+
 def broadcast_weights(model):
     """Make every rank start from rank 0's parameters and buffers."""
     if world_size() > 1:
@@ -114,22 +166,172 @@ def buckets(params, megabytes=25):
         yield bucket
 
 
-def sum_gradients(params):
-    """Sum .grad over all ranks, in flat buckets, all in flight at once. A parameter without a gradient on this rank (its
-    batch had no image, or no sample at all) takes part with zeros, so every rank joins every collective."""
-    for param in params:
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-    if world_size() == 1:
-        return
-    flying = []
-    for bucket in buckets(params):
-        flat = torch.cat([p.grad.flatten() for p in bucket])
-        flying.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in flying:
-        work.wait()
-        for param, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
-            param.grad.copy_(grad.view_as(param))
+class Bucket:
+    """Parameters that travel together. They become views into one flat tensor, padded so that it can be cut into equal pieces.
+
+    own: the piece that this rank looks after (the whole, if not sharded). master: what AdamW trains, own itself or, if the
+    weights are in bfloat16, a float32 copy of it, since a small step would be lost in bfloat16's 8 bits.
+    """
+
+    def __init__(self, params, pieces, piece):
+        self.params, self.sizes, self.missing = params, [p.numel() for p in params], 0
+        self.size = sum(self.sizes)
+        length = math.ceil(self.size / pieces)
+        self.flat = torch.zeros(length * pieces, dtype=params[0].dtype, device=params[0].device)
+        for param, view in zip(params, self.views(self.flat)):
+            view.copy_(param.data.flatten())
+            param.data = view.view_as(param)
+        self.own = self.flat[length * piece:length * (piece + 1)]
+        self.master = torch.nn.Parameter(self.own if self.own.dtype in (torch.float32, torch.float64) else self.own.float())
+
+    def views(self, flat):
+        return flat[:self.size].split(self.sizes)
+
+    def take_gradients(self):
+        """All gradients as one flat tensor in the master's dtype; they are freed one by one. A parameter without a gradient on
+        this rank (its batch had no image, or no sample at all) takes part with zeros."""
+        flat = torch.zeros(len(self.flat), dtype=self.master.dtype, device=self.flat.device)
+        for param, view in zip(self.params, self.views(flat)):
+            if param.grad is not None:
+                view.copy_(param.grad.flatten())
+                param.grad = None
+        return flat
+
+
+class Optimizer:
+    """AdamW with data parallel and, with shard=True, a sharded state (ZeRO stage 2), by hand.
+
+    Parameters are put into buckets in the order in which backward finishes them, last layer first. While backward runs, a
+    hook sends off every bucket that is complete: all-reduced, or reduce-scattered, so that a rank receives the sum of its own
+    piece only. Buckets are always sent in the same order, so that ranks whose batches differ join the same collectives. Then the
+    gradient's norm over all pieces is clipped, each rank updates its pieces, and new weights are all-gathered.
+
+    Bytes per parameter on one of W ranks, weights of w bytes (w = 2: bfloat16), besides a few buckets under way:
+        whole      w weights + w gradient until it is sent + 4 received + 8 moments + 4 master (only if w = 2)
+        sharded    w weights + (4 received + 8 moments + 4 master (only if w = 2)) / W
+    """
+
+    def __init__(self, params, lr, weight_decay, shard=False, megabytes=25):
+        self.world, rank = world_size(), int(os.environ.get("RANK", "0"))
+        self.shard = shard and self.world > 1
+        self.pieces, self.piece = (self.world, rank) if self.shard else (1, 0)
+        groups = [([p for p in reversed(params) if p.dim() > 1], weight_decay),     # decay on matrices only: shrinking
+                  ([p for p in reversed(params) if p.dim() <= 1], 0.0)]             # norms and biases has no use
+        self.buckets, options = [], []
+        for group, decay in groups:
+            added = [Bucket(part, self.pieces, self.piece) for part in buckets(group, megabytes)]
+            self.buckets += added
+            options += [{"params": [bucket.master for bucket in added], "weight_decay": decay}] if added else []
+        self.adam = torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), fused=True)
+        self.sending, self.next, self.flying, self.skipped = False, 0, collections.deque(), 0
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.register_post_accumulate_grad_hook(partial(self.arrived, bucket))
+
+    def backward(self, micros, loss_of):
+        """Run backward through loss_of(micro) for each of this rank's micro-batches. Sharded, every one is a round of collectives,
+        so that no rank ever holds all gradients; otherwise they are summed locally and sent during the last round. Returns the
+        sum of this rank's losses."""
+        micros, losses = list(micros), []
+        rounds = max(1, int(max_over_ranks(len(micros), self.buckets[0].flat.device)))
+        for i in range(rounds):
+            self.sending, self.next = self.shard or i == rounds - 1, 0
+            for bucket in self.buckets:
+                bucket.missing = len(bucket.params)
+            if i < len(micros):
+                loss = loss_of(micros[i])
+                loss.backward()
+                losses.append(loss.item())
+            while self.sending and self.next < len(self.buckets):   # what had no gradient here
+                self.send(self.buckets[self.next])
+        while self.flying:
+            self.receive()
+        return sum(losses)
+
+    def arrived(self, bucket, param):
+        """A gradient is complete: send off what is ready, in order."""
+        bucket.missing -= 1
+        while self.sending and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
+            self.send(self.buckets[self.next])
+
+    def send(self, bucket):
+        self.next += 1
+        flat = bucket.take_gradients()
+        out, work = flat, None
+        if self.shard:
+            out = torch.empty_like(bucket.master)
+            work = reduce_scatter(out, flat, async_op=True)
+        elif self.world > 1:
+            work = dist.all_reduce(flat, async_op=True)
+        self.flying.append((bucket, out, flat, work))
+        if len(self.flying) > 2:    # bounds what is held beyond the shard
+            self.receive()
+
+    def receive(self):
+        bucket, out, _, work = self.flying.popleft()
+        if work is not None:
+            work.wait()
+        bucket.master.grad = out if bucket.master.grad is None else bucket.master.grad.add_(out)
+
+    @torch.no_grad()
+    def step(self, lr, max_norm, healthy=True):
+        """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
+        healthy is False, on all ranks alike) nothing changes and the step is counted in `skipped`."""
+        squares = sum(bucket.master.grad.double().square().sum() for bucket in self.buckets)
+        norm = math.sqrt(sum_over_ranks([squares], squares.device)[0]) if self.shard else squares.sqrt().item()
+        if healthy and math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            for bucket in self.buckets:
+                bucket.master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+            self.adam.step()
+            self.spread()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+        self.adam.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def spread(self):
+        """Masters -> weights, on every rank."""
+        works = []
+        for bucket in self.buckets:
+            if bucket.master.data_ptr() != bucket.own.data_ptr():
+                bucket.own.copy_(bucket.master)
+            if self.shard:
+                works.append(all_gather(bucket.flat, bucket.own.clone(), async_op=True))
+        for work in works:
+            work.wait()
+
+    def state(self):
+        """This rank's pieces, one dict per bucket."""
+        return [{"size": bucket.size, "master": bucket.master.data, **self.adam.state[bucket.master]} for bucket in self.buckets]
+
+    @torch.no_grad()
+    def load(self, parts):
+        """Take over the state() of all ranks of an earlier run. If their number was another one, pieces are put together and
+        cut anew. Raises ValueError if it was another model."""
+        if [part["size"] for part in parts[0]] != [bucket.size for bucket in self.buckets]:
+            raise ValueError("it belongs to another model or another choice of what is trained")
+        for i, bucket in enumerate(self.buckets):
+            length = len(bucket.own)
+            for key in parts[0][i].keys() - {"size"}:
+                if len(parts) == self.pieces or key == "step":
+                    piece = parts[self.piece if key != "step" else 0][i][key]
+                else:
+                    whole = torch.cat([part[i][key] for part in parts])[:bucket.size]
+                    piece = F.pad(whole, (0, length * self.pieces - bucket.size))[length * self.piece:length * (self.piece + 1)]
+                if key == "master":
+                    bucket.master.data.copy_(piece)
+                else:
+                    self.adam.state[bucket.master][key] = piece.to(bucket.master.device, copy=True)
+        self.spread()
+
+
+# torch 2.13 renamed these collectives
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,24 +717,6 @@ def trainable(policy, freeze_vision):
     return [p for p in policy.model.parameters() if p.requires_grad]
 
 
-def make_optimizer(params, lr, weight_decay):
-    """AdamW; decay on matrices only, since shrinking norms and biases towards 0 has no use."""
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-def update(params, optimizer, lr, max_norm):
-    """Sum gradients over ranks, clip their global norm, step, clear. Returns the norm before clipping."""
-    sum_gradients(params)
-    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
 def learning_rate(step, total, peak, warmup):
     """Linear warm-up over the fraction `warmup` of all steps, then half a cosine down to 0."""
     ramp = max(1, round(warmup * total))
@@ -541,46 +725,55 @@ def learning_rate(step, total, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
-def save_state(out, policy, optimizer, step):
-    """Write weights, optimizer, step and random state to out/state.pt in one step (rank 0; all ranks wait for it)."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "rng": torch.get_rng_state(), "world": world_size()}
-        for left in Path(out).glob(f".{STATE}.*"):  # of a run that was killed while it saved
-            left.unlink()
+def save_state(out, optimizer, step, keep=2):
+    """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once; when all are on the disk, rank 0
+    names the step in latest.json, and older steps go, but for the last `keep`. A kill at any moment leaves a whole state."""
+    rank, folder = int(os.environ.get("RANK", "0")), Path(out) / "state" / f"step_{step:07d}"
+    if rank < optimizer.pieces:
+        state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
         try:
-            tools.write_atomic(Path(out) / STATE, lambda file: torch.save(state, file))
+            tools.write_atomic(folder / f"{rank}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:  # torch reports a full disk this way
-            raise tools.InputError(f"cannot save {Path(out) / STATE}, perhaps the disk is full ({str(error).splitlines()[0]}); "
-                                   "free space and go on with --resume: what was saved before is untouched") from None
+            raise tools.InputError(f"cannot save to {folder}, perhaps the disk is full ({str(error).splitlines()[0]}); free space "
+                                   "and go on with --resume: what was saved before is untouched") from None
+    barrier()
+    if rank == 0:
+        facts = {"step": step, "pieces": optimizer.pieces, "world": world_size()}
+        tools.write_atomic(folder.parent / "latest.json", lambda file: file.write(json.dumps(facts).encode()))
+        for old in sorted(path for path in folder.parent.glob("step_*") if path != folder)[:-keep + 1 or None]:
+            shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
-def load_state(out, policy, optimizer, resume, total):
-    """Continue from out/state.pt. Returns its step, 0 if there is no such file. Without `resume` the run starts anew, and an
-    older run's file is set aside, so that a later --resume cannot mix the two. Raises InputError if the file is unreadable
-    or beyond the `total` steps of this run."""
-    path = Path(out) / STATE
-    if not resume:
-        if path.exists() and int(os.environ.get("RANK", "0")) == 0:
-            os.replace(path, path.with_name(f"old_{STATE}"))
+def load_state(out, optimizer, resume, total):
+    """Continue from the last state that is complete. Returns its step, 0 if there is none. Without `resume` the run starts anew,
+    and an older run's state is set aside, so that a later --resume cannot mix the two; a worker restarted by torchrun
+    --max_restarts always resumes. Raises InputError if a file is unreadable or beyond the `total` steps of this run."""
+    folder, rank = Path(out) / "state", int(os.environ.get("RANK", "0"))
+    if not resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if folder.exists() and rank == 0:
+            shutil.rmtree(folder.with_name("old_state"), ignore_errors=True)
+            os.replace(folder, folder.with_name("old_state"))
         barrier()
         return 0
+    path = folder / "latest.json"
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, map_location=policy.device, weights_only=True)
-        policy.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        facts = json.loads(path.read_text())
+        path = folder / f"step_{facts['step']:07d}"
+        parts = [torch.load(path / f"{i}.pt", map_location="cpu", weights_only=True, mmap=True) for i in range(facts["pieces"])]
+        torch.set_rng_state(parts[min(rank, len(parts) - 1)]["rng"])
+        optimizer.load([part["optimizer"] for part in parts])
     except Exception as error:  # a damaged or foreign file shows as any of a dozen exceptions
-        raise tools.InputError(f"{path}: cannot resume: {str(error).strip().splitlines()[0]}; delete it to start over") from None
-    if state["step"] > total:
-        raise tools.InputError(f"{path} is at step {state['step']}, beyond the {total} steps of this run; ask for more steps")
-    torch.set_rng_state(state["rng"].cpu())
-    if state["world"] != world_size() and int(os.environ.get("RANK", "0")) == 0:
-        print(f"{path} was saved by {state['world']} processes, now there are {world_size()}: the run goes on with the same "
+        reason = str(error).strip().splitlines()[0]
+        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start over") from None
+    if facts["step"] > total:
+        raise tools.InputError(f"{path} is at step {facts['step']}, beyond the {total} steps of this run; ask for more steps")
+    if facts["world"] != world_size() and rank == 0:
+        print(f"{path} was saved by {facts['world']} processes, now there are {world_size()}: the run goes on with the same "
               "data and order, but equals the uninterrupted one only within rounding", flush=True)
-    return state["step"]
+    return facts["step"]
 
 
 def open_log(out, step):
@@ -632,36 +825,50 @@ def load_batch(policy, rows, root, step, args, rank, world):
     return [encode(policy, row, root) for row in batch[rank::world]]
 
 
-def check_finite(step, *values):
-    """Stop before a broken state is saved; the values are sums over ranks, so all ranks stop together."""
-    if not all(map(math.isfinite, values)):
-        raise tools.InputError(f"step {step + 1}: loss or gradient is not finite; lower --lr and start again, or go on from the "
-                               "last checkpoint with --resume")
+MAX_SKIPPED = 5
 
 
-def train_step(policy, params, optimizer, sequences, lr, args):
+def finite(value):
+    """A number for metrics.jsonl; None where it is not finite: the step was skipped."""
+    return value if math.isfinite(value) else None
+
+
+def check_skipped(optimizer, step):
+    """Stop after too many steps in a row without a finite loss and gradient; all ranks count the same."""
+    if optimizer.skipped >= MAX_SKIPPED:
+        raise tools.InputError(f"step {step + 1}: loss or gradient was not finite {MAX_SKIPPED} times in a row (these steps were "
+                               "skipped); lower --lr and start again, or go on from the last checkpoint with --resume")
+
+
+def train_step(policy, optimizer, sequences, lr, args):
     """One optimizer step on this rank's share of the batch: minimise -1/N sum log p(token), N counted over all ranks.
     Returns (loss, gradient norm, N)."""
     count = sum_over_ranks([sum(sum(s.mask[1:]) for s in sequences)], policy.device)[0]
-    total = 0.0
-    for micro in micro_batches(sequences, args.tokens):
-        loss = -token_logprobs(policy, collate(policy, micro)).sum() / max(count, 1)
-        loss.backward()
-        total += loss.item()
-    norm = update(params, optimizer, lr, args.max_norm)
-    return sum_over_ranks([total], policy.device)[0], norm, int(count)
+
+    def loss_of(micro):
+        return -token_logprobs(policy, collate(policy, micro)).sum() / max(count, 1)
+
+    total = sum_over_ranks([optimizer.backward(micro_batches(sequences, args.tokens), loss_of)], policy.device)[0]
+    return total, optimizer.step(lr, args.max_norm, math.isfinite(total)), int(count)
+
+
+def stopped(out, step):
+    """Say that a run was stopped by SIGTERM (rank 0)."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"stopped after step {step}, as asked to: go on with --resume ({out})", flush=True)
 
 
 def train(policy, rows, root, args, rank, world):
     """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log -> save."""
     params = trainable(policy, args.model != "tiny" if args.freeze_vision is None else args.freeze_vision)
-    optimizer = make_optimizer(params, args.lr, args.weight_decay)
+    heed_sigterm()
+    broadcast_weights(policy.model)
+    optimizer = Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer)
     if args.checkpointing:
         policy.model.gradient_checkpointing_enable()
     policy.model.train()
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
-    start = load_state(args.out, policy, optimizer, args.resume, total)
-    broadcast_weights(policy.model)
+    start = load_state(args.out, optimizer, args.resume, total)
     log = open_log(args.out, start) if rank == 0 else None
     bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
     loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
@@ -675,15 +882,18 @@ def train(policy, rows, root, args, rank, world):
         if longest > args.max_tokens:
             raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "
                                    "lower --max_pixels, or remove the longest rows")
-        loss, norm, count = train_step(policy, params, optimizer, sequences, lr, args)
-        check_finite(step, loss, norm)
+        loss, norm, count = train_step(policy, optimizer, sequences, lr, args)
+        check_skipped(optimizer, step)
         if rank == 0:
-            log.write(tools.json_line({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": count}))
+            log.write(tools.json_line({"step": step + 1, "loss": finite(loss), "grad_norm": finite(norm), "lr": lr,
+                                       "tokens": count}))
             log.flush()
             bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}")
-        if (step + 1) % args.save_every == 0 and step + 1 < total:
-            save_state(args.out, policy, optimizer, step + 1)
-    save_state(args.out, policy, optimizer, total)
+        stop = asked_to_stop(policy.device)
+        if stop or (step + 1) % args.save_every == 0 or step + 1 == total:
+            save_state(args.out, optimizer, step + 1, args.keep)
+        if stop:
+            return stopped(args.out, step + 1)
     export(policy, args.out)
 
 
@@ -710,14 +920,17 @@ def parse_args():
     group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
                        help="do not train the vision tower and its projector (default, as in the paper, but for --model tiny)")
+    group.add_argument("--shard_optimizer", action="store_true", help="each process keeps gradients, float32 weights and moments "
+                       "of its own share of the model only")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
     group.add_argument("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
-    group.add_argument("--resume", action="store_true", help="go on from --out/state.pt where it exists")
+    group.add_argument("--keep", type=int, default=2, help="how many checkpoints are kept")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out/state where there is one")
     args = parser.parse_args()
-    tools.check_flags(args, ("batch", "tokens", "max_tokens", "save_every", "epochs", "steps", "lr", "max_norm", "min_pixels",
-                             "max_pixels"), ("seed", "weight_decay", "warmup"))
+    tools.check_flags(args, ("batch", "tokens", "max_tokens", "save_every", "keep", "epochs", "steps", "lr", "max_norm",
+                             "min_pixels", "max_pixels"), ("seed", "weight_decay", "warmup"))
     return args
 
 

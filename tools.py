@@ -47,6 +47,10 @@ def run(main):
         main()
     except InputError as error:
         sys.exit(f"{name}: error: {error}")
+    except RuntimeError as error:  # of torch.distributed: nothing is saved, since nobody knows what the others have done
+        if not re.search("by peer|Broken pipe|Timed out waiting|NCCL", str(error)):
+            raise
+        sys.exit(f"{name}: rank {rank} stops because another process has ended ({str(error).splitlines()[0][:120]})")
     except OSError as error:  # disk full, no permission: files are written under a temporary name, so none is half-written
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; earlier files are untouched: free the disk or change --out and run again" if full else ""

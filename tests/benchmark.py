@@ -8,6 +8,7 @@ ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
     ddp         our data parallel against torch's around the same forward pass and update (under torchrun)
+    fsdp        our sharded optimizer against torch's fully_shard: time and memory (under torchrun)
     rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
     growth      cost of our rollouts as turns, conversations and pixels grow
     paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not run
@@ -17,7 +18,7 @@ Both sides of `rollout` and `cached` write the same tokens: ours are sampled, th
 Commands:
     1 CPU, 1 GPU     python tests/benchmark.py                            (checkpoints/sft, data/train.jsonl)
     one case         python tests/benchmark.py rollout --groups 4 --repeats 1
-    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp sft grpo
+    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp fsdp sft grpo
 """
 
 import argparse
@@ -29,6 +30,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor
 
@@ -37,6 +39,7 @@ import evaluate
 import rl
 import sft
 import tools
+from conftest import LiveBytes
 
 
 def alternate(title, ours, peer, repeats):
@@ -226,8 +229,7 @@ def case_sft(args):
     policy, (peer, module, peer_optimizer) = load(args), peer_trainer(args)
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    params = sft.trainable(policy, False)
-    optimizer = sft.make_optimizer(params, 1e-5, 0.01)
+    optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01)
     policy.model.train()
     settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
 
@@ -239,7 +241,7 @@ def case_sft(args):
 
     tokens = sum(len(s.ids) for s in sequences)
     alternate(f"sft: {len(rows)} conversations a process, {tokens} tokens", lambda: sft.train_step(
-        policy, params, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
+        policy, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
 
 
 def case_rate(args):
@@ -247,12 +249,11 @@ def case_rate(args):
     policy = load(args)
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    params = sft.trainable(policy, False)
-    optimizer, settings = sft.make_optimizer(params, 1e-5, 0.01), argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+    optimizer, settings = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01), argparse.Namespace(tokens=args.tokens, max_norm=1.0)
     policy.model.train()
 
     def step():
-        sft.train_step(policy, params, optimizer, sequences, 1e-5, settings)
+        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
 
     with FlopCounterMode(display=False) as counter:
         step()
@@ -270,7 +271,7 @@ def case_rate(args):
 
 
 def case_ddp(args):
-    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward pass and update."""
+    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward pass, and torch's AdamW."""
     rank, world, _ = sft.setup_distributed()
     if world == 1:
         return say("ddp: needs torchrun --nproc_per_node=2")
@@ -278,24 +279,60 @@ def case_ddp(args):
     ours, peer = load(args), load(args)
     sequences = [sft.encode(ours, row, args.trajectories.parent) for row in rows]
     wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
-    sides = []
-    for policy, module, reduce in ((ours, Loss(ours), sft.sum_gradients), (peer, wrapped, lambda params: None)):
-        params = sft.trainable(policy, False)
-        sides.append((policy, module, reduce, params, sft.make_optimizer(params, 1e-5, 0.0)))
+    optimizer, settings = sft.Optimizer(sft.trainable(ours, False), 1e-5, 0.0), argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+    adam = torch.optim.AdamW(sft.trainable(peer, False), 1e-5, fused=True)
 
-    def step(policy, module, reduce, params, optimizer):
+    def step_of_peer():
         micro = list(sft.micro_batches(sequences, args.tokens))
         for i, part in enumerate(micro):
-            with module.no_sync() if module is wrapped and i + 1 < len(micro) else contextlib.nullcontext():
-                module(sft.collate(policy, part)).backward()
-        reduce(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+            with wrapped.no_sync() if i + 1 < len(micro) else contextlib.nullcontext():
+                wrapped(sft.collate(peer, part)).backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
 
-    alternate(f"ddp: {len(rows)} conversations a process, {world} processes", lambda: step(*sides[0]),
-              lambda: step(*sides[1]), args.repeats)
-    measure_traffic(ours, sides[0][3], wrapped, peer, sequences[:1])
+    alternate(f"ddp: {len(rows)} conversations a process, {world} processes",
+              lambda: sft.train_step(ours, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
+    measure_traffic(ours, optimizer, wrapped, peer, sequences[:1])
+
+
+def case_fsdp(args):
+    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16 weights and float32 reduction:
+    time, and the peak of living tensor storages during a step."""
+    rank, world, _ = sft.setup_distributed()
+    if world == 1:
+        return say("fsdp: needs torchrun --nproc_per_node=2")
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    settings = argparse.Namespace(tokens=10**6, max_norm=1.0)
+    sides = []
+    for name in ("ours", "torch"):
+        with LiveBytes() as memory:
+            policy = sft.load_policy(args.model, "cpu", "bfloat16" if name == "ours" else "float32")
+            sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
+            if name == "ours":
+                optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0, shard=True)
+
+                def step(policy=policy, sequences=sequences, optimizer=optimizer):
+                    sft.train_step(policy, optimizer, sequences, 1e-5, settings)
+            else:
+                how = {"reshard_after_forward": False, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+                policy.model.requires_grad_(True)
+                for layer in [*policy.model.model.language_model.layers, *policy.model.model.visual.blocks]:
+                    fully_shard(layer, **how)
+                module = Loss(policy)
+                fully_shard(module, **how)
+                adam = torch.optim.AdamW(module.parameters(), 1e-5, foreach=True)
+
+                def step(policy=policy, sequences=sequences, module=module, adam=adam):
+                    module(sft.collate(policy, sequences)).backward()
+                    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                    adam.step()
+                    adam.zero_grad()
+            step()
+            step()
+        sides.append((step, memory.peak))
+    alternate(f"fsdp: {len(rows)} conversations a process, {world} processes", sides[0][0], sides[1][0], args.repeats)
+    say(f"fsdp: peak of living storages: ours {sides[0][1] / 2**20:.1f} MB   peer {sides[1][1] / 2**20:.1f} MB")
 
 
 class Loss(torch.nn.Module):
@@ -308,8 +345,11 @@ class Loss(torch.nn.Module):
     def forward(self, batch):
         return -sft.token_logprobs(self.policy[0], batch).sum()
 
+    def collated(self, sequences):
+        return self(sft.collate(self.policy[0], sequences))
 
-def measure_traffic(policy, params, module, peer, sequences):
+
+def measure_traffic(policy, optimizer, module, peer, sequences):
     """Bytes of gradients that a process hands to all-reduce in one step, ours and torch DDP's."""
     sent, reduce = {"ours": 0, "peer": 0}, torch.distributed.all_reduce
 
@@ -324,8 +364,7 @@ def measure_traffic(policy, params, module, peer, sequences):
     module.register_comm_hook(None, hook)
     module(sft.collate(peer, sequences)).backward()
     torch.distributed.all_reduce = counted
-    sft.token_logprobs(policy, sft.collate(policy, sequences)).sum().backward()
-    sft.sum_gradients(params)
+    optimizer.backward([sequences], Loss(policy).collated)
     torch.distributed.all_reduce = reduce
     say(f"gradient bytes handed to all-reduce per step: ours {sent['ours']:,}   peer {sent['peer']:,}")
 
@@ -340,8 +379,7 @@ def case_grpo(args):
     advantages = rl.group_advantages(rewards, completed)
     settings = argparse.Namespace(overturn_mask=True, divisor="completed", aggregation="response", max_turn_tokens=96,
                                   max_turns=6, tokens=args.tokens, clip_low=0.2, clip_high=0.3, max_norm=1.0)
-    params = sft.trainable(policy, False)
-    optimizer = sft.make_optimizer(params, 1e-5, 0.0)
+    optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
     policy.model.train()
 
     def step_of_peer():
@@ -361,7 +399,7 @@ def case_grpo(args):
 
     used = int((advantages != 0).sum())
     alternate(f"grpo: {len(rollouts)} conversations, {used} with signal", lambda: rl.update_policy(
-        policy, params, optimizer, list(zip(parts, advantages)), settings, 1e-5), step_of_peer, args.repeats)
+        policy, optimizer, list(zip(parts, advantages)), settings, 1e-5), step_of_peer, args.repeats)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,13 +477,13 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
     say(f"| total | | | | {seconds:.1f} |")
 
 
-CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp,
+CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp,
          "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Ours against what a user would write.")
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES), help="which cases (default: all)")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[], help="which cases (default: all)")
     parser.add_argument("--model", default="checkpoints/sft", help="folder of the model")
     parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions for rollouts")
     parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"), help="conversations for sft")
@@ -456,7 +494,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass of ours")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
-    for name in args.cases:
+    for name in args.cases or CASES:
         CASES[name](args)
     sft.close_distributed()
 

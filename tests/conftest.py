@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +37,29 @@ def start_script(*args):
     """Start a stage on one process and leave it running; returns the process, to be killed."""
     return subprocess.Popen([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages that were made inside and are alive; peak is the most there ever were. A process's
+    memory (RSS) would say little: allocators keep what was freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def live(self):
+        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        old = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live())
+        return out
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +102,11 @@ def trained_folder(world, make_tiny, tmp_path_factory):
     rows = tools.read_jsonl(world / "coldstart.jsonl")[:4]
     sequences = [sft.encode(policy, row, world) for row in rows]
     params = sft.trainable(policy, freeze_vision=True)
-    optimizer = sft.make_optimizer(params, 3e-3, 0.0)
+    optimizer = sft.Optimizer(params, 3e-3, 0.0)
     batch = sft.collate(policy, sequences)
     for step in range(30):
-        (-sft.token_logprobs(policy, batch).mean()).backward()
-        sft.update(params, optimizer, 3e-3 * min(1, (step + 1) / 10), 1.0)
+        optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).mean())
+        optimizer.step(3e-3 * min(1, (step + 1) / 10), 1.0)
     sft.export(policy, out)
     return out
 

@@ -1,0 +1,105 @@
+"""Kill training at random moments and see that nothing changes: ten SIGKILLs a case (not collected by pytest).
+
+For sft.py and rl.py, on one and on two processes, whole and sharded: one run without interruption, and one that is killed
+again and again (during rollouts, updates, saves) and resumed. Their weights must be the same, bit for bit.
+
+    python tests/crash.py                 all cases, ten kills each
+    python tests/crash.py --kills 2 rl    fewer, one stage
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(args, nproc, agent=()):
+    """Start a stage in a session of its own, so that all its processes can be killed together. Returns the process."""
+    launcher = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}",
+                                                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *agent]
+    return subprocess.Popen([*launcher, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+def finish(process, timeout=600):
+    """Wait for the end; returns (exit code, what it printed to stdout, to stderr)."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def kill(process):
+    """SIGKILL to the stage and to all of its processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()
+
+
+def run_killed(args, nproc, out, kills, span, seed=0):
+    """Run a stage with --resume, killing it `kills` times, each time up to `span` seconds after it has logged a step; then let it
+    finish. Returns how many kills hit a running stage."""
+    rng, hits, log = random.Random(seed), 0, Path(out) / "metrics.jsonl"
+    for _ in range(kills):
+        process, before = launch([*args, "--out", out, "--resume"], nproc), time.time()
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime > before and log.stat().st_size > 0):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, span))
+        hits += process.poll() is None
+        kill(process)
+    code, _, err = finish(launch([*args, "--out", out, "--resume"], nproc))
+    assert code == 0, err[-2000:]
+    return hits
+
+
+def same_weights(a, b):
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill training at random moments; the weights must not change.")
+    parser.add_argument("stages", nargs="*", choices=["sft", "rl", []], default=[], help="which stages (default: both)")
+    parser.add_argument("--kills", type=int, default=10, help="kills a case")
+    parser.add_argument("--seed", type=int, default=0, help="moments of the kills")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    data, policy = folder / "data", folder / "policy"
+    for command in (["build_data.py", "--train", 12, "--test", 1, "--scenes", 1, "--out", data],
+                    ["collect_coldstart.py", "--data", data / "train.jsonl", "--out", data / "coldstart.jsonl"],
+                    ["sft.py", "--model", "tiny", "--data", data / "coldstart.jsonl", "--steps", 40, "--lr", 3e-3,
+                     "--out", policy]):
+        code, _, err = finish(launch(command, 1))
+        assert code == 0, err[-2000:]
+    cases = {"sft": ["sft.py", "--model", policy, "--data", data / "coldstart.jsonl", "--batch", 4, "--steps", 15 * args.kills,
+                     "--save_every", 1],
+             "rl": ["rl.py", "--model", policy, "--data", data / "train.jsonl", "--prompts_per_step", 4, "--group", 4,
+                    "--max_turn_tokens", 64, "--slots", 8, "--eval_every", 0, "--steps", 2 * args.kills + 2, "--save_every", 1]}
+    failed = False
+    for stage in args.stages or ["sft", "rl"]:
+        for nproc, flags in ((1, []), (2, []), (2, ["--shard_optimizer"])):
+            name = f"{stage} {nproc} {' '.join(flags)}".strip().replace(" ", "_")
+            start = time.time()
+            code, _, err = finish(launch([*cases[stage], *flags, "--out", folder / f"{name}_whole"], nproc))
+            assert code == 0, err[-2000:]
+            hits = run_killed([*cases[stage], *flags], nproc, folder / name, args.kills, 3.0, args.seed)
+            same = same_weights(folder / name, folder / f"{name}_whole")
+            failed |= not same
+            print(f"{name}: {hits} kills of a running stage, weights {'the same, bit for bit' if same else 'DIFFER'} "
+                  f"({time.time() - start:.0f} s)", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
