@@ -85,7 +85,7 @@ def main():
     cases = {"sft": ["sft.py", "--model", policy, "--data", data / "coldstart.jsonl", "--batch", 4, "--steps", 15 * args.kills,
                      "--save_every", 1],
              "rl": ["rl.py", "--model", policy, "--data", data / "train.jsonl", "--prompts_per_step", 4, "--group", 4,
-                    "--max_turn_tokens", 64, "--slots", 8, "--eval_every", 0, "--steps", 2 * args.kills + 2, "--save_every", 1]}
+                    "--max_turn_tokens", 64, "--slots", 8, "--eval_every", 0, "--steps", 4 * args.kills, "--save_every", 1]}
     failed = False
     for stage in args.stages or ["sft", "rl"]:
         for nproc, flags in ((1, []), (2, []), (2, ["--shard_optimizer"])):
