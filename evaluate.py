@@ -108,8 +108,9 @@ class SlotCache:
     short conversation is not charged for the longest one. The engine keeps conversations of similar length together.
     """
 
-    def __init__(self, config, slots, dtype, device):
-        heads, width, self.slots = config.num_key_value_heads, config.hidden_size // config.num_attention_heads, slots
+    def __init__(self, config, slots, dtype, device, longest):
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.slots, self.longest = slots, longest
         self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
@@ -118,8 +119,9 @@ class SlotCache:
         width, have = max(pieces), self.layers[0][0].shape[2]
         need = max(fed) + width
         if need > have:
-            more = max(need - have, have // 2)
-            self.layers = [[torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer] for layer in self.layers]
+            more = max(need - have, min(have // 2, self.longest - have))
+            for layer in self.layers:   # one after the other, so that old and new never exist whole side by side
+                layer[:] = [torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer]
         columns = torch.tensor(fed, device=device)[:, None] + torch.arange(width, device=device)                     # (n, w)
         self.where = torch.tensor(slots, device=device)[:, None], columns
         ahead = torch.arange(need, device=device) > columns[:, None, :, None]                                # (n, 1, w, need)
@@ -169,7 +171,8 @@ class Engine:
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
-            self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device)
+            self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device,
+                                   self.limits.max_context)
         training, _ = self.policy.model.training, self.policy.model.eval()
         while self.queue and len(self.slots) < self.max_slots:
             self.slots.append(None)

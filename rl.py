@@ -386,7 +386,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
             if (step + 1) % args.dump_every == 0:
                 dump(args.out, step + 1, groups)
         stop = sft.asked_to_stop(policy.device)
-        if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        due = (step + 1) % args.save_every == 0 and not optimizer.skipped   # weights may be broken: keep the older ones
+        if stop or due or step + 1 == args.steps:
             sft.save_state(args.out, optimizer, step + 1, args.keep)
         if stop:
             return sft.stopped(args.out, step + 1)

@@ -890,7 +890,8 @@ def train(policy, rows, root, args, rank, world):
             log.flush()
             bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}")
         stop = asked_to_stop(policy.device)
-        if stop or (step + 1) % args.save_every == 0 or step + 1 == total:
+        due = (step + 1) % args.save_every == 0 and not optimizer.skipped   # weights may be broken: keep the older ones
+        if stop or due or step + 1 == total:
             save_state(args.out, optimizer, step + 1, args.keep)
         if stop:
             return stopped(args.out, step + 1)

@@ -299,7 +299,7 @@ def test_plan_is_what_the_tiny_model_allocates(trained, world):
         optimizer.step(1e-5, 1.0)
         assert before == pytest.approx(plan["weights"], rel=0.05)
         assert memory.live() - before == pytest.approx(plan["optimizer"], rel=0.05)
-    cache = evaluate.SlotCache(policy.model.config.text_config, 4, torch.float32, "cpu")
+    cache = evaluate.SlotCache(policy.model.config.text_config, 4, torch.float32, "cpu", 256)
     assert sum(t.nbytes for layer in cache.layers for t in layer) == plan["KV cache"]
     assert used == pytest.approx(plan["activations"] + plan["logits"] + plan["gradients"], rel=0.15)
 
