@@ -656,21 +656,129 @@ def _wrap(text, font, width):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report: results, training curves and trajectories of any number of runs in one page
+# The report: results, training curves and trajectories of any number of runs in one page. Folders that are called NAME.0,
+# NAME.1, ... are runs of one experiment that differ in their seed only: they are shown as one line, with its interval
+
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]     # Student's t, by degrees of freedom
 
 
-def write_report(folders, data, curves, path, image_bytes=60_000):
-    """Fill docs/report.html with what evaluations have left in `folders`. data: their question files, for the images, which
-    become part of the page (at most image_bytes each); curves: metrics.jsonl files. Raises InputError where something is
-    missing."""
+def over_seeds(values, error=None):
+    """(mean, half of its 95% interval) of one figure over seeds: t s / sqrt(n), s the unbiased deviation between seeds. Of a single
+    run: 1.96 standard errors over questions, where there is one (error), else None."""
+    n = len(values)
+    if n > 1:
+        return statistics.fmean(values), T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    return values[0], None if error is None else 1.96 * error
+
+
+def by_experiment(named):
+    """[(folder's name, thing)] -> {experiment's name: [things]}, in the order of their first appearance."""
+    groups = collections.defaultdict(list)
+    for name, thing in named:
+        groups[re.sub(r"\.[0-9]+$", "", name)].append(thing)
+    return groups
+
+
+def merge_tables(tables):
+    """table.json of the seeds of one experiment -> {level: {"accuracy": {T: (mean, half)}, "turns_correct": (mean, half) or
+    None}}: what all of them have."""
+    merged = {}
+    for level in [level for level in tables[0] if all(level in table for table in tables)]:
+        parts = [table[level] for table in tables]
+        budgets = [T for T in parts[0]["accuracy"] if all(T in part["accuracy"] for part in parts)]
+        turns = [part["mean_turns_correct"] for part in parts if part.get("mean_turns_correct")]
+        merged[level] = {"accuracy": {T: over_seeds([part["accuracy"][T] for part in parts], parts[0]["standard_error"][T])
+                                      for T in budgets},
+                         "turns_correct": over_seeds(turns) if turns else None}
+    return merged
+
+
+def merge_curves(curves):
+    """metrics.jsonl of the seeds of one experiment -> one curve: every metric's mean over those that have it, step by step."""
+    steps = collections.defaultdict(list)
+    for row in (row for curve in curves for row in curve):
+        steps[row["step"]].append(row)
+    return [{key: statistics.fmean(values) for key in rows[0]
+             if (values := [row[key] for row in rows if isinstance(row.get(key), (int, float))])}
+            for _, rows in sorted(steps.items())]
+
+
+def print_comparison(experiments, level):
+    """A Markdown table of all experiments at one level, in percent with 95% intervals; beside it, of training, where its curves
+    are known: the share of conversations that ran out of turns in the first and the last quarter of the steps, and how many
+    thousand tokens were sampled."""
+    rows = [e for e in experiments if level in e["levels"]]
+    budgets = sorted({int(T) for e in rows for T in e["levels"][level]["accuracy"]})
+    print(f"\n| {level} | seeds | " + " | ".join(f"T={T}" for T in budgets) + " | turns (correct) | over_turn in training | "
+          "k tokens sampled |\n" + "|---" * (len(budgets) + 5) + "|")
+    for e in rows:
+        found, steps = e["levels"][level], e["curve"]
+        cells = [shown(found["accuracy"].get(str(T)), 100) for T in budgets] + [shown(found["turns_correct"])]
+        shares = [row["over_turn"] for row in steps if "over_turn" in row]
+        quarter = math.ceil(len(shares) / 4)
+        ends = [f"{100 * statistics.fmean(part):.0f}" for part in (shares[:quarter], shares[-quarter:]) if part]
+        tokens = sum(row.get("sampled_tokens", 0) for row in steps)
+        print(f"| {e['name']} | {e['seeds']} | " + " | ".join([*cells, " -> ".join(ends), f"{tokens / 1e3:.0f}" if tokens else ""])
+              + " |")
+
+
+def shown(figure, scale=1):
+    """(mean, half) as text."""
+    if figure is None:
+        return ""
+    mean, half = figure
+    return f"{scale * mean:.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
+
+
+def draw_accuracy(experiments, path):
+    """Accuracy over turns with 95% intervals, one panel per level, as a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise tools.InputError("--chart needs matplotlib: pip install matplotlib") from None
+    levels = list(dict.fromkeys(level for e in experiments for level in e["levels"]))
+    figure = Figure(figsize=(1 + 5 * len(levels), 4), layout="constrained")
+    for axes, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels):
+        for e in experiments:
+            points = e["levels"].get(level, {"accuracy": {}})["accuracy"]
+            means, halves = zip(*points.values()) if points else ((), ())
+            axes.errorbar(list(map(int, points)), [100 * m for m in means], [100 * (h or 0) for h in halves], label=e["name"],
+                          marker="o", markersize=4, capsize=3)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({int(T) for e in experiments for T in e["levels"].get(level, {"accuracy": {}})["accuracy"]})
+        axes.set_xticks(ticks, ticks, minor=False)
+        axes.set(title=level, xlabel="turns allowed at test time", ylabel="accuracy, %", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    tools.write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=110))
+    print(f"drew {path}")
+
+
+def read_run(folder):
+    try:
+        return json.loads((folder / "table.json").read_text())
+    except (OSError, ValueError) as error:
+        raise tools.InputError(f"{folder}: no table.json that can be read ({error}); evaluate into it first") from None
+
+
+def compare(folders, curves):
+    """What evaluations have left in `folders` and training in the metrics.jsonl files `curves`, by experiment: a list of {"name",
+    "seeds", "levels": merge_tables, "curve": merge_curves}. A curve belongs to the run whose folder has the same name. Raises
+    InputError where something is missing."""
+    tables = by_experiment((folder.name, read_run(folder)) for folder in folders)
+    training = by_experiment((file.parent.name, tools.read_jsonl(file)) for file in curves)
+    return [{"name": name, "seeds": max(len(tables[name]), len(training[name])),
+             "levels": merge_tables(tables[name]) if tables[name] else {}, "curve": merge_curves(training[name])}
+            for name in dict.fromkeys([*tables, *training])]
+
+
+def write_report(experiments, folders, data, path, image_bytes=60_000):
+    """Fill docs/report.html with a comparison of experiments and the trajectories in `folders`. data: their question files, for
+    the images, which become part of the page (at most image_bytes each). Raises InputError where something is missing."""
     roots, images, runs = {file.stem: file.parent for file in data}, {}, []
     for folder in folders:
-        try:
-            table = json.loads((folder / "table.json").read_text())
-        except (OSError, ValueError) as error:
-            raise tools.InputError(f"{folder}: no table.json that can be read ({error}); evaluate into it first") from None
         rows = []
-        for level in [level for level in table if level != "mean"]:
+        for level in [level for level in read_run(folder) if level != "mean"]:
             if level not in roots:
                 raise tools.InputError(f"{folder} has a level '{level}', but --data names no file {level}.jsonl for its images")
             for row in tqdm(tools.read_jsonl(folder / f"{level}.jsonl"), desc=f"{folder.name} {level}"):
@@ -679,13 +787,23 @@ def write_report(folders, data, curves, path, image_bytes=60_000):
                     images[picture] = tools.data_url(tools.open_image(picture), image_bytes)
                 kept = {key: row.get(key) for key in ("question", "answer", "prediction", "finish", "reward", "turns")}
                 rows.append({**kept, "file": level, "picture": picture})
-        runs.append({"name": folder.name, "table": table, "rows": rows})
-    training = [{"name": file.parent.name, "rows": tools.read_jsonl(file)} for file in curves]
-    filled = json.dumps({"runs": runs, "images": images, "curves": training}).replace("<", "\\u003c")    # no tag ends the script
-    page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8").replace("{{DATA}}", filled)
+        runs.append({"name": folder.name, "rows": rows})
+    filled = json.dumps({"experiments": experiments, "runs": runs, "images": images})
+    page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
+    page = page.replace("{{DATA}}", filled.replace("<", "\\u003c"))      # no tag ends the script
     tools.write_atomic(path, lambda file: file.write(page.encode()))
-    print(f"{path}: {len(runs)} runs, {sum(len(run['rows']) for run in runs)} trajectories, {len(images)} images, "
+    print(f"\n{path}: {len(runs)} runs, {sum(len(run['rows']) for run in runs)} trajectories, {len(images)} images, "
           f"{len(page) / 1e6:.1f} MB")
+
+
+def report(args):
+    """--report: compare what is there in tables, a page and, if asked for, a chart."""
+    experiments = compare(args.report, args.curves)
+    for level in dict.fromkeys(level for e in experiments for level in e["levels"]):
+        print_comparison(experiments, level)
+    write_report(experiments, args.report, args.data, args.out / "report.html")
+    if args.chart:
+        draw_accuracy(experiments, args.chart)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -783,10 +901,12 @@ def parse_args():
     add_judge_flags(parser)
     group = parser.add_argument_group("pictures")
     group.add_argument("--picture", type=Path, help="draw a correct trajectory of five to seven turns into this PNG")
-    group.add_argument("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: make one page, report.html in "
-                       "--out (default: results), of what earlier evaluations have left in these folders")
+    group.add_argument("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: compare what earlier evaluations "
+                       "have left in these folders, in tables and one page, report.html in --out (default: results); folders "
+                       "NAME.0, NAME.1, ... are seeds of one experiment")
     group.add_argument("--curves", type=Path, nargs="+", default=[], metavar="METRICS", help="metrics.jsonl files of training, "
                        "for --report")
+    group.add_argument("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
     args = parser.parse_args()
     tools.check_flags(args, ("samples", "slots", "limit", "max_images", "max_turn_tokens", "max_context", "min_pixels",
                              "max_pixels", "image_bytes"), ("seed",))
@@ -822,7 +942,7 @@ def make_player(args, prompts, rank, device):
 def main():
     args = parse_args()
     if args.report:
-        return write_report(args.report, args.data, args.curves, args.out / "report.html")
+        return report(args)
     rank, world, device = sft.setup_distributed()
     prompts = tools.load_prompts(args.prompts)
     engine = make_player(args, prompts, rank, device)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -456,7 +457,64 @@ def test_benchmarks_are_scored_as_their_authors_do(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report page
 
+def write_report(folders, data, curves, path):
+    evaluate.write_report(evaluate.compare(folders, curves), folders, data, path)
+
+
 EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
+
+
+def test_an_interval_over_seeds_is_students():
+    """By hand: 0.7, 0.8, 0.9 have s = 0.1, and t = 4.303 for two degrees of freedom: half = 4.303 * 0.1 / sqrt(3)."""
+    mean, half = evaluate.over_seeds([0.7, 0.8, 0.9], 0.5)
+    assert mean == pytest.approx(0.8) and half == pytest.approx(0.248434, abs=1e-6)
+    assert evaluate.over_seeds([0.25], 0.1) == (0.25, pytest.approx(0.196)) and evaluate.over_seeds([0.25]) == (0.25, None)
+    assert evaluate.over_seeds([1.0, 2.0])[1] == pytest.approx(12.706 / 2)          # s = 0.7071, over sqrt(2)
+
+
+def experiment(folder, name, accuracy, error, turns, over_turn=()):
+    """What an evaluation and a training of one seed leave."""
+    table = {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error), "mean_turns_correct": turns}}
+    (folder / "results" / name).mkdir(parents=True)
+    (folder / "results" / name / "table.json").write_text(json.dumps(table))
+    if over_turn:
+        rows = [{"step": i, "over_turn": share, "sampled_tokens": 500, "eval": None} for i, share in enumerate(over_turn, 1)]
+        tools.write_jsonl(folder / "checkpoints" / name / "metrics.jsonl", rows)
+        return folder / "results" / name, folder / "checkpoints" / name / "metrics.jsonl"
+    return folder / "results" / name
+
+
+@pytest.fixture
+def experiments(tmp_path):
+    """Three seeds of "full", which have budget 6 and 32 in common, one of "punished.v2" without curves."""
+    seeds = [experiment(tmp_path, f"full.{i}", {"6": a, "32": a + 0.5, **({"4": 0.0} if i else {})}, 0.01, turns, shares)
+             for i, (a, turns, shares) in enumerate([(0.2, 7.0, [0.8, 0.6, 0.5, 0.4, 0.2]), (0.3, None, [0.6, 0.4, 0.3, 0.2, 0.0]),
+                                                     (0.4, 8.0, [0.7, 0.5, 0.1, 0.0, 0.1])])]
+    folders, curves = zip(*seeds)
+    return evaluate.compare([*folders, experiment(tmp_path, "punished.v2", {"6": 0.1, "32": 0.125}, 0.05, None)], curves)
+
+
+def test_seeds_of_an_experiment_are_one_row(experiments, capsys):
+    """Rows of the printed table, by hand. Over-turn: mean of the first and of the last two of five steps, over the seeds."""
+    evaluate.print_comparison(experiments, "hard")
+    head, _, full, punished = capsys.readouterr().out.strip().split("\n")
+    assert head == "| hard | seeds | T=6 | T=32 | turns (correct) | over_turn in training | k tokens sampled |"
+    assert full == "| full | 3 | 30.0 ± 24.8 | 80.0 ± 24.8 | 7.5 ± 6.4 | 60 -> 15 | 2 |"
+    assert punished == "| punished.v2 | 1 | 10.0 ± 9.8 | 12.5 ± 9.8 |  |  |  |"
+    assert [row["step"] for row in experiments[0]["curve"]] == [1, 2, 3, 4, 5] and "eval" not in experiments[0]["curve"][0]
+
+
+@pytest.mark.parametrize("name, start", [("chart.png", b"\x89PNG"), ("chart.svg", b"<?xml")])
+def test_a_chart_of_accuracy_over_turns(experiments, tmp_path, name, start):
+    pytest.importorskip("matplotlib", reason="matplotlib is not in requirements.txt")
+    evaluate.draw_accuracy(experiments, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_chart_without_matplotlib_is_one_line(experiments, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(tools.InputError, match="^--chart needs matplotlib: pip install matplotlib$"):
+        evaluate.draw_accuracy(experiments, tmp_path / "chart.png")
 
 
 @pytest.fixture
@@ -469,8 +527,8 @@ def report(world, tmp_path):
         tools.write_jsonl(tmp_path / name / "train.jsonl", kept)
         (tmp_path / name / "table.json").write_text(json.dumps(evaluate.summarise({"train": kept}, [2, 32])))
     tools.write_jsonl(tmp_path / "run" / "metrics.jsonl", [{"step": i, "reward": i / 9, "eval": None} for i in range(1, 4)])
-    evaluate.write_report([tmp_path / "one", tmp_path / "two"], [world / "train.jsonl"], [tmp_path / "run/metrics.jsonl"],
-                          tmp_path / "report.html")
+    write_report([tmp_path / "one", tmp_path / "two"], [world / "train.jsonl"], [tmp_path / "run/metrics.jsonl"],
+                 tmp_path / "report.html")
     return tmp_path / "report.html"
 
 
@@ -480,7 +538,7 @@ def test_the_report_holds_everything_and_escapes_what_models_write(report, world
     assert not re.search(r"(src|href)=.?(https?:)?//", page) and "innerHTML" not in page     # no network, no parsing of texts
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*)</script>\n<script>', page, re.DOTALL)[1])
     assert [(run["name"], len(run["rows"])) for run in data["runs"]] == [("one", 3), ("two", 150)]
-    assert data["runs"][0]["rows"][1]["turns"][0]["text"] == EVIL and data["curves"][0]["rows"][2]["reward"] == 3 / 9
+    assert data["runs"][0]["rows"][1]["turns"][0]["text"] == EVIL and data["experiments"][2]["curve"][2]["reward"] == 3 / 9
     shown = data["runs"][0]["rows"][0]
     assert list(data["images"]) == [shown["picture"]] and data["images"][shown["picture"]].startswith("data:image/")
     assert shown["picture"] == str(world / tools.read_jsonl(world / "coldstart.jsonl")[0]["image"])
@@ -491,9 +549,9 @@ def test_the_report_holds_everything_and_escapes_what_models_write(report, world
 def test_a_report_of_what_is_not_there_is_one_line(report, world, missing, words):
     (report.parent / missing).unlink()
     with pytest.raises(tools.InputError, match=words):
-        evaluate.write_report([report.parent / "one"], [world / "train.jsonl"], [], report)
+        write_report([report.parent / "one"], [world / "train.jsonl"], [], report)
     with pytest.raises(tools.InputError, match="names no file train.jsonl"):
-        evaluate.write_report([report.parent / "two"], [world / "coldstart.jsonl"], [], report)
+        write_report([report.parent / "two"], [world / "coldstart.jsonl"], [], report)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
