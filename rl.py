@@ -191,7 +191,7 @@ def go_on(engine, pending, args):
     engine.limits, engine.cache = training, None
     now = {id(r) for r in played}
     groups = []
-    for part, row in zip(pending, advantages_of(pending, lambda r: is_completed(r) and id(r) in now, args) if pending else ()):
+    for part, row in zip(pending, advantages_of(pending, is_completed, args) if pending else ()):
         kept = [i for i, r in enumerate(part) if id(r) in now]
         groups.append(([part[i] for i in kept], row[kept]))
     return groups, played
