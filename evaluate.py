@@ -175,24 +175,12 @@ class Engine:
         """Play every row `samples` times. prompts: a number per row that enters its random stream (default: its index).
         root: folder of the images, or one per row. Returns Rollouts ordered by row, then sample. Raises InputError if a prompt
         does not fit in max_context."""
-        self.prompts = list(range(len(rows))) if prompts is None else prompts
+        prompts = list(range(len(rows))) if prompts is None else prompts
+        self.queue = collections.deque((i, s) for i in range(len(rows)) for s in range(samples))
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
-        self.rows, self.bar, self.opened = rows, bar, None
+        self.rows, self.prompts, self.bar = rows, prompts, bar
+        self.slots, self.done, self.opened = [], {}, None
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
-        return self.play((i, s) for i in range(len(rows)) for s in range(samples))
-
-    @torch.inference_mode()
-    def go_on(self, rollouts):
-        """Play conversations that have run out of turns on, under the present limits and with the present policy. Their early
-        turns keep the log-probabilities that they were sampled with. Returns them in the same order."""
-        self.bar = None
-        for i, r in enumerate(rollouts):
-            r.job = (i, 0)
-        return self.play(rollouts)
-
-    def play(self, jobs):
-        """Jobs, (row's index, sample) or Rollouts to go on with -> finished Rollouts in the order of their jobs."""
-        self.queue, self.slots, self.done = collections.deque(jobs), [], {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
             self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device,
@@ -200,7 +188,7 @@ class Engine:
         training, _ = self.policy.model.training, self.policy.model.eval()
         while self.queue and len(self.slots) < self.max_slots:
             self.slots.append(None)
-            self.next_job(len(self.slots) - 1)
+            self.start(len(self.slots) - 1)
         while self.slots:
             waiting = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed > 1]     # have an observation to be fed
             if 4 * len(waiting) >= len(self.slots):     # a batch worth its overhead; until then the others go on decoding
@@ -215,31 +203,10 @@ class Engine:
         image = tools.open_image(Path(self.roots[i]) / self.rows[i]["image"])
         return image, self.policy.pixels([image])[0]
 
-    def next_job(self, slot):
-        """Put the next job into a slot."""
-        job = self.queue.popleft()
-        if isinstance(job, Rollout):
-            self.revive(slot, job)
-        else:
-            self.start(slot, *job)
-
-    def revive(self, slot, r):
-        """Feed all that a conversation holds so far, its last call is carried out after all."""
-        r.views = tools.replay(r.as_row(), tools.open_image(Path(r.root) / r.row["image"]))
-        shown = self.policy.pixels(r.views)
-        self.slots[slot], r.fed, r.next_position = r, 0, 0
-        _, after = self.forward([slot], [r.ids], [shown])
-        r.fed, r.next_position = len(r.ids), after[0]
-        r.turns[-1], r.finish, r.prediction = tools.take_turn(
-            r.views, r.turns[-1]["text"], len(r.turns), self.limits.max_turns, self.limits.max_images)
-        if r.finish is None:
-            self.append_observations([r])
-        if r.finish is not None:
-            self.retire(slot)
-
-    def start(self, slot, i, sample):
-        """Put a new conversation into a slot. The prompt is encoded by the first sample of a question; the others copy its keys
+    def start(self, slot):
+        """Put the next job into a slot. The prompt is encoded by the first sample of a question; the others copy its keys
         and values. The prompt's last token stays pending, so that the first draw is like every other."""
+        i, sample = self.queue.popleft()
         if self.opened is None or self.opened[0] != i:
             image, shown = self.ahead.pop(i).result()
             if i + 1 < len(self.rows):
@@ -250,7 +217,7 @@ class Engine:
                                        f"({self.limits.max_turn_tokens}) do not fit in --max_context {self.limits.max_context}: "
                                        "raise it or lower --max_pixels")
             self.slots[slot] = Rollout()
-            _, after = self.forward([slot], [ids[:-1]], [[shown]])
+            _, after = self.forward([slot], [ids[:-1]], [shown])
             self.opened = (i, image, ids, self.cache.read(slot, len(ids) - 1), after[0])
         _, image, ids, saved, position = self.opened
         self.cache.write(slot, saved)
@@ -265,7 +232,7 @@ class Engine:
         rollouts = [self.slots[i] for i in slots]
         crops = iter(self.policy.patches([r.new_image.result() for r in rollouts if r.new_image]))
         logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts],
-                                       [[next(crops)] if r.new_image else [] for r in rollouts])
+                                       [next(crops) if r.new_image else None for r in rollouts])
         for r, position in zip(rollouts, after):
             r.fed, r.next_position, r.new_image = len(r.ids), position, None
         return logprobs
@@ -273,7 +240,7 @@ class Engine:
     def decode(self):
         """Feed one token in every slot. A slot that waits for its observation to be fed goes through the motions: what it
         writes to the cache is overwritten before it can be seen. Returns (slots that moved on, their log-probs (n, V))."""
-        logprobs, _ = self.forward(range(len(self.slots)), [r.ids[-1:] for r in self.slots], [[]] * len(self.slots))
+        logprobs, _ = self.forward(range(len(self.slots)), [r.ids[-1:] for r in self.slots], [None] * len(self.slots))
         running = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed == 1]
         for i in running:
             self.slots[i].fed += 1
@@ -284,7 +251,7 @@ class Engine:
         """Run the model on a piece of token ids per slot, behind what the slot's cache holds already. Right-padded: a
         padding token's keys land on columns that its row overwrites before it can see them.
 
-        images: a list of (patches, grid) per slot. Returns (log-probs after each piece (n, V), next position per slot).
+        images: (patches, grid) or None per slot. Returns (log-probs after each piece (n, V), next position per slot).
         """
         rollouts, width, device = [self.slots[i] for i in slots], max(map(len, pieces)), self.policy.device
         ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)                  # (n, w)
@@ -292,13 +259,13 @@ class Engine:
         where = (starts[:, None] + torch.arange(width)).repeat(3, 1, 1)                                              # (3, n, w)
         after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
         pixels = {}
-        for j, seen in enumerate(images):
-            if seen:
+        for j, image in enumerate(images):
+            if image is not None:
                 where[:, j, :len(pieces[j])], after[j] = sft.positions(
-                    pieces[j], [grid for _, grid in seen], self.policy.image_id, self.policy.merge, rollouts[j].next_position)
-        if any(images):
-            pixels = {"pixel_values": torch.cat([patches for seen in images for patches, _ in seen]).to(device),
-                      "image_grid_thw": torch.tensor([grid for seen in images for _, grid in seen], device=device)}
+                    pieces[j], [image[1]], self.policy.image_id, self.policy.merge, rollouts[j].next_position)
+        if any(image is not None for image in images):
+            pixels = {"pixel_values": torch.cat([i[0] for i in images if i is not None]).to(device),
+                      "image_grid_thw": torch.tensor([i[1] for i in images if i is not None], device=device)}
         spans = self.cache.at(list(slots), [r.fed for r in rollouts], list(map(len, pieces)), device)
         hidden = self.policy.model.model(
             input_ids=ids, position_ids=where.to(device), attention_mask=spans[0][-1], past_key_values=self.cache,
@@ -366,7 +333,7 @@ class Engine:
             longest = max(range(first, min(first + CHUNK, len(self.slots))), key=lambda i: self.slots[i].fed)
             slot = self.move(longest, slot)
         if self.queue:
-            self.next_job(slot)
+            self.start(slot)
             return
         if slot != len(self.slots) - 1:
             self.move(len(self.slots) - 1, slot)

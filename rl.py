@@ -163,38 +163,15 @@ def collect_groups(engine, sets, weights, step, places, args):
         rollouts = engine.run(rows, args.group, roots, [attempt * total + place for place in places])
         played += rollouts
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
-        advantages = advantages_of(parts, lambda r: is_completed(r) or not args.overturn_mask, args)
+        rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
+                               dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
+        completed = torch.tensor([[is_completed(r) or not args.overturn_mask for r in part] for part in parts])
+        advantages = group_advantages(rewards, completed, incomplete_in_baseline=args.incomplete_in_baseline)
         signal = (advantages != 0).any(1).tolist()
         groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
         places = [place for place, s in zip(places, signal) if not s]
     engine.cache = None  # the update needs the memory
     return groups, played, places
-
-
-def advantages_of(parts, trained, args):
-    """A' (P, G) of groups of rollouts. trained(r): whether its tokens enter the loss of this step."""
-    rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
-                           dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
-    completed = torch.tensor([[trained(r) for r in part] for part in parts])
-    return group_advantages(rewards, completed, incomplete_in_baseline=args.incomplete_in_baseline)
-
-
-def go_on(engine, pending, args):
-    """Play the unfinished conversations of earlier steps on, by max_turns more turns and with the policy as it is now. Those that
-    end by themselves now are trained on, compared with their whole group. Returns ([(rollouts, A')], what was played)."""
-    unfinished = [r for part in pending for r in part if r.finish == "over_turn"]
-    training, played = engine.limits, []
-    for turns in sorted({len(r.turns) for r in unfinished}):
-        most = turns + args.max_turns
-        engine.limits = replace(training, max_turns=most, max_images=most)
-        played += engine.go_on([r for r in unfinished if len(r.turns) == turns])
-    engine.limits, engine.cache = training, None
-    now = {id(r) for r in played}
-    groups = []
-    for part, row in zip(pending, advantages_of(pending, is_completed, args) if pending else ()):
-        kept = [i for i, r in enumerate(part) if id(r) in now]
-        groups.append(([part[i] for i in kept], row[kept]))
-    return groups, played
 
 
 def score_held_out(engine, held_out, args, rank, world):
@@ -366,18 +343,12 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, rank, world
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args)
-    old, more = go_on(engine, engine.pending, args)
-    pending = [played[i:i + args.group] for i in range(0, len(played), args.group)]
-    if args.go_on:
-        engine.pending = [part for part in pending + (engine.pending if args.go_on > 1 else [])
-                          if any(r.finish == "over_turn" and len(r.turns) <= args.go_on * args.max_turns for r in part)]
     middle = time.time()
     totals, norms = {}, []
     lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
     size = args.minibatch or args.prompts_per_step
     for first in range(0, args.prompts_per_step, size):
         share = [groups[place] for place in sorted(groups) if first <= place < first + size]
-        share += old if first == 0 else []
         sums, norm = update_policy(policy, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
@@ -397,7 +368,6 @@ def train(policy, sets, weights, held_out, args, rank, world):
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
     limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
     engine = evaluate.Engine(policy, limits, args.slots, judge=evaluate.make_judge(args, rank))
-    engine.pending = []
     log = sft.open_log(args.out, start) if rank == 0 else None
     best = best_score(args.out) if start else -1.0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
@@ -444,7 +414,6 @@ def parse_args():
     group.add_argument("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
     group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
     group.add_argument("--max_turns", type=int, default=6, help="turns per conversation, the answer included (paper: 6)")
-    group.add_argument("--go_on", type=int, default=0, help="steps over which an unfinished conversation is played on")
     group.add_argument("--max_images", type=int, help="images per conversation, the original included (default: the turn cap)")
     group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
     group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
