@@ -663,8 +663,8 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]   
 
 
 def over_seeds(values, error=None):
-    """(mean, half of its 95% interval) of one figure over seeds: t s / sqrt(n), s the unbiased deviation between seeds. Of a single
-    run: 1.96 standard errors over questions, where there is one (error), else None."""
+    """(mean, half of its 95% interval) of one figure over seeds: t s / sqrt(n), s the unbiased deviation between seeds. Of a
+    single run: 1.96 standard errors over questions, where there is one (error), else None."""
     n = len(values)
     if n > 1:
         return statistics.fmean(values), T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n)
@@ -718,8 +718,8 @@ def print_comparison(experiments, level):
         quarter = math.ceil(len(shares) / 4)
         ends = [f"{100 * statistics.fmean(part):.0f}" for part in (shares[:quarter], shares[-quarter:]) if part]
         tokens = sum(row.get("sampled_tokens", 0) for row in steps)
-        print(f"| {e['name']} | {e['seeds']} | " + " | ".join([*cells, " -> ".join(ends), f"{tokens / 1e3:.0f}" if tokens else ""])
-              + " |")
+        cells += [" -> ".join(ends), f"{tokens / 1e3:.0f}" if tokens else ""]
+        print(f"| {e['name']} | {e['seeds']} | {' | '.join(cells)} |")
 
 
 def shown(figure, scale=1):
@@ -755,6 +755,7 @@ def draw_accuracy(experiments, path):
 
 
 def read_run(folder):
+    """The table.json of an evaluation. Raises InputError if there is none."""
     try:
         return json.loads((folder / "table.json").read_text())
     except (OSError, ValueError) as error:

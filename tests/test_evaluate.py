@@ -487,9 +487,9 @@ def experiment(folder, name, accuracy, error, turns, over_turn=()):
 @pytest.fixture
 def experiments(tmp_path):
     """Three seeds of "full", which have budget 6 and 32 in common, one of "punished.v2" without curves."""
+    left = [(0.2, 7.0, [0.8, 0.6, 0.5, 0.4, 0.2]), (0.3, None, [0.6, 0.4, 0.3, 0.2, 0.0]), (0.4, 8.0, [0.7, 0.5, 0.1, 0.0, 0.1])]
     seeds = [experiment(tmp_path, f"full.{i}", {"6": a, "32": a + 0.5, **({"4": 0.0} if i else {})}, 0.01, turns, shares)
-             for i, (a, turns, shares) in enumerate([(0.2, 7.0, [0.8, 0.6, 0.5, 0.4, 0.2]), (0.3, None, [0.6, 0.4, 0.3, 0.2, 0.0]),
-                                                     (0.4, 8.0, [0.7, 0.5, 0.1, 0.0, 0.1])])]
+             for i, (a, turns, shares) in enumerate(left)]
     folders, curves = zip(*seeds)
     return evaluate.compare([*folders, experiment(tmp_path, "punished.v2", {"6": 0.1, "32": 0.125}, 0.05, None)], curves)
 
