@@ -23,12 +23,17 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def heed_ctrl_c():
+    """A shell makes what it starts in the background ignore Ctrl-C, and their children too: not this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def launch(args, nproc=1, agent=(), env=None):
     """Start a stage as a user would, on one process or under torchrun (agent: more flags for it). Returns the process."""
     launcher = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}",
                                                     "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *agent]
     return subprocess.Popen([*launcher, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
 
 
