@@ -750,7 +750,7 @@ def draw_accuracy(experiments, path):
         axes.set(title=level, xlabel="turns allowed at test time", ylabel="accuracy, %", ylim=(0, 100))
         axes.grid(alpha=0.3)
         axes.legend()
-    tools.write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=110))
+    tools.write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
     print(f"drew {path}")
 
 
@@ -768,7 +768,7 @@ def compare(folders, curves):
     InputError where something is missing."""
     tables = by_experiment((folder.name, read_run(folder)) for folder in folders)
     training = by_experiment((file.parent.name, tools.read_jsonl(file)) for file in curves)
-    return [{"name": name, "seeds": max(len(tables[name]), len(training[name])),
+    return [{"name": name, "seeds": len(tables[name] or training[name]),
              "levels": merge_tables(tables[name]) if tables[name] else {}, "curve": merge_curves(training[name])}
             for name in dict.fromkeys([*tables, *training])]
 
@@ -914,6 +914,8 @@ def parse_args():
     args.budgets = sorted(set(args.budgets))
     if args.budgets[0] < 1:
         raise tools.InputError("--budgets must be at least 1")
+    if args.chart and (not args.report or args.chart.suffix not in (".png", ".svg")):
+        raise tools.InputError("--chart FILE.png or FILE.svg draws what --report compares: give both")
     args.served = args.model.startswith(("http://", "https://"))
     if args.report:
         args.out = args.out or Path("results")

@@ -243,7 +243,8 @@ def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "q/easy.jsonl", "r/easy.jsonl"], "must differ"), (["--data", "q/mean.jsonl"], "mean"),
     (["--data", "q/easy.jsonl", "--out", "q"], "would overwrite"), (["--limit", -1], "--limit -1"), (["--seed", -1], "--seed"),
-    (["--budgets", 0, 2], "--budgets"), (["--max_pixels", 0], "--max_pixels")], ids=str)
+    (["--budgets", 0, 2], "--budgets"), (["--chart", "c.png"], "give both"), (["--report", "r", "--chart", "c.doc"], "--chart FILE"),
+    (["--max_pixels", 0], "--max_pixels")], ids=str)
 def test_a_bad_flag_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=words):
