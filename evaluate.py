@@ -671,10 +671,15 @@ def over_seeds(values, error=None):
     return values[0], None if error is None else 1.96 * error
 
 
-def by_experiment(named):
-    """[(folder's name, thing)] -> {experiment's name: [things]}, in the order of their first appearance."""
-    groups = collections.defaultdict(list)
-    for name, thing in named:
+def by_experiment(runs):
+    """[(folder, thing)] -> {experiment's name: [things]}, in the order of their first appearance. Raises InputError if two folders
+    have one name, since they would pass for seeds of one experiment."""
+    groups, seen = collections.defaultdict(list), {}
+    for folder, thing in runs:
+        name = folder.absolute().name
+        if name in seen:
+            raise tools.InputError(f"{seen[name]} and {folder} have the same name: rename one, or NAME.0, NAME.1 if they are seeds")
+        seen[name] = folder
         groups[re.sub(r"\.[0-9]+$", "", name)].append(thing)
     return groups
 
@@ -755,40 +760,54 @@ def draw_accuracy(experiments, path):
 
 
 def read_run(folder):
-    """The table.json of an evaluation. Raises InputError if there is none."""
+    """The table.json of an evaluation. Raises InputError if there is none, or if it is something else."""
     try:
-        return json.loads((folder / "table.json").read_text())
-    except (OSError, ValueError) as error:
-        raise tools.InputError(f"{folder}: no table.json that can be read ({error}); evaluate into it first") from None
+        table = json.loads((folder / "table.json").read_text())
+        for part in table.values():
+            for T, share in part["accuracy"].items():
+                int(T), float(share), float(part["standard_error"][T])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise tools.InputError(f"{folder}: no table.json that can be read ({error!r}); evaluate into it first") from None
+    return table
 
 
-def compare(folders, curves):
-    """What evaluations have left in `folders` and training in the metrics.jsonl files `curves`, by experiment: a list of {"name",
-    "seeds", "levels": merge_tables, "curve": merge_curves}. A curve belongs to the run whose folder has the same name. Raises
-    InputError where something is missing."""
-    tables = by_experiment((folder.name, read_run(folder)) for folder in folders)
-    training = by_experiment((file.parent.name, tools.read_jsonl(file)) for file in curves)
+def _check_step(row):
+    if not isinstance(row.get("step"), int):
+        raise tools.InputError("field 'step' must be a whole number, as in the metrics.jsonl of a training stage")
+
+
+def _check_played(row):
+    tools.check_trajectory(row) if row.get("turns") != [] else tools.check_question(row)    # a server may have said nothing
+
+
+def compare(tables, curves):
+    """What evaluations have left, {folder: table.json}, and training in the metrics.jsonl files `curves`, by experiment: a list of
+    {"name", "seeds", "levels": merge_tables, "curve": merge_curves}. A curve belongs to the run whose folder has the same name.
+    Raises InputError for a bad curve and for two runs of one name."""
+    tables = by_experiment(tables.items())
+    training = by_experiment((file.absolute().parent, tools.read_jsonl(file, _check_step)) for file in curves)
     return [{"name": name, "seeds": len(tables[name] or training[name]),
              "levels": merge_tables(tables[name]) if tables[name] else {}, "curve": merge_curves(training[name])}
             for name in dict.fromkeys([*tables, *training])]
 
 
-def write_report(experiments, folders, data, path, image_bytes=60_000):
-    """Fill docs/report.html with a comparison of experiments and the trajectories in `folders`. data: their question files, for
-    the images, which become part of the page (at most image_bytes each). Raises InputError where something is missing."""
+def write_report(experiments, tables, data, path, image_bytes=60_000):
+    """Fill docs/report.html with a comparison of experiments and the trajectories beside `tables`, {folder: table.json}. data: their
+    question files, for the images, which become part of the page (at most image_bytes each). Raises InputError where something
+    is missing."""
     roots, images, runs = {file.stem: file.parent for file in data}, {}, []
-    for folder in folders:
+    for folder, table in tables.items():
         rows = []
-        for level in [level for level in read_run(folder) if level != "mean"]:
+        for level in [level for level in table if level != "mean"]:
             if level not in roots:
                 raise tools.InputError(f"{folder} has a level '{level}', but --data names no file {level}.jsonl for its images")
-            for row in tqdm(tools.read_jsonl(folder / f"{level}.jsonl"), desc=f"{folder.name} {level}"):
+            for row in tqdm(tools.read_jsonl(folder / f"{level}.jsonl", _check_played), desc=f"{folder.name} {level}"):
                 picture = str(roots[level] / row["image"])
                 if picture not in images:
                     images[picture] = tools.data_url(tools.open_image(picture), image_bytes)
                 kept = {key: row.get(key) for key in ("question", "answer", "prediction", "finish", "reward", "turns")}
                 rows.append({**kept, "file": level, "picture": picture})
-        runs.append({"name": folder.name, "rows": rows})
+        runs.append({"name": folder.absolute().name, "rows": rows})
     filled = json.dumps({"experiments": experiments, "runs": runs, "images": images})
     page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", filled.replace("<", "\\u003c"))      # no tag ends the script
@@ -799,10 +818,11 @@ def write_report(experiments, folders, data, path, image_bytes=60_000):
 
 def report(args):
     """--report: compare what is there in tables, a page and, if asked for, a chart."""
-    experiments = compare(args.report, args.curves)
+    tables = {folder: read_run(folder) for folder in args.report}
+    experiments = compare(tables, args.curves)
     for level in dict.fromkeys(level for e in experiments for level in e["levels"]):
         print_comparison(experiments, level)
-    write_report(experiments, args.report, args.data, args.out / "report.html")
+    write_report(experiments, tables, args.data, args.out / "report.html")
     if args.chart:
         draw_accuracy(experiments, args.chart)
 

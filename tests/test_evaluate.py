@@ -458,8 +458,12 @@ def test_benchmarks_are_scored_as_their_authors_do(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report page
 
+def compare(folders, curves):
+    return evaluate.compare({folder: evaluate.read_run(folder) for folder in folders}, curves)
+
+
 def write_report(folders, data, curves, path):
-    evaluate.write_report(evaluate.compare(folders, curves), folders, data, path)
+    evaluate.write_report(compare(folders, curves), {folder: evaluate.read_run(folder) for folder in folders}, data, path)
 
 
 EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
@@ -492,7 +496,7 @@ def experiments(tmp_path):
     seeds = [experiment(tmp_path, f"full.{i}", {"6": a, "32": a + 0.5, **({"4": 0.0} if i else {})}, 0.01, turns, shares)
              for i, (a, turns, shares) in enumerate(left)]
     folders, curves = zip(*seeds)
-    return evaluate.compare([*folders, experiment(tmp_path, "punished.v2", {"6": 0.1, "32": 0.125}, 0.05, None)], curves)
+    return compare([*folders, experiment(tmp_path, "punished.v2", {"6": 0.1, "32": 0.125}, 0.05, None)], curves)
 
 
 def test_seeds_of_an_experiment_are_one_row(experiments, capsys):
@@ -545,14 +549,24 @@ def test_the_report_holds_everything_and_escapes_what_models_write(report, world
     assert shown["picture"] == str(world / tools.read_jsonl(world / "coldstart.jsonl")[0]["image"])
 
 
-@pytest.mark.parametrize("missing, words", [
-    ("one/table.json", "evaluate into it first"), ("one/train.jsonl", "train.jsonl does not exist")])
-def test_a_report_of_what_is_not_there_is_one_line(report, world, missing, words):
-    (report.parent / missing).unlink()
+@pytest.mark.parametrize("file, text, words", [
+    ("one/table.json", None, "evaluate into it first"), ("one/table.json", "[1]", "evaluate into it first"),
+    ("one/table.json", '{"train": {"accuracy": {"6": 0.5}}}', "evaluate into it first"),
+    ("one/train.jsonl", None, "train.jsonl does not exist"), ("one/train.jsonl", '{"turns": 3}', "train.jsonl:1: field 'id'"),
+    ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "../a.png", "turns": []}', "must stay inside"),
+    ("run/metrics.jsonl", '\n{"reward": 1}', "metrics.jsonl:2: field 'step' must be a whole number")], ids=str)
+def test_a_report_of_what_is_missing_or_damaged_is_one_line(report, world, file, text, words):
+    path = report.parent / file
+    path.unlink() if text is None else path.write_text(text)
     with pytest.raises(tools.InputError, match=words):
-        write_report([report.parent / "one"], [world / "train.jsonl"], [], report)
+        write_report([report.parent / "one"], [world / "train.jsonl"], [report.parent / "run/metrics.jsonl"], report)
+
+
+def test_a_level_without_questions_and_two_runs_of_one_name_are_one_line(report, world):
     with pytest.raises(tools.InputError, match="names no file train.jsonl"):
         write_report([report.parent / "two"], [world / "coldstart.jsonl"], [], report)
+    with pytest.raises(tools.InputError, match="one and .*old/one have the same name"):
+        evaluate.by_experiment([(report.parent / "one", {}), (report.parent / "old/one", {})])
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
