@@ -30,6 +30,7 @@ import argparse
 import collections
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -656,10 +657,11 @@ def _wrap(text, font, width):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report: results, training curves and trajectories of any number of runs in one page. Folders that are called NAME.0,
-# NAME.1, ... are runs of one experiment that differ in their seed only: they are shown as one line, with its interval
+# The report: results, training curves and trajectories of any number of runs in one page. Runs that are called NAME.seed0,
+# NAME.seed1, ... are one experiment, shown as one line with its interval
 
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]     # Student's t, by degrees of freedom
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]     # Student's t by degrees of freedom; beyond
+                                                                                  # ten the last one, which is a little wide
 
 
 def over_seeds(values, error=None):
@@ -671,60 +673,94 @@ def over_seeds(values, error=None):
     return values[0], None if error is None else 1.96 * error
 
 
-def by_experiment(runs):
-    """[(folder, thing)] -> {experiment's name: [things]}, in the order of their first appearance. Raises InputError if two folders
-    have one name, since they would pass for seeds of one experiment."""
-    groups, seen = collections.defaultdict(list), {}
-    for folder, thing in runs:
+def seedless(run):
+    """Name of the experiment that a run belongs to."""
+    return re.sub(r"\.seed[0-9]+$", "", run)
+
+
+def by_name(pairs):
+    """[(folder, thing)] -> {folder's name: thing}. Raises InputError if two folders, or a run and an experiment, share a name."""
+    found = {}
+    for folder, thing in pairs:
         name = folder.absolute().name
-        if name in seen:
-            raise tools.InputError(f"{seen[name]} and {folder} have the same name: rename one, or NAME.0, NAME.1 if they are seeds")
-        seen[name] = folder
-        groups[re.sub(r"\.[0-9]+$", "", name)].append(thing)
+        if name in found:
+            raise tools.InputError(f"two runs are called {name}: rename one, or NAME.seed0, NAME.seed1 if they differ in seed only")
+        found[name] = thing
+    for name in found:
+        if seedless(name) != name and seedless(name) in found:
+            raise tools.InputError(f"{name} would be a seed of {seedless(name)}, which is there as a run of its own: rename one")
+    return found
+
+
+def by_experiment(runs):
+    """{run: thing} -> {experiment: {run: thing}}, in the order of their first appearance."""
+    groups = collections.defaultdict(dict)
+    for run, thing in runs.items():
+        groups[seedless(run)][run] = thing
     return groups
 
 
 def merge_tables(tables):
-    """table.json of the seeds of one experiment -> {level: {"accuracy": {T: (mean, half)}, "turns_correct": (mean, half) or
-    None}}: what all of them have."""
+    """{run: table.json} of one experiment -> {level: {"accuracy": {T: (mean, half)}, "turns_correct": (mean, half), or None}}.
+    A seed without any correct conversation has no turns. Raises InputError if the runs were not evaluated alike."""
+    def measured(table):
+        return {level: (list(part["accuracy"]), part.get("questions"), part.get("samples")) for level, part in table.items()}
+
+    first, *others = tables
+    for run in others:
+        if measured(tables[run]) != measured(tables[first]):
+            raise tools.InputError(f"{first} and {run} are seeds of one experiment, but their levels, budgets, questions or samples "
+                                   "differ: evaluate them alike, or rename one")
     merged = {}
-    for level in [level for level in tables[0] if all(level in table for table in tables)]:
-        parts = [table[level] for table in tables]
-        budgets = [T for T in parts[0]["accuracy"] if all(T in part["accuracy"] for part in parts)]
+    for level in tables[first]:
+        parts = [table[level] for table in tables.values()]
         turns = [part["mean_turns_correct"] for part in parts if part.get("mean_turns_correct")]
         merged[level] = {"accuracy": {T: over_seeds([part["accuracy"][T] for part in parts], parts[0]["standard_error"][T])
-                                      for T in budgets},
+                                      for T in parts[0]["accuracy"]},
                          "turns_correct": over_seeds(turns) if turns else None}
     return merged
 
 
 def merge_curves(curves):
     """metrics.jsonl of the seeds of one experiment -> one curve: every metric's mean over those that have it, step by step."""
-    steps = collections.defaultdict(list)
+    steps = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in (row for curve in curves for row in curve):
-        steps[row["step"]].append(row)
-    return [{key: statistics.fmean(values) for key in rows[0]
-             if (values := [row[key] for row in rows if isinstance(row.get(key), (int, float))])}
-            for _, rows in sorted(steps.items())]
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                steps[row["step"]][key].append(value)
+    return [{key: statistics.fmean(values) for key, values in found.items()} for _, found in sorted(steps.items())]
 
 
-def print_comparison(experiments, level):
-    """A Markdown table of all experiments at one level, in percent with 95% intervals; beside it, of training, where its curves
-    are known: the share of conversations that ran out of turns in the first and the last quarter of the steps, and how many
-    thousand tokens were sampled."""
-    rows = [e for e in experiments if level in e["levels"]]
-    budgets = sorted({int(T) for e in rows for T in e["levels"][level]["accuracy"]})
-    print(f"\n| {level} | seeds | " + " | ".join(f"T={T}" for T in budgets) + " | turns (correct) | over_turn in training | "
-          "k tokens sampled |\n" + "|---" * (len(budgets) + 5) + "|")
-    for e in rows:
+def compare(tables, curves):
+    """What evaluations have left, {run: table.json}, and training, {run: rows of metrics.jsonl}, by experiment: a list of {"name",
+    "seeds", "levels": merge_tables, "curve": merge_curves}. Curves and tables are of the same seeds: what was trained but not
+    evaluated is left out, and told; experiments that were only trained are kept. Raises InputError as merge_tables does."""
+    evaluated = by_experiment(tables)
+    left_out = [run for run in curves if run not in tables and seedless(run) in evaluated]
+    if left_out:
+        print(f"left out of --curves, since --report does not name their evaluations: {', '.join(left_out)}")
+    trained = by_experiment({run: rows for run, rows in curves.items() if run not in left_out})
+    return [{"name": name, "seeds": len(evaluated.get(name) or trained[name]),
+             "levels": merge_tables(evaluated[name]) if name in evaluated else {},
+             "curve": merge_curves(trained[name].values()) if name in trained else []} for name in {**evaluated, **trained}]
+
+
+def comparison(experiments, level):
+    """A table of texts, its head first, of all experiments at one level, in percent with 95% intervals; beside it, of training,
+    where its curves are known: the share of conversations that ran out of turns in the first and the last quarter of the steps,
+    and how many thousand tokens were sampled."""
+    evaluated = [e for e in experiments if level in e["levels"]]
+    budgets = sorted({int(T) for e in evaluated for T in e["levels"][level]["accuracy"]})
+    table = [[level, "seeds", *(f"T={T}" for T in budgets), "turns (correct)", "over_turn in training", "k tokens sampled"]]
+    for e in evaluated:
         found, steps = e["levels"][level], e["curve"]
-        cells = [shown(found["accuracy"].get(str(T)), 100) for T in budgets] + [shown(found["turns_correct"])]
         shares = [row["over_turn"] for row in steps if "over_turn" in row]
         quarter = math.ceil(len(shares) / 4)
         ends = [f"{100 * statistics.fmean(part):.0f}" for part in (shares[:quarter], shares[-quarter:]) if part]
         tokens = sum(row.get("sampled_tokens", 0) for row in steps)
-        cells += [" -> ".join(ends), f"{tokens / 1e3:.0f}" if tokens else ""]
-        print(f"| {e['name']} | {e['seeds']} | {' | '.join(cells)} |")
+        table.append([e["name"], str(e["seeds"]), *(shown(found["accuracy"].get(str(T)), 100) for T in budgets),
+                      shown(found["turns_correct"]), " -> ".join(ends), f"{tokens / 1e3:.0f}" if tokens else ""])
+    return table
 
 
 def shown(figure, scale=1):
@@ -736,38 +772,51 @@ def shown(figure, scale=1):
 
 
 def draw_accuracy(experiments, path):
-    """Accuracy over turns with 95% intervals, one panel per level, as a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise tools.InputError("--chart needs matplotlib: pip install matplotlib") from None
+    """Accuracy over turns with 95% intervals, one panel per level, as a picture. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
     levels = list(dict.fromkeys(level for e in experiments for level in e["levels"]))
     figure = Figure(figsize=(1 + 5 * len(levels), 4), layout="constrained")
     for axes, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels):
-        for e in experiments:
-            points = e["levels"].get(level, {"accuracy": {}})["accuracy"]
-            means, halves = zip(*points.values()) if points else ((), ())
-            axes.errorbar(list(map(int, points)), [100 * m for m in means], [100 * (h or 0) for h in halves], label=e["name"],
-                          marker="o", markersize=4, capsize=3)
+        lines = {e["name"]: e["levels"][level]["accuracy"] for e in experiments if level in e["levels"]}
+        for i, (name, points) in enumerate(lines.items()):      # the ten colours come again, dashed
+            means, halves = zip(*points.values())
+            axes.errorbar(list(map(int, points)), [100 * m for m in means], [100 * (h or 0) for h in halves], label=name,
+                          marker="o", markersize=4, capsize=3, linestyle="-" if i < 10 else "--")
+        ticks = sorted({int(T) for points in lines.values() for T in points})
         axes.set_xscale("log", base=2)
-        ticks = sorted({int(T) for e in experiments for T in e["levels"].get(level, {"accuracy": {}})["accuracy"]})
         axes.set_xticks(ticks, ticks, minor=False)
         axes.set(title=level, xlabel="turns allowed at test time", ylabel="accuracy, %", ylim=(0, 100))
         axes.grid(alpha=0.3)
         axes.legend()
-    tools.write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
+    tools.write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))
     print(f"drew {path}")
 
 
 def read_run(folder):
     """The table.json of an evaluation. Raises InputError if there is none, or if it is something else."""
+    def number(value, most=1e9):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ValueError(f"{value!r} is not a possible figure")
+
+    path = folder / "table.json"
+    if not path.is_file():
+        raise tools.InputError(f"{folder} has no table.json: evaluate into it first")
     try:
-        table = json.loads((folder / "table.json").read_text())
+        table = tools.parse_json(path.read_text(encoding="utf-8"))
         for part in table.values():
+            number(part.get("mean_turns_correct") or 0)
+            if part["accuracy"].keys() != part["standard_error"].keys():
+                raise ValueError("accuracy and standard_error are of different budgets")
             for T, share in part["accuracy"].items():
-                int(T), float(share), float(part["standard_error"][T])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise tools.InputError(f"{folder}: no table.json that can be read ({error!r}); evaluate into it first") from None
+                number(share, 1)
+                number(part["standard_error"][T])
+                if T != str(int(T)):
+                    raise ValueError(f"{T!r} is no turn budget")
+        if not table or not all(part["accuracy"] for part in table.values()):
+            raise ValueError("there is no accuracy in it")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise tools.InputError(f"{path} is not what evaluate.py writes ({error!r}): evaluate into {folder} again") from None
     return table
 
 
@@ -777,38 +826,38 @@ def _check_step(row):
 
 
 def _check_played(row):
-    tools.check_trajectory(row) if row.get("turns") != [] else tools.check_question(row)    # a server may have said nothing
+    if row.get("turns") == []:      # a server may have said nothing
+        tools.check_question(row)
+    else:
+        tools.check_trajectory(row)
+    if row.get("reward") not in (None, 0, 1):
+        raise tools.InputError("field 'reward' must be 0, 1 or null")
 
 
-def compare(tables, curves):
-    """What evaluations have left, {folder: table.json}, and training in the metrics.jsonl files `curves`, by experiment: a list of
-    {"name", "seeds", "levels": merge_tables, "curve": merge_curves}. A curve belongs to the run whose folder has the same name.
-    Raises InputError for a bad curve and for two runs of one name."""
-    tables = by_experiment(tables.items())
-    training = by_experiment((file.absolute().parent, tools.read_jsonl(file, _check_step)) for file in curves)
-    return [{"name": name, "seeds": len(tables[name] or training[name]),
-             "levels": merge_tables(tables[name]) if tables[name] else {}, "curve": merge_curves(training[name])}
-            for name in dict.fromkeys([*tables, *training])]
-
-
-def write_report(experiments, tables, data, path, image_bytes=60_000):
-    """Fill docs/report.html with a comparison of experiments and the trajectories beside `tables`, {folder: table.json}. data: their
-    question files, for the images, which become part of the page (at most image_bytes each). Raises InputError where something
-    is missing."""
+def write_report(experiments, folders, tables, data, path, image_bytes=60_000):
+    """Fill docs/report.html with a comparison of experiments and the trajectories of its runs, {run: folder} with {run:
+    table.json}. data: their question files, for the images, which become part of the page (at most image_bytes each). Raises
+    InputError where something is missing."""
     roots, images, runs = {file.stem: file.parent for file in data}, {}, []
-    for folder, table in tables.items():
-        rows = []
-        for level in [level for level in table if level != "mean"]:
+    for run, folder in folders.items():
+        played = []
+        for level in [level for level in tables[run] if level != "mean"]:
             if level not in roots:
                 raise tools.InputError(f"{folder} has a level '{level}', but --data names no file {level}.jsonl for its images")
-            for row in tqdm(tools.read_jsonl(folder / f"{level}.jsonl", _check_played), desc=f"{folder.name} {level}"):
+            rows = tools.read_jsonl(folder / f"{level}.jsonl", _check_played)
+            if len(rows) != tables[run][level].get("samples"):
+                raise tools.InputError(f"{folder}/{level}.jsonl has {len(rows)} rows, but table.json is about "
+                                       f"{tables[run][level].get('samples')} samples: evaluate into it again")
+            for row in tqdm(rows, desc=f"{run} {level}"):
                 picture = str(roots[level] / row["image"])
                 if picture not in images:
                     images[picture] = tools.data_url(tools.open_image(picture), image_bytes)
                 kept = {key: row.get(key) for key in ("question", "answer", "prediction", "finish", "reward", "turns")}
-                rows.append({**kept, "file": level, "picture": picture})
-        runs.append({"name": folder.absolute().name, "rows": rows})
-    filled = json.dumps({"experiments": experiments, "runs": runs, "images": images})
+                played.append({**kept, "file": level, "picture": picture})
+        runs.append({"name": run, "rows": played})
+    levels = dict.fromkeys(level for e in experiments for level in e["levels"])
+    filled = json.dumps({"experiments": experiments, "tables": {level: comparison(experiments, level) for level in levels},
+                         "runs": runs, "images": images})
     page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", filled.replace("<", "\\u003c"))      # no tag ends the script
     tools.write_atomic(path, lambda file: file.write(page.encode()))
@@ -818,11 +867,16 @@ def write_report(experiments, tables, data, path, image_bytes=60_000):
 
 def report(args):
     """--report: compare what is there in tables, a page and, if asked for, a chart."""
-    tables = {folder: read_run(folder) for folder in args.report}
-    experiments = compare(tables, args.curves)
+    if args.chart and importlib.util.find_spec("matplotlib") is None:
+        raise tools.InputError("--chart needs matplotlib: pip install matplotlib")
+    folders = by_name((folder, folder) for folder in args.report)
+    tables = {run: read_run(folder) for run, folder in folders.items()}
+    curves = by_name((file.absolute().parent, tools.read_jsonl(file, _check_step)) for file in args.curves)
+    experiments = compare(tables, curves)
     for level in dict.fromkeys(level for e in experiments for level in e["levels"]):
-        print_comparison(experiments, level)
-    write_report(experiments, tables, args.data, args.out / "report.html")
+        head, *rows = comparison(experiments, level)
+        print("\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]))
+    write_report(experiments, folders, tables, args.data, args.out / "report.html")
     if args.chart:
         draw_accuracy(experiments, args.chart)
 
@@ -924,7 +978,7 @@ def parse_args():
     group.add_argument("--picture", type=Path, help="draw a correct trajectory of five to seven turns into this PNG")
     group.add_argument("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: compare what earlier evaluations "
                        "have left in these folders, in tables and one page, report.html in --out (default: results); folders "
-                       "NAME.0, NAME.1, ... are seeds of one experiment")
+                       "NAME.seed0, NAME.seed1, ... are one experiment")
     group.add_argument("--curves", type=Path, nargs="+", default=[], metavar="METRICS", help="metrics.jsonl files of training, "
                        "for --report")
     group.add_argument("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
@@ -934,16 +988,18 @@ def parse_args():
     args.budgets = sorted(set(args.budgets))
     if args.budgets[0] < 1:
         raise tools.InputError("--budgets must be at least 1")
-    if args.chart and (not args.report or args.chart.suffix not in (".png", ".svg")):
-        raise tools.InputError("--chart FILE.png or FILE.svg draws what --report compares: give both")
+    if (args.chart or args.curves) and not args.report:
+        raise tools.InputError("--chart and --curves belong to --report: name the evaluations to compare")
+    if args.chart and args.chart.suffix.lower() not in (".png", ".svg"):
+        raise tools.InputError(f"--chart {args.chart} must end in .png or .svg")
+    levels = [path.stem for path in args.data]
+    if len({*levels, "mean"}) <= len(levels):
+        raise tools.InputError("--data: file names are the names of levels; they must differ, and none may be 'mean'")
     args.served = args.model.startswith(("http://", "https://"))
     if args.report:
         args.out = args.out or Path("results")
         return args
     args.out = args.out or Path("results") / Path(args.model_name or "served" if args.served else args.model).name
-    levels = [path.stem for path in args.data]
-    if len({*levels, "mean"}) <= len(levels):
-        raise tools.InputError("--data: file names are the names of levels; they must differ, and none may be 'mean'")
     if {(args.out / f"{level}.jsonl").resolve() for level in levels} & {path.resolve() for path in args.data}:
         raise tools.InputError(f"--out {args.out} would overwrite the questions in --data; choose another folder")
     return args

@@ -544,24 +544,34 @@ def _finite(digits):
     return float(digits)
 
 
+def parse_json(text):
+    """json.loads of what must be JSON to others too. Raises ValueError, also for NaN, infinities and halves of a surrogate pair."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
 def read_jsonl(path, check=None, hint=""):
     """Rows of a JSONL file, a list of dicts. Raises InputError naming file:line for a bad row and, for a missing file,
     saying what to do (hint: the command that makes it). check(row) may raise InputError with what is wrong in the row."""
     if not Path(path).is_file():
-        raise InputError(f"{path} does not exist" + (f"; make it with: {hint}" if hint else ""))
+        wrong = "is not a file" if Path(path).exists() else "does not exist"
+        raise InputError(f"{path} {wrong}" + (f"; make it with: {hint}" if hint else ""))
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-                json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could not be written again
+                row = parse_json(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError("a row must be a JSON object")
                 if check is not None:
                     check(row)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise InputError(f"{path}:{number}: {error}; mend or remove this line") from None
             rows.append(row)
     return rows

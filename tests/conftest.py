@@ -37,6 +37,11 @@ import tools
 torch.set_num_threads(2)
 
 
+def interrupted(code):
+    """In the place of os._exit, with which a stage answers Ctrl-C: that would end pytest without a word."""
+    raise KeyboardInterrupt
+
+
 def run_here(script, *args):
     """Run a stage in this process, on one thread: what a new process would do, without its seconds for imports."""
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -44,6 +49,7 @@ def run_here(script, *args):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr("sys.argv", [script, *map(str, args)])
+        patch.setattr("os._exit", interrupted)
         try:
             tools.run(importlib.import_module(Path(script).stem).main)
         except SystemExit as end:   # its text goes to stderr

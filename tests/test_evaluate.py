@@ -4,13 +4,15 @@ In float64 the engine must agree with `model.generate` token for token, must not
 its recorded log-probabilities must be those of a full forward pass over the same ids.
 """
 
+import argparse
 import collections
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,7 +245,9 @@ def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "q/easy.jsonl", "r/easy.jsonl"], "must differ"), (["--data", "q/mean.jsonl"], "mean"),
     (["--data", "q/easy.jsonl", "--out", "q"], "would overwrite"), (["--limit", -1], "--limit -1"), (["--seed", -1], "--seed"),
-    (["--budgets", 0, 2], "--budgets"), (["--chart", "c.png"], "give both"), (["--report", "r", "--chart", "c.doc"], "--chart FILE"),
+    (["--budgets", 0, 2], "--budgets"), (["--chart", "c.png"], "belong to --report"),
+    (["--curves", "m.jsonl"], "belong to --report"), (["--report", "r", "--chart", "c.doc"], "must end in .png"),
+    (["--report", "r", "--data", "q/easy.jsonl", "r/easy.jsonl"], "must differ"),
     (["--max_pixels", 0], "--max_pixels")], ids=str)
 def test_a_bad_flag_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
@@ -458,12 +462,9 @@ def test_benchmarks_are_scored_as_their_authors_do(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report page
 
-def compare(folders, curves):
-    return evaluate.compare({folder: evaluate.read_run(folder) for folder in folders}, curves)
-
-
-def write_report(folders, data, curves, path):
-    evaluate.write_report(compare(folders, curves), {folder: evaluate.read_run(folder) for folder in folders}, data, path)
+def make_report(runs, data, curves, path):
+    """--report RUN ... --data FILE --curves FILE ..., into the page `path`."""
+    evaluate.report(argparse.Namespace(report=runs, data=[data], curves=curves, out=path.parent, chart=None))
 
 
 EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
@@ -477,36 +478,57 @@ def test_an_interval_over_seeds_is_students():
     assert evaluate.over_seeds([1.0, 2.0])[1] == pytest.approx(12.706 / 2)          # s = 0.7071, over sqrt(2)
 
 
-def experiment(folder, name, accuracy, error, turns, over_turn=()):
-    """What an evaluation and a training of one seed leave."""
-    table = {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error), "mean_turns_correct": turns}}
-    (folder / "results" / name).mkdir(parents=True)
-    (folder / "results" / name / "table.json").write_text(json.dumps(table))
-    if over_turn:
-        rows = [{"step": i, "over_turn": share, "sampled_tokens": 500, "eval": None} for i, share in enumerate(over_turn, 1)]
-        tools.write_jsonl(folder / "checkpoints" / name / "metrics.jsonl", rows)
-        return folder / "results" / name, folder / "checkpoints" / name / "metrics.jsonl"
-    return folder / "results" / name
+def evaluated(accuracy, error, turns, samples=400):
+    """A table.json."""
+    return {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error), "mean_turns_correct": turns,
+                     "questions": 200, "samples": samples}}
 
 
 @pytest.fixture
-def experiments(tmp_path):
-    """Three seeds of "full", which have budget 6 and 32 in common, one of "punished.v2" without curves."""
+def experiments():
+    """Three seeds of "full", and "llama-3.1" without curves."""
     left = [(0.2, 7.0, [0.8, 0.6, 0.5, 0.4, 0.2]), (0.3, None, [0.6, 0.4, 0.3, 0.2, 0.0]), (0.4, 8.0, [0.7, 0.5, 0.1, 0.0, 0.1])]
-    seeds = [experiment(tmp_path, f"full.{i}", {"6": a, "32": a + 0.5, **({"4": 0.0} if i else {})}, 0.01, turns, shares)
-             for i, (a, turns, shares) in enumerate(left)]
-    folders, curves = zip(*seeds)
-    return compare([*folders, experiment(tmp_path, "punished.v2", {"6": 0.1, "32": 0.125}, 0.05, None)], curves)
+    tables = {f"full.seed{i}": evaluated({"6": a, "32": a + 0.5}, 0.01, turns) for i, (a, turns, _) in enumerate(left)}
+    curves = {f"full.seed{i}": [{"step": n, "over_turn": share, "sampled_tokens": 500, "eval": None}
+                                for n, share in enumerate(shares, 1)] for i, (_, _, shares) in enumerate(left)}
+    return evaluate.compare({**tables, "llama-3.1": evaluated({"6": 0.1, "32": 0.125}, 0.05, None)}, curves)
 
 
-def test_seeds_of_an_experiment_are_one_row(experiments, capsys):
-    """Rows of the printed table, by hand. Over-turn: mean of the first and of the last two of five steps, over the seeds."""
-    evaluate.print_comparison(experiments, "hard")
-    head, _, full, punished = capsys.readouterr().out.strip().split("\n")
-    assert head == "| hard | seeds | T=6 | T=32 | turns (correct) | over_turn in training | k tokens sampled |"
-    assert full == "| full | 3 | 30.0 ± 24.8 | 80.0 ± 24.8 | 7.5 ± 6.4 | 60 -> 15 | 2 |"
-    assert punished == "| punished.v2 | 1 | 10.0 ± 9.8 | 12.5 ± 9.8 |  |  |  |"
+def test_seeds_of_an_experiment_are_one_row(experiments):
+    """By hand. Over-turn: mean of the first and of the last two of five steps, over the seeds."""
+    head, full, llama = evaluate.comparison(experiments, "hard")
+    assert head == ["hard", "seeds", "T=6", "T=32", "turns (correct)", "over_turn in training", "k tokens sampled"]
+    assert full == ["full", "3", "30.0 ± 24.8", "80.0 ± 24.8", "7.5 ± 6.4", "60 -> 15", "2"]
+    assert llama == ["llama-3.1", "1", "10.0 ± 9.8", "12.5 ± 9.8", "", "", ""]
     assert [row["step"] for row in experiments[0]["curve"]] == [1, 2, 3, 4, 5] and "eval" not in experiments[0]["curve"][0]
+
+
+def test_a_curve_is_the_mean_of_those_that_have_the_metric():
+    merged = evaluate.merge_curves([[{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}], [{"step": 1, "reward": 0.75, "eval": 1}]])
+    assert merged == [{"step": 1, "reward": 0.5, "eval": 1}, {"step": 2, "reward": 0.5}]
+
+
+def test_curves_are_of_the_seeds_that_were_evaluated(capsys):
+    """full.seed1 is still in training; base was trained and never evaluated."""
+    rows = {name: [{"step": 1, "over_turn": share}] for name, share in [("full.seed0", 0.5), ("full.seed1", 1.0), ("base", 0.0)]}
+    full, base = evaluate.compare({"full.seed0": evaluated({"6": 0.1}, 0.0, None)}, rows)
+    assert (full["seeds"], full["curve"]) == (1, [{"step": 1, "over_turn": 0.5}])
+    assert (base["name"], base["levels"], base["curve"]) == ("base", {}, [{"step": 1, "over_turn": 0.0}])
+    assert capsys.readouterr().out == "left out of --curves, since --report does not name their evaluations: full.seed1\n"
+
+
+@pytest.mark.parametrize("other", [evaluated({"6": 0.1}, 0.0, None, samples=40), evaluated({"4": 0.1}, 0.0, None), {}], ids=str)
+def test_seeds_that_were_evaluated_differently_are_not_merged(other):
+    with pytest.raises(tools.InputError, match="full.seed0 and full.seed2 are seeds of one experiment, but"):
+        evaluate.compare({"full.seed0": evaluated({"6": 0.1}, 0.0, None), "full.seed2": other}, {})
+
+
+@pytest.mark.parametrize("names, told", [
+    (["a/one", "b/one"], "two runs are called one"), (["one.seed0", "one"], "one.seed0 would be a seed of one, which is there")])
+def test_names_are_never_taken_for_seeds_by_chance(names, told):
+    with pytest.raises(tools.InputError, match=told):
+        evaluate.by_name([(Path(name), None) for name in names])
+    assert list(evaluate.by_experiment({"llama-3.1": 0, "llama-3.2": 0, "a.seed1": 0})) == ["llama-3.1", "llama-3.2", "a"]
 
 
 @pytest.mark.parametrize("name, start", [("chart.png", b"\x89PNG"), ("chart.svg", b"<?xml")])
@@ -516,10 +538,10 @@ def test_a_chart_of_accuracy_over_turns(experiments, tmp_path, name, start):
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-def test_a_chart_without_matplotlib_is_one_line(experiments, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_a_chart_without_matplotlib_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(tools.InputError, match="^--chart needs matplotlib: pip install matplotlib$"):
-        evaluate.draw_accuracy(experiments, tmp_path / "chart.png")
+        evaluate.report(argparse.Namespace(chart=tmp_path / "chart.png"))
 
 
 @pytest.fixture
@@ -532,8 +554,8 @@ def report(world, tmp_path):
         tools.write_jsonl(tmp_path / name / "train.jsonl", kept)
         (tmp_path / name / "table.json").write_text(json.dumps(evaluate.summarise({"train": kept}, [2, 32])))
     tools.write_jsonl(tmp_path / "run" / "metrics.jsonl", [{"step": i, "reward": i / 9, "eval": None} for i in range(1, 4)])
-    write_report([tmp_path / "one", tmp_path / "two"], [world / "train.jsonl"], [tmp_path / "run/metrics.jsonl"],
-                 tmp_path / "report.html")
+    make_report([tmp_path / "one", tmp_path / "two"], world / "train.jsonl", [tmp_path / "run/metrics.jsonl"],
+                tmp_path / "report.html")
     return tmp_path / "report.html"
 
 
@@ -549,24 +571,43 @@ def test_the_report_holds_everything_and_escapes_what_models_write(report, world
     assert shown["picture"] == str(world / tools.read_jsonl(world / "coldstart.jsonl")[0]["image"])
 
 
+GOOD = {"train": {"accuracy": {"6": 0.5}, "standard_error": {"6": 0.1}, "mean_turns_correct": 3.0, "samples": 3}}
+
+
+def damaged(part):
+    """A table.json of which a part is something else."""
+    return json.dumps({"train": {**GOOD["train"], **part}})
+
+
 @pytest.mark.parametrize("file, text, words", [
-    ("one/table.json", None, "evaluate into it first"), ("one/table.json", "[1]", "evaluate into it first"),
-    ("one/table.json", '{"train": {"accuracy": {"6": 0.5}}}', "evaluate into it first"),
+    ("one/table.json", None, "has no table.json: evaluate into it first"), ("one/table.json", "[1]", "table.json is not what"),
+    ("one/table.json", "[" * 100_000, "table.json is not what"), ("one/table.json", "{}", "there is no accuracy"),
+    ("one/table.json", damaged({"accuracy": {}, "standard_error": {}}), "there is no accuracy"),
+    ("one/table.json", damaged({"standard_error": {}}), "different budgets"),
+    ("one/table.json", damaged({"accuracy": {"6": math.nan}}), "NaN is not JSON"),
+    ("one/table.json", damaged({"accuracy": {"6": "0.5"}}), "'0.5' is not a possible figure"),
+    ("one/table.json", damaged({"accuracy": {"6": -3}}), "-3 is not a possible figure"),
+    ("one/table.json", damaged({"mean_turns_correct": "many"}), "'many' is not a possible figure"),
+    ("one/table.json", damaged({"mean_turns_correct": 10 ** 400}), "is not a possible figure"),
+    ("one/table.json", damaged({"accuracy": {" 6": 0.5}, "standard_error": {" 6": 0.1}}), "' 6' is no turn budget"),
+    ("one/table.json", damaged({"samples": 4}), "train.jsonl has 3 rows, but table.json is about 4 samples"),
     ("one/train.jsonl", None, "train.jsonl does not exist"), ("one/train.jsonl", '{"turns": 3}', "train.jsonl:1: field 'id'"),
     ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "../a.png", "turns": []}', "must stay inside"),
-    ("run/metrics.jsonl", '\n{"reward": 1}', "metrics.jsonl:2: field 'step' must be a whole number")], ids=str)
+    ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "a", "turns": [], "reward": "1"}', "field 'reward'"),
+    ("run/metrics.jsonl", '\n{"reward": 1}', "metrics.jsonl:2: field 'step' must be a whole number")],
+    ids=lambda value: str(value)[:60])
 def test_a_report_of_what_is_missing_or_damaged_is_one_line(report, world, file, text, words):
     path = report.parent / file
     path.unlink() if text is None else path.write_text(text)
+    before = report.read_bytes()
     with pytest.raises(tools.InputError, match=words):
-        write_report([report.parent / "one"], [world / "train.jsonl"], [report.parent / "run/metrics.jsonl"], report)
+        make_report([report.parent / "one"], world / "train.jsonl", [report.parent / "run/metrics.jsonl"], report)
+    assert report.read_bytes() == before
 
 
-def test_a_level_without_questions_and_two_runs_of_one_name_are_one_line(report, world):
+def test_a_level_without_questions_is_one_line(report, world):
     with pytest.raises(tools.InputError, match="names no file train.jsonl"):
-        write_report([report.parent / "two"], [world / "coldstart.jsonl"], [], report)
-    with pytest.raises(tools.InputError, match="one and .*old/one have the same name"):
-        evaluate.by_experiment([(report.parent / "one", {}), (report.parent / "old/one", {})])
+        make_report([report.parent / "two"], world / "coldstart.jsonl", [], report)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
