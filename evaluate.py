@@ -684,7 +684,7 @@ def by_name(pairs):
     for folder, thing in pairs:
         name = folder.absolute().name
         if name in found:
-            raise tools.InputError(f"two runs are called {name}: rename one, or NAME.seed0, NAME.seed1 if they differ in seed only")
+            raise tools.InputError(f"two runs are called {name}: rename one, or NAME.seed0, NAME.seed1 if only seeds differ")
         found[name] = thing
     for name in found:
         if seedless(name) != name and seedless(name) in found:
@@ -709,8 +709,8 @@ def merge_tables(tables):
     first, *others = tables
     for run in others:
         if measured(tables[run]) != measured(tables[first]):
-            raise tools.InputError(f"{first} and {run} are seeds of one experiment, but their levels, budgets, questions or samples "
-                                   "differ: evaluate them alike, or rename one")
+            raise tools.InputError(f"{first} and {run} are seeds of one experiment, but their levels, budgets, questions or "
+                                   "samples differ: evaluate them alike, or rename one")
     merged = {}
     for level in tables[first]:
         parts = [table[level] for table in tables.values()]
@@ -732,9 +732,10 @@ def merge_curves(curves):
 
 
 def compare(tables, curves):
-    """What evaluations have left, {run: table.json}, and training, {run: rows of metrics.jsonl}, by experiment: a list of {"name",
-    "seeds", "levels": merge_tables, "curve": merge_curves}. Curves and tables are of the same seeds: what was trained but not
-    evaluated is left out, and told; experiments that were only trained are kept. Raises InputError as merge_tables does."""
+    """What evaluations have left, {run: table.json}, and training, {run: rows of metrics.jsonl}, by experiment: a list of
+    {"name", "seeds", "levels": merge_tables, "curve": merge_curves}. Curves and tables are of the same seeds: what was trained
+    but not evaluated is left out, and told; experiments that were only trained are kept. Raises InputError as merge_tables does.
+    """
     evaluated = by_experiment(tables)
     left_out = [run for run in curves if run not in tables and seedless(run) in evaluated]
     if left_out:

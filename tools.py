@@ -545,7 +545,7 @@ def _finite(digits):
 
 
 def parse_json(text):
-    """json.loads of what must be JSON to others too. Raises ValueError, also for NaN, infinities and halves of a surrogate pair."""
+    """json.loads of what must be JSON to others too. Raises ValueError, also for NaN, infinities, halves of a surrogate pair."""
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")

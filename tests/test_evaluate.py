@@ -504,7 +504,8 @@ def test_seeds_of_an_experiment_are_one_row(experiments):
 
 
 def test_a_curve_is_the_mean_of_those_that_have_the_metric():
-    merged = evaluate.merge_curves([[{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}], [{"step": 1, "reward": 0.75, "eval": 1}]])
+    curves = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}], [{"step": 1, "reward": 0.75, "eval": 1}]
+    merged = evaluate.merge_curves(curves)
     assert merged == [{"step": 1, "reward": 0.5, "eval": 1}, {"step": 2, "reward": 0.5}]
 
 
@@ -593,7 +594,7 @@ def damaged(part):
     ("one/table.json", damaged({"samples": 4}), "train.jsonl has 3 rows, but table.json is about 4 samples"),
     ("one/train.jsonl", None, "train.jsonl does not exist"), ("one/train.jsonl", '{"turns": 3}', "train.jsonl:1: field 'id'"),
     ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "../a.png", "turns": []}', "must stay inside"),
-    ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "a", "turns": [], "reward": "1"}', "field 'reward'"),
+    ("one/train.jsonl", '{"id": "a", "question": "q", "answer": "a", "image": "a", "turns": [], "reward": "1"}', "'reward'"),
     ("run/metrics.jsonl", '\n{"reward": 1}', "metrics.jsonl:2: field 'step' must be a whole number")],
     ids=lambda value: str(value)[:60])
 def test_a_report_of_what_is_missing_or_damaged_is_one_line(report, world, file, text, words):
