@@ -835,20 +835,20 @@ def _check_played(row):
         raise tools.InputError("field 'reward' must be 0, 1 or null")
 
 
-def write_report(experiments, folders, tables, data, path, image_bytes=60_000):
-    """Fill docs/report.html with a comparison of experiments and the trajectories of its runs, {run: folder} with {run:
-    table.json}. data: their question files, for the images, which become part of the page (at most image_bytes each). Raises
-    InputError where something is missing."""
+def read_trajectories(folders, tables, data, image_bytes=60_000):
+    """What was played in evaluations, {run: folder} with {run: table.json}: a list of {"name", "rows"} for the page, and its
+    images, {path: data URL of at most image_bytes}. data: their question files, beside which the images lie. Raises InputError
+    where something is missing."""
     roots, images, runs = {file.stem: file.parent for file in data}, {}, []
     for run, folder in folders.items():
         played = []
         for level in [level for level in tables[run] if level != "mean"]:
             if level not in roots:
                 raise tools.InputError(f"{folder} has a level '{level}', but --data names no file {level}.jsonl for its images")
-            rows = tools.read_jsonl(folder / f"{level}.jsonl", _check_played)
-            if len(rows) != tables[run][level].get("samples"):
-                raise tools.InputError(f"{folder}/{level}.jsonl has {len(rows)} rows, but table.json is about "
-                                       f"{tables[run][level].get('samples')} samples: evaluate into it again")
+            rows, samples = tools.read_jsonl(folder / f"{level}.jsonl", _check_played), tables[run][level].get("samples")
+            if len(rows) != samples:
+                raise tools.InputError(f"{folder}/{level}.jsonl has {len(rows)} rows, but table.json is about {samples} samples: "
+                                       "evaluate into it again")
             for row in tqdm(rows, desc=f"{run} {level}"):
                 picture = str(roots[level] / row["image"])
                 if picture not in images:
@@ -856,12 +856,15 @@ def write_report(experiments, folders, tables, data, path, image_bytes=60_000):
                 kept = {key: row.get(key) for key in ("question", "answer", "prediction", "finish", "reward", "turns")}
                 played.append({**kept, "file": level, "picture": picture})
         runs.append({"name": run, "rows": played})
-    levels = dict.fromkeys(level for e in experiments for level in e["levels"])
-    filled = json.dumps({"experiments": experiments, "tables": {level: comparison(experiments, level) for level in levels},
-                         "runs": runs, "images": images})
+    return runs, images
+
+
+def write_page(path, **filled):
+    """docs/report.html with its data: experiments of compare(), {level: comparison()} as tables, runs and images."""
     page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
-    page = page.replace("{{DATA}}", filled.replace("<", "\\u003c"))      # no tag ends the script
+    page = page.replace("{{DATA}}", json.dumps(filled).replace("<", "\\u003c"))      # no tag ends the script
     tools.write_atomic(path, lambda file: file.write(page.encode()))
+    runs, images = filled["runs"], filled["images"]
     print(f"\n{path}: {len(runs)} runs, {sum(len(run['rows']) for run in runs)} trajectories, {len(images)} images, "
           f"{len(page) / 1e6:.1f} MB")
 
@@ -871,13 +874,15 @@ def report(args):
     if args.chart and importlib.util.find_spec("matplotlib") is None:
         raise tools.InputError("--chart needs matplotlib: pip install matplotlib")
     folders = by_name((folder, folder) for folder in args.report)
-    tables = {run: read_run(folder) for run, folder in folders.items()}
-    curves = by_name((file.absolute().parent, tools.read_jsonl(file, _check_step)) for file in args.curves)
-    experiments = compare(tables, curves)
-    for level in dict.fromkeys(level for e in experiments for level in e["levels"]):
-        head, *rows = comparison(experiments, level)
+    evaluated = {run: read_run(folder) for run, folder in folders.items()}
+    trained = by_name((file.absolute().parent, tools.read_jsonl(file, _check_step)) for file in args.curves)
+    experiments = compare(evaluated, trained)
+    levels = dict.fromkeys(level for e in experiments for level in e["levels"])
+    tables = {level: comparison(experiments, level) for level in levels}
+    for head, *rows in tables.values():
         print("\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]))
-    write_report(experiments, folders, tables, args.data, args.out / "report.html")
+    runs, images = read_trajectories(folders, evaluated, args.data)
+    write_page(args.out / "report.html", experiments=experiments, tables=tables, runs=runs, images=images)
     if args.chart:
         draw_accuracy(experiments, args.chart)
 
