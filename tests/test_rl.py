@@ -192,7 +192,7 @@ def test_trainer_agrees_with_sampler(trained, world):
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
 
 
-COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 8,
+COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
           "--max_context", 1200, "--warmup_steps", 0, "--eval_every", 0]
 
 
