@@ -335,7 +335,7 @@ def test_a_guess_comes_after_one_to_four_turns_and_says_so():
 def test_trajectories_are_played_through_the_real_tool(world, prompts):
     """Every pattern, with images: rows are complete, correct, and replay to the views that the turns speak about."""
     rows, seen = tools.read_jsonl(world / "train.jsonl"), set()
-    for index in range(80):
+    for index in range(160):
         row = rows[index % len(rows)]
         solved = collect_coldstart.solve(row, index, world, prompts, 32, 0)
         if solved["finish"] == "over_turn" or solved["pattern"] == "guess" and not solved["reward"]:
