@@ -120,14 +120,15 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
 # Rollouts
 
 
-def is_completed(rollout):
-    """M_i: the conversation ended by itself (answer or void), not for lack of turns or context."""
-    return rollout.finish in ("answer", "void")
+def is_unfinished(rollout, args):
+    """The conversation did not end by itself (answer or void) but for lack of turns or context. --mask_void: nor does a turn
+    that breaks off, at its token cap or without a call or an answer, count as an end."""
+    return rollout.finish in ("over_turn", "over_context") or args.mask_void and rollout.finish == "void"
 
 
-def masked(args):
-    """Whether unfinished conversations are left out of the loss. Those that were played to their end are not."""
-    return args.overturn_mask and args.unfinished_value != "outcome"
+def is_completed(rollout, args):
+    """M_i: the conversation is not masked. Those that are played to their end (outcome) never are."""
+    return not is_unfinished(rollout, args) or not args.overturn_mask or args.unfinished_value == "outcome"
 
 
 def read_sets(specs):
@@ -183,8 +184,8 @@ def collect_groups(engine, sets, weights, step, places, args, value):
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
         rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
                                dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
-        completed = torch.tensor([[is_completed(r) or not masked(args) for r in part] for part in parts])
-        rewards -= args.overturn_penalty * torch.tensor([[not is_completed(r) for r in part] for part in parts])
+        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])          # (P, G)
+        rewards -= args.overturn_penalty * torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
         advantages = group_advantages(rewards, completed, unfinished_value="group" if value == "outcome" else value)
         parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
         signal = (advantages != 0).any(1).tolist()
@@ -229,7 +230,7 @@ def update_policy(policy, optimizer, groups, args, lr):
     """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log, gradient norm).
     Without signal on any rank there is no step, which would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
-    completed = torch.tensor([is_completed(r) or not masked(args) for r, _ in every], dtype=torch.bool)
+    completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
     lengths = torch.tensor([sum(r.mask) for r, _ in every])
     mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
     how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
@@ -467,6 +468,8 @@ def parse_args():
     group.add_argument("--unfinished_value", type=value_flag, default="group", metavar="VALUE",
                        help="the baseline, which is what the mask pays for an unfinished conversation: group, completed, "
                        "a number, estimate (accuracy of such conversations among the held-out ones) or outcome (play on)")
+    group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn broke off, too; without: "
+                       "they count as wrong answers")
     group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of an unfinished conversation "
                        "(with --no-overturn_mask)")
     group.add_argument("--divisor", default="completed", choices=["completed", "all"], help="what the loss is divided by")

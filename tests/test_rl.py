@@ -220,6 +220,29 @@ def test_unknown_flags_are_refused():
         rl.grpo_loss(*random_batch(0), aggregation="constant")
 
 
+@pytest.mark.parametrize("flags, expected", [       # answer, void, over_turn, over_context
+    ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]), ({"overturn_mask": False}, [T, T, T, T]),
+    ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]), ({"unfinished_value": "outcome"}, [T, T, T, T])])
+def test_who_is_masked(flags, expected):
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "unfinished_value": "group", **flags})
+    assert [rl.is_completed(evaluate.Rollout(finish=finish), args) for finish in evaluate.FINISHES] == expected
+
+
+def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
+    """A conversation that was played on is cut behind its second turn: its tokens, log-probs and images are those of the same
+    conversation played with two turns at most, its reward is that of the whole; one that was shorter stays as it is."""
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    play = lambda turns: evaluate.Engine(trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
+    cut = 0
+    for short, whole in zip(play(2), play(6)):
+        part = rl.cut_at(whole, 2)
+        assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
+        assert part.logprobs == pytest.approx(short.logprobs, abs=1e-9) and len(part.logprobs) == sum(part.mask)
+        assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
+        cut += part is not whole
+    assert cut > 0
+
+
 def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     def pick(places, step=7, seed=0, attempt=0):
         return rl.pick_rows([50, 60], [1, 1], places, 40, seed, step, attempt)
@@ -421,7 +444,7 @@ def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
 def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp_path):
     """Answers in other words are unscored while the judge fails: their groups leave no signal, whatever the other rewards are."""
     rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
-    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True, overturn_penalty=0.0,
+    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True, mask_void=False, overturn_penalty=0.0,
                               unfinished_value="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
         judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
