@@ -9,10 +9,14 @@ What differs from a textbook sampling loop and from the Mini-o3 paper:
    to be parsed. Image placeholders can never be sampled.
 2. Each draw is a function of (seed, step, prompt, sample, position) and the logits, so a sample does not depend on what
    else is in the batch, on the number of slots or on the number of processes (beyond rounding).
-3. Accuracy at every turn budget T comes from one run with the largest budget: correct *and* finished within T turns. The
+3. Speculative decoding without a draft model and without an acceptance rule. What the policy tends to
+   write is drafted from n-grams it wrote before, fed in one pass, and drawn again at every position;
+   by (2) a draw that equals the draft is the very draw that decoding token by token would have made,
+   and the first that differs is so too. Conversations are the same with and without drafts.
+4. Accuracy at every turn budget T comes from one run with the largest budget: correct *and* finished within T turns. The
    policy is not told its budget, so its first T turns are the same whatever the budget is.
-4. The standard error is over questions: the K samples of a question are not independent.
-5. A judge (--judge URL) is asked only where words alone cannot tell. A sample that it could not judge has no score: it is left
+5. The standard error is over questions: the K samples of a question are not independent.
+6. A judge (--judge URL) is asked only where words alone cannot tell. A sample that it could not judge has no score: it is left
    out and counted, never wrong.
 
 Commands:
@@ -31,6 +35,7 @@ import collections
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -69,8 +74,10 @@ class Limits:
 class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
 
-    fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image: an observation that
-    was appended but not fed yet (a future, since it is resized in the background). What was seen is let go of at the end.
+    fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
+    an observation that was appended but not fed yet (a future, since it is resized in the
+    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for the
+    n-th token that the policy writes, however often that token is drawn.
     """
     row: dict = None
     system: str = ""
@@ -84,11 +91,19 @@ class Rollout(sft.Sequence):
     prediction: str = None
     reward: float = 0.0
     random: object = None
+    numbers: list = field(default_factory=list)
     fed: int = 0
     next_position: int = 0
     new_image: Future = None
     turn_start: int = 0
     job: tuple = None
+
+    def uniform(self, count):
+        """Random numbers for the next `count` tokens: float32 from 0 to 1, the last one excluded."""
+        at = len(self.logprobs)
+        while len(self.numbers) < at + count:
+            self.numbers += self.random.random(64, dtype=np.float32).tolist()
+        return self.numbers[at:at + count]
 
     def as_row(self):
         """The trajectory row that is written to JSONL."""
@@ -113,45 +128,79 @@ _open = functools.lru_cache(maxsize=1)(tools.open_image)    # the conversations 
 CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
 
 
-class SlotCache:
-    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the longest conversation.
+def neighbours(pieces, most=CHUNK):
+    """Cut slots with these numbers of new tokens into spans that attend in one call: (first, last).
+    A span has at most `most` slots; one much longer piece (an observation) stands alone, since all
+    of its span would be padded to its length."""
+    first = 0
+    for i in range(1, len(pieces) + 1):
+        if i == len(pieces) or i - first == most or abs(pieces[i] - pieces[i - 1]) > 12:
+            if max(pieces[first:i]):
+                yield first, i
+            first = i
 
-    The model calls update() in every layer; the engine says beforehand, with at(), which slots and columns are written. What
-    is attended to is cut into spans (rows of the batch, their slots, columns in use, mask), so that nothing is copied and a
-    short conversation is not charged for the longest one. The engine keeps conversations of similar length together.
+
+class SlotCache:
+    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the
+    longest conversation.
+
+    The model calls update() in every layer; the engine says beforehand, with at(), which slots and
+    columns are written. Nothing is ever erased: a column is written anew, by a token that is kept,
+    before any query may see it. What is attended to is cut into spans of neighbouring slots, so that
+    nothing is copied and a short conversation is not charged for the longest one. The engine keeps
+    conversations of similar length together.
     """
 
     def __init__(self, config, slots, dtype, device, longest):
         heads, width = config.num_key_value_heads, sft.head_size(config)
-        self.slots, self.longest = slots, longest
+        self.slots, self.longest, self.share = slots, longest, config.num_attention_heads // heads
         self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
     def at(self, slots, fed, pieces, device):
-        """Next forward: `pieces` new tokens per slot behind `fed` old ones, padded to the longest piece. Returns its spans."""
-        width, have = max(pieces), self.layers[0][0].shape[2]
-        need = max(fed) + width
+        """Next forward: pieces[i] new tokens behind fed[i] old ones in slots[i], all N of them end to
+        end in one row; slots are neighbours. Returns what sft.conversations needs:
+        padded (P,): which token stands where if pieces are padded to the longest of their span,
+        back (N,): where among these P places the tokens are,
+        spans: (first place, last place, width), slots, columns in use, mask (b, 1, H / K * w, length).
+        """
+        self.grow(max(map(sum, zip(fed, pieces))))
+        rows = [slot for slot, piece in zip(slots, pieces) for _ in range(piece)]
+        columns = [f + i for f, piece in zip(fed, pieces) for i in range(piece)]
+        self.where = torch.tensor([rows, columns], device=device)  # (2, N)
+        starts = list(itertools.accumulate(pieces, initial=0))
+        padded, back, cuts = [], [], []
+        for first, last in neighbours(pieces):
+            width, place = max(pieces[first:last]), len(padded)
+            for start, piece in zip(starts[first:last], pieces[first:last]):
+                back += range(len(padded), len(padded) + piece)
+                padded += [*range(start, start + piece), *[0] * (width - piece)]
+            length = max(map(sum, zip(fed[first:last], pieces[first:last])))
+            cuts.append(((place, len(padded), width), slice(slots[first], slots[last - 1] + 1), length))
+        padded, back = (torch.tensor(x, device=device) for x in (padded, back))
+        own, keys = self.where[1][padded], torch.arange(max(cut[2] for cut in cuts), device=device)
+        zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
+        spans = []
+        for (first, last, width), where, length in cuts:
+            limit = own[first:last].view(-1, 1, width).repeat(1, self.share, 1)  # (b, H / K, w)
+            mask = torch.where(keys[:length] > limit[:, None, ..., None], -math.inf, zero)
+            spans.append(((first, last, width), where, length, mask.flatten(2, 3)))
+        return padded, back, spans
+
+    def grow(self, need):
+        """Make room for `need` columns."""
+        have = self.layers[0][0].shape[2]
         if need > have:
             more = max(need - have, min(have // 2, self.longest - have))
-            for layer in self.layers:   # one after the other, so that old and new never exist whole side by side
+            for layer in self.layers:  # one by one: old and new never exist whole side by side
                 layer[:] = [torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer]
-        columns = torch.tensor(fed, device=device)[:, None] + torch.arange(width, device=device)                     # (n, w)
-        self.where = torch.tensor(slots, device=device)[:, None], columns
-        ahead = torch.arange(need, device=device) > columns[:, None, :, None]                                # (n, 1, w, need)
-        mask = torch.zeros(ahead.shape, dtype=self.layers[0][0].dtype, device=device).masked_fill(ahead, -math.inf)
-        step = CHUNK if slots == list(range(len(slots))) else 1         # slots that are not neighbours attend one by one
-        spans = []
-        for first in range(0, len(slots), step):
-            last = min(first + step, len(slots))
-            length = max(f + p for f, p in zip(fed[first:last], pieces[first:last]))
-            spans.append((slice(first, last), slice(slots[first], slots[last - 1] + 1), length, mask[first:last, ..., :length]))
-        return spans
 
     def update(self, key, value, layer, *args, **kwargs):
-        """key, value: (n, heads, w, D) of the new tokens. Returns the keys and values of all slots, of which spans are cut."""
+        """key, value: (1, heads, N, D) of the new tokens. Returns the keys and values of all slots,
+        of which spans are cut."""
         slots, columns = self.where
         for store, new in zip(self.layers[layer], (key, value)):
-            store[slots, :, columns] = new.transpose(1, 2)                                               # (n, w, heads, D)
+            store[slots, :, columns] = new[0].transpose(0, 1)  # (N, heads, D)
         return self.layers[layer]
 
     def read(self, slot, length):
@@ -163,12 +212,58 @@ class SlotCache:
                 store[slot, :, :part.shape[1]] = part
 
 
-class Engine:
-    """Plays (row, prompt, sample) jobs to the end: fill the slots -> feed what is pending -> draw -> step the tool."""
+class Drafts:
+    """What the policy tends to write: for every n-gram of a conversation, one guess at what it writes
+    next, and how often that was right lately. Whatever is in here, conversations are the same: a bad
+    guess only costs time (see Engine.keep)."""
 
-    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None):
+    def __init__(self, ngrams=(6, 3), most=200_000):
+        self.ngrams, self.most, self.guesses = ngrams, most, {}
+
+    def learn(self, ids, start):
+        """Take in what the policy wrote: ids[start:]."""
+        if len(self.guesses) > self.most:
+            self.guesses.clear()  # bounds memory; what is common is soon known again
+        for end in range(start, len(ids)):
+            for n in self.ngrams:
+                context = tuple(ids[end - n:end])
+                guess, rate = self.guesses.get(context, (None, 0.0))
+                rate += 0.2 * ((guess == ids[end]) - rate)  # a moving average
+                self.guesses[context] = (guess, rate) if rate > 0.3 else (ids[end], 0.7)
+
+    def after(self, ids, most, least=0.3):
+        """A guess at what follows ids: up to `most` tokens that are right together with a chance of
+        at least `least`. A token's guess is that of the longest n-gram known."""
+        ids, chance, draft = ids[-max(self.ngrams):], 1.0, []
+        while len(draft) < most:
+            known = filter(None, (self.guesses.get(tuple(ids[-n:])) for n in self.ngrams))
+            guess, rate = next(known, (None, 0.0))
+            chance *= rate
+            if chance < least:
+                break
+            draft.append(guess)
+            ids.append(guess)
+        return draft
+
+
+COUNTS = ["passes", "sampled", "drafted", "accepted"]  # a pass of one slot; tokens
+
+
+def drafting(counts):
+    """What drafts have brought, from an engine's counts."""
+    return {"tokens_per_pass": counts["sampled"] / max(counts["passes"], 1),
+            "draft_accepted": counts["accepted"] / max(counts["drafted"], 1)}
+
+
+class Engine:
+    """Plays (row, prompt, sample) jobs to the end: fill the slots -> draft -> feed -> draw -> keep what
+    agrees with the draft -> step the tool."""
+
+    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=8):
         self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
         self.max_slots, self.key, self.cache = slots, (seed, step), None
+        self.draft, self.counts = draft, collections.Counter()
+        self.never = {*policy.banned, *policy.stop}  # are not drafted: an image, and what ends a turn
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
     @torch.inference_mode()
@@ -181,6 +276,7 @@ class Engine:
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
+        self.drafts = Drafts()  # anew: what is fed together, hence rounding, must not depend on runs before
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
@@ -191,11 +287,7 @@ class Engine:
             self.slots.append(None)
             self.start(len(self.slots) - 1)
         while self.slots:
-            waiting = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed > 1]     # have an observation to be fed
-            if 4 * len(waiting) >= len(self.slots):     # a batch worth its overhead; until then the others go on decoding
-                self.draw(waiting, self.prefill(waiting))
-            else:
-                self.draw(*self.decode())
+            self.step()
         self.policy.model.train(training)
         return with_verdicts([self.done[key] for key in sorted(self.done)])
 
@@ -228,73 +320,103 @@ class Engine:
             views=[image], fed=len(ids) - 1, next_position=position, turn_start=len(ids),
             random=np.random.default_rng([*self.key, self.prompts[i], sample]), job=(i, sample))
 
-    def prefill(self, slots):
-        """Feed everything that is pending in these slots. Returns log-probs of what comes next: (n, V)."""
-        rollouts = [self.slots[i] for i in slots]
-        crops = iter(self.policy.patches([r.new_image.result() for r in rollouts if r.new_image]))
-        logprobs, after = self.forward(slots, [r.ids[r.fed:] for r in rollouts],
-                                       [next(crops) if r.new_image else None for r in rollouts])
-        for r, position in zip(rollouts, after):
-            r.fed, r.next_position, r.new_image = len(r.ids), position, None
-        return logprobs
+    def step(self):
+        """Feed what is pending in every slot and a draft behind it, draw at the last pending token
+        and at every token of the draft, and keep what agrees. Images are fed when a quarter of the
+        slots has one, a batch worth its overhead; until then these slots feed nothing."""
+        waiting = sum(r.new_image is not None for r in self.slots)
+        hold = 4 * waiting < len(self.slots)
+        drafts = [None if r.new_image and hold else self.guess(r) for r in self.slots]
+        pieces = [[] if d is None else r.ids[r.fed:] + d for r, d in zip(self.slots, drafts)]
+        images = [None] * len(pieces)
+        if waiting and not hold:
+            new = {i: r.new_image.result() for i, r in enumerate(self.slots) if r.new_image}
+            images = dict(zip(new, self.policy.patches(list(new.values()))))
+            images = [images.get(i) for i in range(len(pieces))]
+        draws = [0 if d is None else len(d) + 1 for d in drafts]
+        logprobs, after = self.forward(range(len(pieces)), pieces, images, draws)  # (M, V)
+        ids, scores = self.draw(logprobs, [r.uniform(n) for r, n in zip(self.slots, draws)])
+        at, ended = 0, []
+        for i, (r, draft) in enumerate(zip(list(self.slots), drafts)):
+            if draft is not None:
+                r.new_image = None
+                end = at + len(draft) + 1
+                if self.keep(r, draft, ids[at:end], scores[at:end], after[i]):
+                    ended.append(i)
+                at = end
+        self.end_turns(ended)
 
-    def decode(self):
-        """Feed one token in every slot. A slot that waits for its observation to be fed goes through the motions: what it
-        writes to the cache is overwritten before it can be seen. Returns (slots that moved on, their log-probs (n, V))."""
-        logprobs, _ = self.forward(range(len(self.slots)), [r.ids[-1:] for r in self.slots], [None] * len(self.slots))
-        running = [i for i, r in enumerate(self.slots) if len(r.ids) - r.fed == 1]
-        for i in running:
-            self.slots[i].fed += 1
-            self.slots[i].next_position += 1
-        return running, logprobs if len(running) == len(self.slots) else logprobs[running]
+    def guess(self, r):
+        """What to draft behind a conversation: never the last token of a turn or beyond, since what
+        comes then is not written by the policy, and nothing that it may not write."""
+        left = self.limits.max_turn_tokens - (len(r.ids) - r.turn_start)
+        draft = self.drafts.after(r.ids, min(self.draft, left - 1))
+        return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
-    def forward(self, slots, pieces, images):
-        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already. Right-padded: a
-        padding token's keys land on columns that its row overwrites before it can see them.
+    def forward(self, slots, pieces, images, draws=None):
+        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already;
+        slots are neighbours. Pieces lie end to end in one row of N tokens, so that nothing is padded.
 
-        images: (patches, grid) or None per slot. Returns (log-probs after each piece (n, V), next position per slot).
-        """
-        rollouts, width, device = [self.slots[i] for i in slots], max(map(len, pieces)), self.policy.device
-        ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)                  # (n, w)
-        starts = torch.tensor([r.next_position for r in rollouts])
-        where = (starts[:, None] + torch.arange(width)).repeat(3, 1, 1)                                              # (3, n, w)
+        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece are
+        followed by a draw (default: one). Returns (log-probs behind these (M, V), position behind each
+        piece)."""
+        rollouts, device = [self.slots[i] for i in slots], self.policy.device
+        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, N)
+        where = torch.tensor([r.next_position + i for r, piece in zip(rollouts, pieces)
+                              for i in range(len(piece))]).repeat(3, 1, 1)  # (3, 1, N)
         after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
-        pixels = {}
+        ends, pixels = list(itertools.accumulate(map(len, pieces))), {}
         for j, image in enumerate(images):
             if image is not None:
-                where[:, j, :len(pieces[j])], after[j] = sft.positions(
-                    pieces[j], [image[1]], self.policy.image_id, self.policy.merge, rollouts[j].next_position)
+                where[:, 0, ends[j] - len(pieces[j]):ends[j]], after[j] = sft.positions(
+                    pieces[j], [image[1]], self.policy.image_id, self.policy.merge,
+                    rollouts[j].next_position)
         if any(image is not None for image in images):
-            pixels = {"pixel_values": torch.cat([i[0] for i in images if i is not None]).to(device),
-                      "image_grid_thw": torch.tensor([i[1] for i in images if i is not None], device=device)}
-        spans = self.cache.at(list(slots), [r.fed for r in rollouts], list(map(len, pieces)), device)
-        hidden = self.policy.model.model(
-            input_ids=ids, position_ids=where.to(device), attention_mask=spans[0][-1], past_key_values=self.cache,
-            use_cache=True, spans=spans, **pixels).last_hidden_state    # (n, w, D); a 4-D mask keeps the library from making one
-        last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
-        return sft.project(self.policy, hidden[torch.arange(len(pieces), device=device), last]), after               # (n, V)
+            pixels = {"pixel_values": torch.cat([i[0] for i in images if i]).to(device),
+                      "image_grid_thw": torch.tensor([i[1] for i in images if i], device=device)}
+        spans = self.cache.at(slots, [r.fed for r in rollouts], list(map(len, pieces)), device)
+        hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
+            input_ids=ids, position_ids=where.to(device), attention_mask=spans[-1][0][-1],
+            past_key_values=self.cache, use_cache=True, spans=spans, **pixels).last_hidden_state[0]
+        drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
+        return sft.project(self.policy, hidden[torch.tensor(drawn, device=device)]), after
 
-    def draw(self, slots, logprobs):
-        """Sample one token for each of these slots by inverting the cumulative distribution at the conversation's own
-        next random number; record it with its log-probability; step the tool where a turn has ended."""
-        rollouts = [self.slots[i] for i in slots]
+    def draw(self, logprobs, numbers):
+        """A token from each row of log-probs (M, V), by inverting its cumulative distribution at the
+        conversation's own random number. Returns (ids, log-probs of these), two lists."""
         if self.greedy:
             ids = logprobs.argmax(-1)
         else:
-            u = torch.tensor([r.random.random(dtype=np.float32) for r in rollouts], dtype=torch.float64, device=logprobs.device)
-            total = logprobs.exp().cumsum(-1, dtype=torch.float64)                                     # (n, V)
-            ids = (total <= u[:, None] * total[:, -1:]).sum(-1)   # first id whose cumulative mass exceeds u: never banned
-        scores = logprobs.gather(-1, ids[:, None])[:, 0]
-        ended = []
-        for slot, r, token, score in zip(slots, rollouts, ids.tolist(), scores.tolist()):
-            r.add([token], True)
-            r.logprobs.append(score)
-            if token in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens:
-                self.step_tool(r)
-                ended.append((slot, r))
-        self.append_observations([r for _, r in ended if r.finish is None])
-        for slot, r in reversed(ended):     # from the back, so that moving the last slot into a hole stays correct
-            if r.finish is not None:
+            u = torch.tensor(sum(numbers, []), dtype=torch.float64, device=logprobs.device)[:, None]
+            total = logprobs.exp().cumsum(-1, dtype=torch.float64)  # (M, V)
+            # the first id whose cumulative mass exceeds u: never a banned one
+            ids = (total <= u * total[:, -1:]).sum(-1)
+        return ids.tolist(), logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+
+    def keep(self, r, draft, ids, scores, after):
+        """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn before
+        it. So the first that differs from the draft is the last to count. What was fed beyond it is
+        forgotten: the next tokens take its columns of the cache. Returns whether the turn is over."""
+        right = next((n for n, token in enumerate(draft) if token != ids[n]), len(draft))
+        wrong = len(draft) - right
+        r.next_position = after - wrong
+        r.fed = len(r.ids) + right
+        r.add(ids[:right + 1], True)
+        r.logprobs += scores[:right + 1]
+        for name, count in zip(COUNTS, (1, right + 1, len(draft), right)):
+            self.counts[name] += count
+        return ids[right] in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
+
+    def end_turns(self, slots):
+        """Step the tool for these slots; score what is finished and start new conversations."""
+        for slot in slots:
+            r = self.slots[slot]
+            if self.draft:
+                self.drafts.learn(r.ids, r.turn_start)
+            self.step_tool(r)
+        self.append_observations([r for r in map(self.slots.__getitem__, slots) if r.finish is None])
+        for slot in reversed(slots):  # from the back: moving the last slot into a hole stays correct
+            if self.slots[slot].finish is not None:
                 self.retire(slot)
 
     def step_tool(self, r):
@@ -326,7 +448,7 @@ class Engine:
         are about equally long; a new one begins in the last chunk, or the last one is moved to keep the slots compact."""
         r = self.slots[slot]
         r.score(self.judge)
-        self.done[r.job], r.views = r, []
+        self.done[r.job], r.views, r.numbers = r, [], []
         if self.bar is not None:
             self.bar.update()
         # the hole moves to the last chunk: each chunk on the way hands its longest conversation to the one before it
@@ -956,6 +1078,11 @@ def play_level(engine, path, rows, kept, args, rank, world):
     return [r for row in rows for r in sorted(merged[row["id"]], key=lambda r: r["sample"])]
 
 
+def add_draft_flag(group):
+    group.add_argument("--draft", type=int, default=8, help="most tokens that are drafted ahead in a "
+                       "pass and then checked; the conversations do not depend on it (0: none)")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Avg@K over turn budgets.")
     group = parser.add_argument_group("what is evaluated")
@@ -978,6 +1105,7 @@ def parse_args():
     group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
     group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation (a server has its own limit)")
     group.add_argument("--slots", type=int, default=64, help="conversations at once on one process, or requests to a server")
+    add_draft_flag(group)
     group.add_argument("--seed", type=int, default=0, help="random numbers of the samples")
     add_judge_flags(parser)
     group = parser.add_argument_group("pictures")
@@ -990,7 +1118,7 @@ def parse_args():
     group.add_argument("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
     args = parser.parse_args()
     tools.check_flags(args, ("samples", "slots", "limit", "max_images", "max_turn_tokens", "max_context", "min_pixels",
-                             "max_pixels", "image_bytes"), ("seed",))
+                             "max_pixels", "image_bytes"), ("seed", "draft"))
     args.budgets = sorted(set(args.budgets))
     if args.budgets[0] < 1:
         raise tools.InputError("--budgets must be at least 1")
@@ -1021,7 +1149,8 @@ def make_player(args, prompts, rank, device):
         return Served(client, prompts, limits, args.slots, args.seed, judge, args.greedy)
     policy = sft.load_policy(args.model, device, args.dtype, prompts, args.min_pixels, args.max_pixels,
                              "torchrun --nproc_per_node=2 rl.py (or name another with --model)")
-    return Engine(policy, limits, args.slots, args.seed, greedy=args.greedy, judge=judge)
+    return Engine(policy, limits, args.slots, args.seed, greedy=args.greedy, judge=judge,
+                  draft=args.draft)
 
 
 def main():
@@ -1031,7 +1160,8 @@ def main():
     rank, world, device = sft.setup_distributed()
     prompts = tools.load_prompts(args.prompts)
     engine = make_player(args, prompts, rank, device)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("data", "slots", "picture", "out")}
+    irrelevant = ("data", "slots", "draft", "picture", "out")
+    settings = {k: str(v) for k, v in vars(args).items() if k not in irrelevant}
     weights = Path(args.model) / "model.safetensors"
     settings["weights"] = weights.stat().st_mtime if weights.exists() else None  # trained anew: what was played is void
     questions = {path: tools.read_questions(path, "python build_data.py")[:args.limit] for path in args.data}
@@ -1050,6 +1180,9 @@ def main():
             tools.write_jsonl(args.out / f"{level}.jsonl", rows)
             tools.write_jsonl(args.out / f"{level}.rates.jsonl", pass_rates(rows, args.budgets[-1]))
         tools.write_atomic(args.out / "table.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
+        if not args.served and engine.counts["passes"]:
+            print("drafts: {tokens_per_pass:.2f} tokens per pass, {draft_accepted:.0%} of drafted "
+                  "tokens accepted".format(**drafting(engine.counts)))
         print(f"written to {args.out}/: table.json, " + ", ".join(f"{level}.jsonl, {level}.rates.jsonl" for level in levels))
         if args.picture:
             fits = [(r, path.parent) for path, rows in zip(args.data, levels.values()) for r in rows

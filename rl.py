@@ -174,6 +174,7 @@ def collect_groups(engine, sets, weights, step, places, args, value):
     gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
+    engine.counts.clear()
     for attempt in range(args.resample + 1):
         if not places:
             break
@@ -259,22 +260,22 @@ def update_policy(policy, optimizer, groups, args, lr):
     return sums, optimizer.step(lr, args.max_norm, healthy)
 
 
-def measure(played, sums, norms, unsignalled, seconds, args, device):
+def measure(played, sums, norms, unsignalled, seconds, args, device, counts):
     """One row of metrics.jsonl, over all ranks (every metric is explained in the README)."""
     right = [r for r in played if r.reward == 1.0]
     local = [len(played), sum(r.reward is None for r in played), len(right), sum(len(r.turns) for r in played),
              sum(len(r.turns) for r in right), *(sum(r.finish == f for r in played) for f in evaluate.FINISHES),
-             sum(sum(r.mask) for r in played), unsignalled, *sums.values()]
+             sum(sum(r.mask) for r in played), unsignalled, *(counts[k] for k in evaluate.COUNTS), *sums.values()]
     total = sft.over_ranks(local, device)
     n, unscored, correct, turns, right_turns, answer, void, over_turn, over_context, sampled, silent, *rest = total
-    loss, mismatch, clipped, tokens, responses = rest
+    (*drafted, loss, mismatch, clipped, tokens, responses) = rest
     return {"reward": correct / max(n - unscored, 1), "unscored": unscored / n, "rollouts": int(n), "turns": turns / n,
             "turns_correct": right_turns / max(correct, 1), "answer": answer / n, "void": void / n, "over_turn": over_turn / n,
             "over_context": over_context / n, "wrong": (answer - correct - unscored) / n, "sampled_tokens": int(sampled),
             "groups_without_signal": int(silent), "trained_responses": int(responses), "loss": sft.finite(loss),
             "mismatch": sft.finite(mismatch / max(tokens, 1)), "clip_fraction": clipped / max(tokens, 1),
             "grad_norm": sft.finite(sum(norms) / max(len(norms), 1)), "seconds_rollout": seconds[0],
-            "seconds_update": seconds[1]}
+            "seconds_update": seconds[1], **evaluate.drafting(dict(zip(evaluate.COUNTS, drafted)))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +378,8 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, value, rank
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
-    return {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device)}, groups
+    return {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device,
+                                         engine.counts)}, groups
 
 
 def dump(out, step, groups, count=8):
@@ -392,7 +394,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
     turns = args.eval_turns if args.unfinished_value == "outcome" else args.max_turns
     limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens, args.max_context)
-    engine = evaluate.Engine(policy, limits, args.slots, judge=evaluate.make_judge(args, rank))
+    judge = evaluate.make_judge(args, rank)
+    engine = evaluate.Engine(policy, limits, args.slots, judge=judge, draft=args.draft)
     log = sft.open_log(args.out, start) if rank == 0 else None
     best, value = history(args.out) if start else (-1.0, None)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
@@ -461,6 +464,7 @@ def parse_args():
     group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
     group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
     group.add_argument("--slots", type=int, default=64, help="conversations at once on one process")
+    evaluate.add_draft_flag(group)
     evaluate.add_judge_flags(parser)
     group = parser.add_argument_group("loss")
     group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
@@ -499,6 +503,7 @@ def parse_args():
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
                              "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
                              "min_pixels", "max_pixels"),
+<<<<<<< HEAD
                       ("seed", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every",
                        "eval_size", "overturn_penalty"))
     if args.unfinished_value == "estimate" and not args.eval_every:

@@ -361,23 +361,25 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
     """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns ((B, T, H, D), None).
 
     lengths (training): conversations of these lengths lie end to end in one row; each is a causal call of its own.
-    spans (rollouts): pieces of the KV cache, see evaluate.SlotCache. The H / K query heads that share a key head are laid
-    along the query axis, so that keys are neither repeated nor read twice. Without either: the library's own attention.
+    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. The
+    H / K query heads that share a key head are laid along the query axis, so that keys are neither
+    repeated nor read twice. Without either: the library's own attention.
     """
     if lengths is not None:
-        parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))                            # (1, H, length, D)
+        parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
         out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
                          for qkv in parts], dim=2)
     elif spans is not None:
-        heads, out = key.shape[1], []
-        for rows, slots, length, mask in spans:
-            q = query[rows].unflatten(1, (heads, -1))                                                   # (b, K, H / K, T, D)
-            share = q.shape[2]
-            mask = mask.repeat(1, 1, share, 1) if q.shape[3] > 1 else mask                          # (b, 1, H / K * T, length)
-            part = F.scaled_dot_product_attention(q.flatten(2, 3), key[slots, :, :length], value[slots, :, :length],
+        (padded, back, parts), heads, out = spans, key.shape[1], []
+        rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
+        for (first, last, width), slots, length, mask in parts:
+            q = rows[first:last].unflatten(0, (-1, width))  # (b, w, K, H / K, D)
+            q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, K, H / K * w, D)
+            part = F.scaled_dot_product_attention(q, key[slots, :, :length], value[slots, :, :length],
                                                   attn_mask=mask, scale=scaling)
-            out.append(part.unflatten(2, (share, -1)).flatten(1, 2))                                    # (b, H, T, D)
-        out = torch.cat(out)
+            part = part.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4)  # (b, w, K, H / K, D)
+            out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
+        return torch.cat(out)[back][None], None  # (1, N, H, D)
     else:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     return out.transpose(1, 2), None

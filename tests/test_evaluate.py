@@ -12,8 +12,10 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,18 +170,152 @@ def test_draw_follows_the_distribution(make_tiny):
     """Inverting the cumulative distribution: u selects the id whose interval contains it; a banned id has no interval."""
     engine = evaluate.Engine(make_tiny(), LIMITS, 1)
     probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    numbers, expected = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24], [1, 1, 3, 3, 4, 4]
+    ids, scores = engine.draw(probs.log().expand(6, -1), [numbers[:2], [], numbers[2:]])
+    assert ids == expected and scores == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
 
-    class Fixed:
-        def __init__(self, u):
-            self.u = u
 
-        def random(self, dtype):
-            return self.u
-    for u, expected in [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-24, 4)]:
-        r = evaluate.Rollout(random=Fixed(u))
-        engine.slots = [r]
-        engine.draw([0], probs.log()[None])
-        assert r.ids == [expected] and r.logprobs[0] == pytest.approx(probs[expected].log().item(), abs=1e-12)
+def test_random_numbers_are_indexed_by_position():
+    """The n-th token of a conversation gets the n-th number of its stream, however often it is drawn."""
+    one = np.random.default_rng([0, 0, 1, 2])
+    stream = [float(one.random(dtype=np.float32)) for _ in range(200)]  # one draw at a time
+    r = evaluate.Rollout(random=np.random.default_rng([0, 0, 1, 2]))
+    assert r.uniform(3) == stream[:3] == r.uniform(3)
+    r.logprobs = [0.0] * 60
+    assert r.uniform(9) == stream[60:69] and r.uniform(0) == [] and r.uniform(130) == stream[60:190]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Drafts: whatever is drafted, conversations are the same
+
+
+def same_logprobs(a, b):
+    pairs = [pair for x, y in zip(a, b) for pair in zip(x.logprobs, y.logprobs, strict=True)]
+    return max(abs(x - y) for x, y in pairs) < 1e-9
+
+
+class Script(evaluate.Drafts):
+    """Drafts what `guess(ids, most)` says, instead of what was learned."""
+
+    def __init__(self, guess):
+        super().__init__()
+        self.after = guess
+
+
+@pytest.fixture(scope="module")
+def undrafted(trained, world):
+    return play(trained, world, samples=6, slots=16, draft=0)
+
+
+def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained, world):
+    """The module's rollouts are drafted (the default): the same conversations as without."""
+    assert same(rollouts, undrafted) and same_logprobs(rollouts, undrafted)
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    for slots, draft in ((64, 3), (1, 8)):
+        engine = evaluate.Engine(trained, LIMITS, slots, draft=draft)
+        again = engine.run(rows, 6 if slots > 1 else 2, world)
+        expected = undrafted if slots > 1 else undrafted[:2] + undrafted[6:8] + undrafted[12:14]
+        assert same(again, expected) and same_logprobs(again, expected)
+        count = engine.counts
+        assert count["sampled"] == sum(sum(r.mask) for r in again) == count["passes"] + count["accepted"]
+        assert 0 < count["accepted"] <= count["drafted"] <= draft * count["passes"]
+    greedy = [play(trained, world, slots=6, greedy=True, draft=draft) for draft in (0, 8)]
+    assert same(*greedy) and same_logprobs(*greedy)
+
+
+def oracle(rollouts, wrong=False, beyond=()):
+    """A guess that knows the conversations: always right, or always wrong; `beyond` is added at the end
+    of a turn."""
+    known = {tuple(r.ids[:i]): r.ids[i] for r in rollouts for i in range(len(r.ids)) if r.mask[i]}
+
+    def guess(ids, most):
+        ids, draft = list(ids), []
+        while len(draft) < most and tuple(ids) in known:
+            token = known[tuple(ids)]
+            draft.append(token if not wrong else 105 if token != 105 else 106)
+            ids.append(token)
+        return (draft + list(beyond))[:most]
+    return guess
+
+
+def random_ids(policy):
+    """A guess of random ids, half of them such as the policy may never write."""
+    rng = np.random.default_rng(0)
+    special = sorted(policy.stop) + policy.banned
+
+    def guess(ids, most):
+        length = rng.integers(most + 1)
+        return [int(rng.choice(special) if rng.random() < 0.1 else rng.integers(100, 500)) for _ in range(length)]
+    return guess
+
+
+def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, monkeypatch):
+    """Always wrong; always right, up to and beyond the end of a turn; random, with image placeholders."""
+    image, stop = trained.image_id, trained.end_id
+    guesses = {"wrong": oracle(undrafted, wrong=True), "right": oracle(undrafted, beyond=[stop, 105, image, 105]),
+               "random": random_ids(trained)}
+    rows, fed = tools.read_jsonl(world / "train.jsonl")[:3], []
+    for name, guess in guesses.items():
+        monkeypatch.setattr(evaluate, "Drafts", lambda: Script(guess))
+        engine = evaluate.Engine(trained, LIMITS, 16)
+        guessed = engine.guess
+        monkeypatch.setattr(engine, "guess", lambda r: fed.append(guessed(r)) or fed[-1])
+        again = engine.run(rows, 6, world)
+        assert same(again, undrafted) and same_logprobs(again, undrafted), name
+        rate = engine.counts["accepted"] / engine.counts["drafted"]
+        assert rate > 0.8 if name == "right" else rate < 0.1, (name, rate)  # samples with one beginning differ
+        assert engine.counts["drafted"] > 300
+    assert not {token for draft in fed for token in draft} & {*trained.banned, *trained.stop}
+
+
+@pytest.mark.parametrize("limits", [evaluate.Limits(6, 6, 5, 1200), evaluate.Limits(6, 6, 48, None)],
+                         ids=["token cap", "end of the context"])
+def test_drafts_end_where_the_conversation_must(undrafted, trained, world, monkeypatch, limits):
+    """A draft that runs on for ever meets the cap of a turn, and the end of a context with no spare token."""
+    if limits.max_context is None:
+        r = max(undrafted, key=lambda r: len(r.turns))
+        second = [i for i in range(1, len(r.ids)) if r.mask[i] and not r.mask[i - 1]][1]
+        limits = replace(limits, max_context=second + limits.max_turn_tokens)
+    expected = play(trained, world, samples=6, slots=16, limits=limits, draft=0)
+    monkeypatch.setattr(evaluate, "Drafts", lambda: Script(oracle(expected, beyond=[105] * 50)))
+    again = play(trained, world, samples=6, slots=16, limits=limits, draft=50)
+    assert same(again, expected) and same_logprobs(again, expected)
+    assert {r.finish for r in again} & {"void", "over_context"}
+    assert all(len(r.ids) <= limits.max_context for r in again)
+
+
+def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypatch):
+    """After every pass all columns behind a conversation, rejected drafts among them, are made absurd."""
+    forward = evaluate.Engine.forward
+
+    def poisoned(engine, slots, *rest):
+        for layer in engine.cache.layers:
+            for tensor in layer:
+                for i in slots:
+                    tensor[i, :, engine.slots[i].fed:] = 1e30
+        return forward(engine, slots, *rest)
+
+    monkeypatch.setattr(evaluate.Engine, "forward", poisoned)
+    monkeypatch.setattr(evaluate, "Drafts", lambda: Script(random_ids(trained)))
+    again = play(trained, world, samples=6, slots=16)
+    assert same(again, undrafted) and same_logprobs(again, undrafted)
+    assert sampler_trainer_gap(trained, again) < 1e-10
+
+
+def test_draft_table_by_hand():
+    """Written "1 2 3" again and again behind 0 0 0 9: known after one turn, forgotten when it is wrong often, bounded."""
+    drafts = evaluate.Drafts(ngrams=(2, 1), most=20)
+    assert drafts.after([0, 9], 4) == []
+    drafts.learn([0, 0, 9, 1, 2, 3], 3)
+    assert drafts.after([0, 9], 8) == [1, 2, 3] and drafts.after([0, 9], 2) == [1, 2]
+    assert drafts.after([7, 1], 8) == [2, 3] and drafts.after([7, 7], 8) == []      # a shorter n-gram
+    drafts.learn([0, 9, 4], 2)
+    for _ in range(5):
+        drafts.learn([0, 9, 5], 2)
+    assert drafts.after([0, 9], 1) == [5]
+    for token in range(100):
+        drafts.learn([token, token, token], 2)
+        assert len(drafts.guesses) <= 20 + 2
 
 
 def row(ident, reward, turns):
@@ -198,11 +334,12 @@ def test_avg_at_k_by_hand():
 
 
 def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, tmp_path):
-    """The table and trajectories are the same for 1 and 2 processes; finished questions are not played again."""
+    """The table and trajectories are the same for 1 and 2 processes, with drafts and without; finished questions are not played
+    again."""
     common = ["evaluate.py", "--model", trained_folder, "--data", world / "train.jsonl", "--samples", 2, "--budgets", 1, 2, 4,
               "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 4]
     one = run_script(*common, "--out", tmp_path / "one", "--picture", tmp_path / "p.png")
-    run_script(*common, "--out", tmp_path / "two", nproc=2)
+    run_script(*common, "--out", tmp_path / "two", "--draft", 0, nproc=2)
     assert (tmp_path / "one/train.jsonl").read_bytes() == (tmp_path / "two/train.jsonl").read_bytes()
     assert (tmp_path / "one/table.json").read_bytes() == (tmp_path / "two/table.json").read_bytes()
     assert "T=4" in one.stdout and "finished in" in one.stdout
