@@ -503,8 +503,7 @@ def parse_args():
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
                              "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
                              "min_pixels", "max_pixels"),
-<<<<<<< HEAD
-                      ("seed", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every",
+                      ("seed", "draft", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every",
                        "eval_size", "overturn_penalty"))
     if args.unfinished_value == "estimate" and not args.eval_every:
         raise tools.InputError("--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
