@@ -2,18 +2,19 @@
 
 For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if the answer is right,
 else 0. The one new thing here is the loss (Mini-o3, section on reinforcement learning): with rewards r and the completion
-mask M of a group (M = 0 for a conversation that ran out of turns or context),
+mask M of a group (M = 0 for a conversation that ran out of turns or context) and a baseline b,
 
-    A_i  = (r_i - mean(r)) / (std(r) + eps)          A'_i = M_i A_i
+    A'_i = M_i (r_i - b) / (s + eps)
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
 Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a wrong answer, and the
 policy learns to answer early instead of to search on; with it, a policy trained with 6 turns goes on searching at 32.
+Why: since E[grad log pi] = 0, the expected gradient is that of P(correct) + b P(unfinished). The mask pays b for an
+unfinished conversation, and a guess is worth its while only where its odds are above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. Whether incomplete conversations enter mean and std is open in the paper. Default: they do, with reward 0, as in the
-   official code; --no-incomplete_in_baseline takes them out.
+2. What b is: --unfinished_value. The paper leaves it open; "group" is the official code's choice.
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
    micro-batches are cut or on the number of processes.
@@ -21,9 +22,8 @@ What differs from textbook GRPO and from the paper:
 6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
    is left over then is dropped from the update and counted ("groups_without_signal").
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
-8. The default questions are the easy ones, since a group teaches most when about half of it succeeds within the turn cap.
-   Where few succeed, one over std(r) makes the rare success weigh most: a search order that always fails there loses
-   nothing (it is masked), one that is lucky now and then gains, and the policy drifts towards the lucky order.
+8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns): within the training
+   cap a policy that guesses looks better than one that searches on.
 
 Commands:
     1 CPU          python rl.py
