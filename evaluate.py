@@ -231,7 +231,7 @@ class Drafts:
                 rate += 0.2 * ((guess == ids[end]) - rate)  # a moving average
                 self.guesses[context] = (guess, rate) if rate > 0.3 else (ids[end], 0.7)
 
-    def after(self, ids, most, least=0.3):
+    def after(self, ids, most, least=0.5):
         """A guess at what follows ids: up to `most` tokens that are right together with a chance of
         at least `least`. A token's guess is that of the longest n-gram known."""
         ids, chance, draft = ids[-max(self.ngrams):], 1.0, []
@@ -262,7 +262,7 @@ class Engine:
     def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=8):
         self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
         self.max_slots, self.key, self.cache = slots, (seed, step), None
-        self.draft, self.counts = draft, collections.Counter()
+        self.draft, self.drafts, self.counts = draft, Drafts(), collections.Counter()
         self.never = {*policy.banned, *policy.stop}  # are not drafted: an image, and what ends a turn
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
@@ -276,7 +276,6 @@ class Engine:
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
-        self.drafts = Drafts()  # anew: what is fed together, hence rounding, must not depend on runs before
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
@@ -403,6 +402,8 @@ class Engine:
         r.fed = len(r.ids) + right
         r.add(ids[:right + 1], True)
         r.logprobs += scores[:right + 1]
+        if self.draft:
+            self.drafts.learn(r.ids, len(r.ids) - right - 1)
         for name, count in zip(COUNTS, (1, right + 1, len(draft), right)):
             self.counts[name] += count
         return ids[right] in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
@@ -411,8 +412,6 @@ class Engine:
         """Step the tool for these slots; score what is finished and start new conversations."""
         for slot in slots:
             r = self.slots[slot]
-            if self.draft:
-                self.drafts.learn(r.ids, r.turn_start)
             self.step_tool(r)
         self.append_observations([r for r in map(self.slots.__getitem__, slots) if r.finish is None])
         for slot in reversed(slots):  # from the back: moving the last slot into a hole stays correct
