@@ -91,7 +91,8 @@ SHAPES = ["circle", "square", "triangle", "star"]
 LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 3},
           "medium": {"side": 630, "radius": 0.40, "lookalikes": 5, "others": 5},
           "hard": {"side": 756, "radius": 0.37, "lookalikes": 10, "others": 7}}
-SPLITS = ["train", "easy", "medium", "hard", "instruct"]  # a split's index enters its random seeds: they never overlap
+# a split's index enters its random seeds: they never overlap
+SPLITS = ["train", "easy", "medium", "hard", "instruct", "val"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def describe_map(names):
 def make_sorting(rng):
     """Some objects, each compared with what is wanted: the verdicts of a search, as plain text, so that one reply holds
     many. Returns (question, reply)."""
-    names = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))) for _ in range(rng.integers(2, 4))]
+    names = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))) for _ in range(rng.integers(2, 5))]
     kind = int(rng.choice([1, 2], p=[0.3, 0.7]))  # ten digits are harder to compare than four shapes
     wanted = str(names[0][kind])
     names = [name if rng.random() < 0.5 else (*name[:kind], names[0][kind], *name[kind + 1:]) for name in names]
@@ -350,7 +351,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
         path = save(view, f"p{part}{place}")
         add(path, *make_comparison(rng, objects, part, place))
-        add(path, *(make_errand(rng) if rng.random() < 0.6 else make_sorting(rng)))
+        add(path, *(make_errand(rng) if rng.random() < 0.25 else make_sorting(rng)))
     return rows
 
 
@@ -916,8 +917,10 @@ def _end_with_parent():
 def parse_args():
     parser = argparse.ArgumentParser(description="Draw the synthetic world, import a published data set, or filter questions.")
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--train", type=int, default=3600, help="training questions, levels mixed")
+    group.add_argument("--train", type=int, default=4600, help="training questions, levels mixed")
     group.add_argument("--test", type=int, default=200, help="questions in each of easy, medium and hard")
+    group.add_argument("--val", type=int, default=240, help="questions, levels mixed, by which rl.py chooses its "
+                       "checkpoint: no other stage sees them")
     group.add_argument("--scenes", type=int, default=1000, help="scenes for the instruction data, about 38 rows each")
     group.add_argument("--min_pixels", type=int, default=6000, help="smallest stored instruction view, in pixels")
     group.add_argument("--max_pixels", type=int, default=8000, help="largest stored instruction view, in pixels")
@@ -932,8 +935,8 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="another seed draws another world; it also shuffles options")
     group.add_argument("--out", type=Path, help="folder to write to (data, or data/NAME with --import)")
     args = parser.parse_args()
-    if min(args.train, args.test, args.scenes, args.workers) < 1 or args.seed < 0:
-        raise tools.InputError("--train, --test, --scenes and --workers must be at least 1, --seed at least 0")
+    if min(args.train, args.test, args.val, args.scenes, args.workers) < 1 or args.seed < 0:
+        raise tools.InputError("--train, --test, --val, --scenes and --workers must be at least 1, --seed at least 0")
     if not 1 <= args.min_pixels <= args.max_pixels:
         raise tools.InputError("--min_pixels must be at least 1 and --max_pixels at least --min_pixels")
     check_mode(args, {flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)})
@@ -960,9 +963,9 @@ def check_mode(args, given):
 def draw_world(args):
     """Write the questions of the synthetic world, then the instruction data."""
     levels = list(LEVELS)
-    for split in SPLITS[:4]:
-        count = args.train if split == "train" else args.test
-        jobs = [(split, i, levels[i % 3] if split == "train" else split) for i in range(count)]
+    counts = {"train": args.train, "val": args.val, **dict.fromkeys(levels, args.test)}
+    for split, count in counts.items():
+        jobs = [(split, i, split if split in levels else levels[i % 3]) for i in range(count)]
         rows = list(parallel(partial(make_question, out=args.out, seed=args.seed), jobs, args.workers, f"{split:8}"))
         os.sync()  # the images, before the rows that name them
         tools.write_jsonl(args.out / f"{split}.jsonl", rows)

@@ -10,12 +10,14 @@ questions, images and turns, and then plays the question through the same tool.
 Search patterns, one per trajectory, named in the row ("pattern"):
     scan            the nine parts in reading order from a random start, every candidate at once
     depth_first     the nine parts in random order, every candidate at once
-    breadth_first   first all parts that have the colour's wallpaper (three others if none has), noting candidates; then these
     hint            the parts that have the colour's wallpaper first, then the others, every candidate at once
     backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
     recover         makes a call that the tool refuses, and mends it
     search_again    overlooks the target, finds nothing, and scans all nine parts again
     recheck         looks twice before answering
+    guess           gives up after a few turns and answers with a guess, which it calls one. As with a real teacher only
+                    the lucky ones are kept: it is asked again until the answer is right, ATTEMPTS times at most. So the
+                    student searches, and guesses now and then; to unlearn that is what RL is for
 
 What differs from the Mini-o3 paper:
 1. The paper prompts a VLM with six exemplars; the scripted teacher needs neither a network nor a GPU. The exemplars here are
@@ -36,6 +38,7 @@ Commands (CPU work; a GPU or more nodes change nothing):
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -47,11 +50,12 @@ import numpy as np
 from tqdm import tqdm
 
 import tools
-from build_data import describe_cell, describe_part, describe_walls, make_question, parallel, place_box, places_with
+from build_data import SHAPES, describe_cell, describe_part, describe_walls, make_question, parallel, place_box, places_with
 from tools import PHRASES, PLACES
 
-PATTERNS = {"scan": 0.13, "depth_first": 0.13, "breadth_first": 0.08, "hint": 0.3,
-            "backtrack": 0.1, "recover": 0.1, "search_again": 0.06, "recheck": 0.1}
+PATTERNS = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
+            "search_again": 0.04, "recheck": 0.04, "guess": 0.22}
+ATTEMPTS = 10   # a guessed shape is right once in 4 times, a digit once in 10
 
 
 def bad_call(rng, call, shown):
@@ -70,7 +74,8 @@ class Teacher:
     def __init__(self, row, pattern, rng):
         self.row, self.pattern, self.rng = row, pattern, rng
         self.shown, self.here, self.later = 0, [], []                       # observations so far; what is left
-        self.overlook = pattern == "search_again"
+        self.overlook, self.guessed = pattern == "search_again", False
+        self.guess_at = int(rng.integers(1, 5)) if pattern == "guess" else None     # the turn in which it gives up
 
     def think(self, seen, place, source, raw=None):
         """One turn's text: what is seen, the state, where to go; raw replaces the call's JSON (a deliberate mistake)."""
@@ -81,8 +86,8 @@ class Teacher:
         return f"<think>{seen}{state}{PHRASES['go'].format(place=place)}</think><grounding>{call}</grounding>"
 
     def next(self):
-        """Where to look next: (place, source, is a part). Breadth first empties `later` first, all others `here`."""
-        if self.later and (self.pattern == "breadth_first" or not self.here):
+        """Where to look next: (place, source, is a part). Candidates come before parts that are still to be looked at."""
+        if not self.here:
             return self.later[0], "original_image", True
         source, places = self.here[0]
         return places[0], source, False
@@ -94,8 +99,8 @@ class Teacher:
     def plan(self):
         """The order of parts; returns the word for it."""
         hinted = [place for place, wall in zip(PLACES, self.row["walls"]) if wall == self.row["colour"]]
-        order = self.pattern if self.pattern in ("scan", "depth_first", "breadth_first") else "hint"
-        if self.pattern in ("backtrack", "recover", "recheck"):
+        order = self.pattern if self.pattern in ("scan", "depth_first") else "hint"
+        if self.pattern in ("backtrack", "recover", "recheck", "guess"):
             order = str(self.rng.choice(["hint", "scan", "depth_first"]))
         self.order = order
         if order == "scan":
@@ -104,9 +109,6 @@ class Teacher:
         if order == "depth_first":
             self.later = [PLACES[i] for i in self.rng.permutation(9)]
             return PHRASES["shuffle"]
-        if order == "breadth_first":
-            self.later = hinted or self.ring()[:3]
-            return PHRASES["first"]
         self.later = hinted + [place for place in PLACES if place not in hinted]
         return PHRASES["hint"]
 
@@ -155,7 +157,12 @@ class Teacher:
         row, self.parts = self.row, {}
         seen = describe_walls(row["walls"], row["colour"]) + self.plan()
         learn = True
-        while True:
+        for turn in itertools.count(1):
+            if turn == self.guess_at:
+                self.guessed = True
+                guess = str(self.rng.choice(SHAPES)) if row["answer"] in SHAPES else str(self.rng.integers(10))
+                yield f"<think>{seen}{PHRASES['guess'].format(answer=guess)}</think><answer>{guess}</answer>", True
+                return
             part, place = yield from self.look(seen, learn)
             learn = True
             if place is None:
@@ -181,17 +188,29 @@ class Teacher:
 
 
 def solve(row, index, root, prompts, max_turns, seed):
-    """One trajectory: the teacher's turns, played through the real tool on the real image. Returns a trajectory row."""
+    """One trajectory: the teacher's turns, played through the real tool on the real image; where it guesses, the last of
+    several ("attempts"). Returns a trajectory row."""
     rng = np.random.default_rng([seed, index])
     pattern = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
-    views, turns, finish, prediction = [tools.open_image(root / row["image"])], [], None, None
+    image = tools.open_image(root / row["image"])
+    for attempt in range(1, ATTEMPTS + 1):
+        solved = play(row, pattern, rng, image, prompts, max_turns)
+        if solved["pattern"] != "guess" or solved["reward"] == 1.0:
+            break
+    return {**solved, "attempts": attempt}
+
+
+def play(row, pattern, rng, image, prompts, max_turns):
+    """The scripted teacher's conversation about a question, with one search pattern. Returns a trajectory row."""
+    views, turns, finish, prediction = [image], [], None, None
     teacher = Teacher(row, pattern, rng)
     for text, learn in teacher.turns():
         turn, finish, prediction = tools.take_turn(views, text, len(turns) + 1, max_turns, max_turns)
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
-    pattern = teacher.order if teacher.pattern in ("recover", "backtrack") else pattern     # ended before its mistake
+    if teacher.pattern in ("recover", "backtrack") or pattern == "guess" and not teacher.guessed:
+        pattern = teacher.order     # it had the answer before its mistake
     return {**trajectory(row, prompts, turns, finish, prediction, "scripted"), "pattern": pattern}
 
 
@@ -235,7 +254,7 @@ def solved_examples(path, prompts, folder, count=6):
     while len(found) < count:
         level = ("easy", "medium", "hard")[index % 3]
         row = solve(make_question(("instruct", index, level), folder, 0), index, folder, prompts, 8, 0)
-        if row["reward"] == 1.0:
+        if row["reward"] == 1.0 and row["pattern"] != "guess":
             found.setdefault(row["pattern"], row)
         index += 1
     return list(found.values()), folder

@@ -2,18 +2,19 @@
 
 For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if the answer is right,
 else 0. The one new thing here is the loss (Mini-o3, section on reinforcement learning): with rewards r and the completion
-mask M of a group (M = 0 for a conversation that ran out of turns or context),
+mask M of a group (M = 0 for a conversation that ran out of turns or context) and a baseline b,
 
-    A_i  = (r_i - mean(r)) / (std(r) + eps)          A'_i = M_i A_i
+    A'_i = M_i (r_i - b) / (s + eps)
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
 Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a wrong answer, and the
 policy learns to answer early instead of to search on; with it, a policy trained with 6 turns goes on searching at 32.
+Why: since E[grad log pi] = 0, the expected gradient is that of P(correct) + b P(unfinished). The mask pays b for an
+unfinished conversation, and a guess is worth its while only where its odds are above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. Whether incomplete conversations enter mean and std is open in the paper. Default: they do, with reward 0, as in the
-   official code; --no-incomplete_in_baseline takes them out.
+2. What b is: --unfinished_value. The paper leaves it open; "group" is the official code's choice.
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
    micro-batches are cut or on the number of processes.
@@ -21,9 +22,8 @@ What differs from textbook GRPO and from the paper:
 6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
    is left over then is dropped from the update and counted ("groups_without_signal").
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
-8. The default questions are the easy ones, since a group teaches most when about half of it succeeds within the turn cap.
-   Where few succeed, one over std(r) makes the rare success weigh most: a search order that always fails there loses
-   nothing (it is masked), one that is lucky now and then gains, and the policy drifts towards the lucky order.
+8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns): within the training
+   cap a policy that guesses looks better than one that searches on.
 
 Commands:
     1 CPU          python rl.py
@@ -59,18 +59,24 @@ import tools
 # The algorithm
 
 
-def group_advantages(rewards, completed, *, incomplete_in_baseline=True, eps=1e-6):
-    """A'_i = M_i (r_i - mean(r)) / (std(r) + eps), per group.
+def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
+    """A'_i = M_i (r_i - b) / (s + eps), per group: what the mask pays for an unfinished response is the baseline b.
 
-    rewards (P, G) float, completed M (P, G) bool -> (P, G). std is unbiased. incomplete_in_baseline: responses with M = 0
-    enter mean and std (with their reward, 0), otherwise only completed ones do. With fewer than two responses in the
-    baseline, or no spread, A = 0, never NaN.
+    rewards (P, G) float, completed M (P, G) bool -> (P, G). unfinished_value says what b is and what enters the unbiased
+    deviation s:
+        "group"      b = mean(r) over all responses, unfinished ones with their reward, 0 (released code)
+        "completed"  b = mean(r) over the completed ones
+        a number     b = that number; s is of the rewards with b in the place of unfinished ones
+    With fewer than two responses in the baseline, or no spread, A' = 0, never NaN.
     """
-    weight = torch.ones_like(rewards) if incomplete_in_baseline else completed.to(rewards.dtype)     # (P, G)
+    weight = completed.to(rewards.dtype) if unfinished_value == "completed" else torch.ones_like(rewards)    # (P, G)
+    if not isinstance(unfinished_value, str):
+        rewards = torch.where(completed, rewards, unfinished_value)                                  # (P, G)
     count = weight.sum(1, keepdim=True)                                                              # (P, 1)
     mean = (weight * rewards).sum(1, keepdim=True) / count.clamp(min=1)
     variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    advantages = torch.where((count >= 2) & (variance > 0), (rewards - mean) / (variance.sqrt() + eps), 0.0)
+    baseline = mean if isinstance(unfinished_value, str) else unfinished_value
+    advantages = torch.where((count >= 2) & (variance > 0), (rewards - baseline) / (variance.sqrt() + eps), 0.0)
     return advantages * completed                                                                    # (P, G)
 
 
@@ -115,16 +121,22 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
 # Rollouts
 
 
-def is_completed(rollout):
-    """M_i: the conversation ended by itself (answer or void), not for lack of turns or context."""
-    return rollout.finish in ("answer", "void")
+def is_unfinished(rollout, args):
+    """The conversation did not end by itself (answer or void) but for lack of turns or context. --mask_void: nor does a turn
+    that breaks off, at its token cap or without a call or an answer, count as an end."""
+    return rollout.finish in ("over_turn", "over_context") or args.mask_void and rollout.finish == "void"
 
 
-def read_sets(specs, held_out=0):
-    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights, held_out rows). A set is a list of
-    (question row, folder of its images); the last `held_out` questions, shared out evenly over the files, are not in it."""
-    sets, weights, kept = [], [], []
-    for number, spec in enumerate(specs):
+def is_completed(rollout, args):
+    """M_i: the conversation is not masked. Those that are played to their end (outcome) never are."""
+    return not is_unfinished(rollout, args) or not args.overturn_mask or args.unfinished_value == "outcome"
+
+
+def read_sets(specs):
+    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a list of (question row,
+    folder of its images)."""
+    sets, weights = [], []
+    for spec in specs:
         name, _, weight = spec.rpartition(":")
         path, weight = (Path(name), weight) if name and not Path(spec).exists() else (Path(spec), "1")
         try:
@@ -133,13 +145,8 @@ def read_sets(specs, held_out=0):
             raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or FILE:WEIGHT") from None
         if not 0 < weights[-1] < float("inf"):
             raise tools.InputError(f"--data {spec}: a weight is a positive number")
-        rows = [(row, path.parent) for row in tools.read_questions(path, "python build_data.py")]
-        count = held_out // len(specs) + (number < held_out % len(specs))
-        if len(rows) <= count:
-            raise tools.InputError(f"{path} has {len(rows)} questions and --eval_size keeps {count} back: lower it")
-        sets.append(rows[:len(rows) - count])
-        kept += rows[len(rows) - count:]
-    return sets, weights, kept
+        sets.append([(row, path.parent) for row in tools.read_questions(path, "python build_data.py")])
+    return sets, weights
 
 
 def pick_rows(sizes, weights, places, total, seed, step, attempt):
@@ -151,9 +158,21 @@ def pick_rows(sizes, weights, places, total, seed, step, attempt):
     return [(int(which[place]), int(orders[which[place]][place % sizes[which[place]]])) for place in places]
 
 
-def collect_groups(engine, sets, weights, step, places, args):
-    """Play this rank's places of one step. Returns ({place: (rollouts of the group, A' (G,))}, everything that was played,
-    places left without signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
+def cut_at(rollout, turns):
+    """What is trained on of a conversation that was played on beyond the training cap: its first `turns` turns, with what came
+    of them in the end."""
+    if len(rollout.turns) <= turns:
+        return rollout
+    ends = [t for t in range(1, len(rollout.ids)) if rollout.mask[t - 1] and not rollout.mask[t]]    # where a turn has ended
+    mask = rollout.mask[:ends[turns - 1]]
+    return replace(rollout, ids=rollout.ids[:len(mask)], mask=mask, logprobs=rollout.logprobs[:sum(mask)],
+                   turns=rollout.turns[:turns])
+
+
+def collect_groups(engine, sets, weights, step, places, args, value):
+    """Play this rank's places of one step; value: what an unfinished conversation is worth (see group_advantages). Returns
+    ({place: (rollouts of the group, A' (G,))}, everything that was played, places left without signal). A group without signal
+    gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
     engine.drafts, engine.counts = evaluate.Drafts(), collections.Counter()  # a resumed run repeats its rounding, too
@@ -167,8 +186,10 @@ def collect_groups(engine, sets, weights, step, places, args):
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
         rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
                                dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
-        completed = torch.tensor([[is_completed(r) or not args.overturn_mask for r in part] for part in parts])
-        advantages = group_advantages(rewards, completed, incomplete_in_baseline=args.incomplete_in_baseline)
+        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])          # (P, G)
+        rewards -= args.overturn_penalty * torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
+        advantages = group_advantages(rewards, completed, unfinished_value="group" if value == "outcome" else value)
+        parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
         signal = (advantages != 0).any(1).tolist()
         groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
         places = [place for place, s in zip(places, signal) if not s]
@@ -177,17 +198,20 @@ def collect_groups(engine, sets, weights, step, places, args):
 
 
 def score_held_out(engine, held_out, args, rank, world):
-    """Accuracy on the questions kept back, one conversation each of at most --eval_turns turns. The random numbers are the same
-    at every evaluation, so that scores of two checkpoints differ by the policy only. None if a judge left any unscored: what is
-    scored without it are exact matches, so that the score would be too high."""
+    """Play the held-out questions once, with at most --eval_turns turns. The random numbers are the same at every evaluation, so
+    that scores of two checkpoints differ by the policy only. Returns (accuracy, accuracy of those conversations that were
+    unfinished after --max_turns turns: what such a conversation is worth), each None if there is nothing to count, or if a
+    judge left any unscored: what is scored without it are exact matches, so that the score would be too high."""
     training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
-    turns = args.eval_turns or args.max_turns
-    engine.limits = replace(engine.limits, max_turns=turns, max_images=args.max_images or turns)
+    engine.limits = replace(engine.limits, max_turns=args.eval_turns, max_images=args.max_images or args.eval_turns)
     engine.key = (args.seed, 2**31)  # a step number that training never reaches
     rows, roots = zip(*(held_out[i] for i in mine)) if mine else ((), ())
-    scores = [math.nan if r.reward is None else r.reward for r in engine.run(rows, 1, roots, mine)]
+    played = [(len(r.turns) > args.max_turns, math.nan if r.reward is None else r.reward)
+              for r in engine.run(rows, 1, roots, mine)]
     engine.limits, engine.key = training
-    return sft.finite(sft.over_ranks([sum(scores)], engine.policy.device)[0] / len(held_out))
+    right, longer, longer_right = sft.over_ranks(
+        [sum(r for _, r in played), sum(late for late, _ in played), sum(r for late, r in played if late)], engine.policy.device)
+    return sft.finite(right / len(held_out)), sft.finite(longer_right / longer) if longer else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +232,7 @@ def update_policy(policy, optimizer, groups, args, lr):
     """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log, gradient norm).
     Without signal on any rank there is no step, which would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
-    completed = torch.tensor([is_completed(r) or not args.overturn_mask for r, _ in every], dtype=torch.bool)
+    completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
     lengths = torch.tensor([sum(r.mask) for r, _ in every])
     mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
     how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
@@ -340,11 +364,11 @@ def cheaper(model, ranks, args, flags, gigabytes):
 # The loop
 
 
-def train_step(policy, optimizer, engine, sets, weights, step, args, rank, world):
+def train_step(policy, optimizer, engine, sets, weights, step, args, value, rank, world):
     """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
-    groups, played, silent = collect_groups(engine, sets, weights, step, places, args)
+    groups, played, silent = collect_groups(engine, sets, weights, step, places, args, value)
     middle = time.time()
     totals, norms = {}, []
     lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
@@ -369,20 +393,27 @@ def dump(out, step, groups, count=8):
 def train(policy, sets, weights, held_out, args, rank, world):
     """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is the best one evaluated."""
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
-    limits = evaluate.Limits(args.max_turns, args.max_images or args.max_turns, args.max_turn_tokens, args.max_context)
+    turns = args.eval_turns if args.unfinished_value == "outcome" else args.max_turns
+    limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens, args.max_context)
     judge = evaluate.make_judge(args, rank)
     engine = evaluate.Engine(policy, limits, args.slots, judge=judge, draft=args.draft)
     log = sft.open_log(args.out, start) if rank == 0 else None
-    best = best_score(args.out) if start else -1.0
+    best, value = history(args.out) if start else (-1.0, None)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
     for step in bar:
-        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, rank, world)
+        scores = {}
+        if held_out and step == 0:
+            scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
+        number = value if args.unfinished_value == "estimate" else args.unfinished_value
+        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, number, rank, world)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            metrics["eval"] = score_held_out(engine, held_out, args, rank, world)
-            if metrics["eval"] is not None and metrics["eval"] >= best:
-                best = metrics["eval"]
+            scores["eval"], latest = score_held_out(engine, held_out, args, rank, world)
+            value = value if latest is None else latest
+            if scores["eval"] is not None and scores["eval"] >= best:
+                best = scores["eval"]
                 sft.export(policy, args.out)
         if rank == 0:
+            metrics = {**metrics, **scores, "value": value}
             log.write(tools.json_line(metrics))
             log.flush()
             shown = [k for k in ("reward", "over_turn", "wrong", "eval") if metrics.get(k) is not None]
@@ -397,11 +428,23 @@ def train(policy, sets, weights, held_out, args, rank, world):
         evaluate.report_cost(engine.judge.client, policy.device, rank)
 
 
-def best_score(out):
-    """The best score on the held-out questions that metrics.jsonl knows of (all ranks wait until it has been cut)."""
+def history(out):
+    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the last value of an unfinished
+    conversation). All ranks wait until the file has been cut."""
     sft.barrier()
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_bytes().splitlines()]
-    return max((line["eval"] for line in lines if line.get("eval") is not None), default=-1.0)
+    return max((line["eval"] for line in lines if line.get("eval") is not None), default=-1.0), lines[-1]["value"]
+
+
+def value_flag(text):
+    """What --unfinished_value may be: a word, or a number."""
+    words = ("group", "completed", "estimate", "outcome")
+    try:
+        if text in words or math.isfinite(float(text)):
+            return text if text in words else float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}, or a number")
 
 
 def parse_args():
@@ -427,8 +470,13 @@ def parse_args():
     group = parser.add_argument_group("loss")
     group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
                        help="mask conversations that ran out of turns or context; without: they count as wrong answers")
-    group.add_argument("--incomplete_in_baseline", action=argparse.BooleanOptionalAction, default=True,
-                       help="masked conversations enter their group's mean and std with reward 0")
+    group.add_argument("--unfinished_value", type=value_flag, default="group", metavar="VALUE",
+                       help="the baseline, which is what the mask pays for an unfinished conversation: group, completed, "
+                       "a number, estimate (accuracy of such conversations among the held-out ones) or outcome (play on)")
+    group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn broke off, too; without: "
+                       "they count as wrong answers")
+    group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of an unfinished conversation "
+                       "(with --no-overturn_mask)")
     group.add_argument("--divisor", default="completed", choices=["completed", "all"], help="what the loss is divided by")
     group.add_argument("--aggregation", default="response", choices=["response", "token", "constant"],
                        help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
@@ -446,15 +494,22 @@ def parse_args():
     sft.add_checkpoint_flags(group, save_every=10)
     group.add_argument("--eval_every", type=int, default=4, help="steps between scores on questions held out from RL; "
                        "--out keeps the best model (0: no evaluation, the last model is kept)")
-    group.add_argument("--eval_size", type=int, default=240, help="held-out questions, taken from the end of --data")
-    group.add_argument("--eval_turns", type=int, help="turns per conversation in these evaluations (default: --max_turns)")
+    group.add_argument("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
+    group.add_argument("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions that no stage has seen")
+    group.add_argument("--eval_turns", type=int, default=32, help="turns per conversation in these evaluations: choose the "
+                       "checkpoint by the accuracy that counts in the end")
     group.add_argument("--dump_every", type=int, default=4, help="steps between dumps of 8 conversations to --out/rollouts/")
     group.add_argument("--plan", action="store_true", help="print the memory that this run needs on 1 to 64 GPUs, and stop")
     args = parser.parse_args()
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
                              "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
                              "min_pixels", "max_pixels"),
-                      ("seed", "draft", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every", "eval_size"))
+                      ("seed", "draft", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every",
+                       "eval_size", "overturn_penalty"))
+    if args.unfinished_value == "estimate" and not args.eval_every:
+        raise tools.InputError("--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
+    if args.overturn_penalty and args.overturn_mask:
+        raise tools.InputError("--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward to take from")
     if args.group < 2:
         raise tools.InputError("--group must be at least 2: an advantage compares conversations about the same question")
     return args
@@ -467,7 +522,9 @@ def main():
     rank, world, device = sft.setup_distributed()
     if args.prompts_per_step < world:
         raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")
-    sets, weights, held_out = read_sets(args.data, args.eval_size if args.eval_every else 0)
+    sets, weights = read_sets(args.data)
+    held_out = [(row, args.eval_data.parent) for row in tools.read_questions(args.eval_data, "python build_data.py")
+                ][:args.eval_size] if args.eval_every else []
     count = sum(map(len, sets))
     if count < args.prompts_per_step:
         raise tools.InputError(f"--data has {count} questions to train on, fewer than --prompts_per_step "

@@ -102,7 +102,8 @@ PHRASES = {
     "here": " In {source} {places}.",              # candidates still to be looked at, with where they were seen
     "later": " Later {places}.",                   # parts of the original image still to be looked at
     "go": " Go {place}.",
-    "scan": " Scan.", "shuffle": " Shuffle.", "hint": " Hint.", "first": " First all.",   # the plan, said in turn one
+    "scan": " Scan.", "shuffle": " Shuffle.", "hint": " Hint.",      # the plan, said in turn one
+    "guess": " Guess {answer}.",                   # an answer that nothing seen supports
     "again": " Not found. Scan again.",
     "back": " Wrong guess. Back.",
     "check": " Check.",

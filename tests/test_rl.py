@@ -20,25 +20,100 @@ T, F = True, False
 
 
 def test_group_advantages_by_hand():
-    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two incomplete: r = (1, 0), mean 1/2, std sqrt(1/2)."""
+    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two unfinished: r = (1, 0), mean 1/2, std sqrt(1/2). With 1/2
+    in their place: r = (1, 0, 1/2, 1/2), std sqrt(1/6); b = 1/2 whatever the mean is. With 0: b = 0."""
     rewards, completed = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64), torch.tensor([[T, T, F, F]])
     inside = rl.group_advantages(rewards, completed, eps=0.0)
     assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64), atol=1e-12)
-    outside = rl.group_advantages(rewards, completed, incomplete_in_baseline=False, eps=0.0)
+    outside = rl.group_advantages(rewards, completed, unfinished_value="completed", eps=0.0)
     assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]], dtype=torch.float64), atol=1e-12)
+    half = rl.group_advantages(rewards, completed, unfinished_value=0.5, eps=0.0)
+    assert torch.allclose(half, torch.tensor([[1.5**0.5, -(1.5**0.5), 0, 0]], dtype=torch.float64), atol=1e-12)
+    zero = rl.group_advantages(rewards, completed, unfinished_value=0.0, eps=0.0)
+    assert torch.allclose(zero, torch.tensor([[2.0, 0, 0, 0]], dtype=torch.float64), atol=1e-12)
+    ones, done = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[T, T, F, F]])
+    paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)     # a value below 1: right ones still gain
+    assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64), atol=1e-12)
 
 
 @pytest.mark.parametrize("rewards, completed", [
     ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]), ([0.0, 0, 0], [F, F, F])])
-@pytest.mark.parametrize("inside", [T, F])
-def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, inside):
-    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), incomplete_in_baseline=inside)
+@pytest.mark.parametrize("value", ["group", "completed"])
+def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, value):
+    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), unfinished_value=value)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("rewards, completed, value", [
+    ([1.0, 1, 1], [T, T, T], 0.5), ([0.0, 0, 0], [F, F, F], 0.5), ([1.0, 0, 1], [T, F, T], 1.0), ([1.0], [T], 0.5)])
+def test_a_number_needs_a_spread_too(rewards, completed, value):
+    """s is of the rewards with b in the place of unfinished ones: all right, none completed, all worth the same, one alone."""
+    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), unfinished_value=value)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+class Tree:
+    """A small world for softmax policies: at each of `turns` turns answer (right with odds that the choice decides) or go on;
+    who has not answered at the end is unfinished. Choices of a turn: guess (0.2), look closer and claim (0.6), go on."""
+
+    def __init__(self, seed, turns=3):
+        g = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(turns, 3, generator=g, dtype=torch.float64).requires_grad_(True)
+        self.odds = torch.rand(turns, 2, generator=g, dtype=torch.float64)
+
+    def outcomes(self):
+        """All conversations: (log-prob, reward, completed), a right and a wrong one for each answer."""
+        logp, alive, found = self.logits.log_softmax(-1), 0.0, []
+        for turn in range(len(logp)):
+            for choice in range(2):
+                for reward in (1.0, 0.0):
+                    chance = self.odds[turn, choice] if reward else 1 - self.odds[turn, choice]
+                    found.append((alive + logp[turn, choice] + chance.log(), reward, True))
+            alive = alive + logp[turn, 2]
+        return [*found, (alive, 0.0, False)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("b", [0.0, 0.17, 0.5, 1.0])
+def test_masking_pays_the_baseline_for_an_unfinished_conversation(seed, b):
+    """E[M (r - b) grad log pi] = grad(P(correct) + b P(unfinished)), exactly: the expectation by enumeration of all
+    conversations, the right-hand side by autograd. Without the mask (all M = 1) it is grad P(correct), whatever b is."""
+    tree = Tree(seed)
+    paths = tree.outcomes()
+    assert sum(logp.exp() for logp, _, _ in paths).item() == pytest.approx(1.0, abs=1e-12)
+    surrogate = sum(logp.exp().detach() * done * (r - b) * logp for logp, r, done in paths)
+    left, = torch.autograd.grad(surrogate, tree.logits, retain_graph=True)
+    value = sum(logp.exp() * (r if done else b) for logp, r, done in paths)
+    right, = torch.autograd.grad(value, tree.logits, retain_graph=True)
+    assert torch.allclose(left, right, atol=1e-14, rtol=0) and left.abs().sum() > 1e-3
+    unmasked, = torch.autograd.grad(sum(logp.exp().detach() * (r - b) * logp for logp, r, _ in paths), tree.logits, retain_graph=True)
+    correct, = torch.autograd.grad(sum(logp.exp() * r for logp, r, _ in paths), tree.logits)
+    assert torch.allclose(unmasked, correct, atol=1e-14, rtol=0)
+    if b:
+        assert (left - unmasked).abs().max() > 1e-5
+
+
+def test_the_advantages_of_many_groups_follow_that_gradient():
+    """The same through group_advantages: 20,000 groups of 16 sampled conversations of one tree, b = 0.4 (a number): the mean of
+    A' (s + eps) grad log pi is the gradient of P(correct) + 0.4 P(unfinished), within four standard errors."""
+    tree, g = Tree(1), torch.Generator().manual_seed(0)
+    paths = tree.outcomes()
+    grads = torch.stack([torch.autograd.grad(logp, tree.logits, retain_graph=True)[0].flatten() for logp, _, _ in paths])    # (N, 9)
+    picked = torch.multinomial(torch.stack([logp.exp().detach() for logp, _, _ in paths]).float(), 20000 * 16, True, generator=g)
+    rewards = torch.tensor([r for _, r, _ in paths], dtype=torch.float64)[picked].view(-1, 16)           # (P, G)
+    completed = torch.tensor([done for *_, done in paths])[picked].view(-1, 16)                          # (P, G)
+    spread = torch.where(completed, rewards, 0.4).std(1, keepdim=True)                                   # (P, 1)
+    scaled = rl.group_advantages(rewards, completed, unfinished_value=0.4, eps=0.0) * spread             # (P, G)
+    each = (scaled.view(-1, 1) * grads[picked]).view(-1, 16, 9).mean(1)                                  # (P, 9)
+    value = sum(logp.exp() * (r if done else 0.4) for logp, r, done in paths)
+    expected = torch.autograd.grad(value, tree.logits)[0].flatten()
+    error = each.std(0) / len(each) ** 0.5
+    assert ((each.mean(0) - expected).abs() < 4 * error + 1e-12).all() and (expected.abs() > 8 * error).any()
 
 
 def test_one_completed_response_outside_the_baseline_has_no_advantage():
     args = torch.tensor([[1.0, 0, 0]]), torch.tensor([[T, F, F]])
-    assert rl.group_advantages(*args, incomplete_in_baseline=False).abs().sum() == 0
+    assert rl.group_advantages(*args, unfinished_value="completed").abs().sum() == 0
     assert rl.group_advantages(*args)[0, 0] > 0
 
 
@@ -46,8 +121,8 @@ def test_incomplete_responses_never_carry_advantage():
     torch.manual_seed(0)
     completed = torch.rand(50, 6) < 0.5
     rewards = (torch.rand(50, 6) < 0.5).double() * completed
-    for inside in (T, F):
-        assert (rl.group_advantages(rewards, completed, incomplete_in_baseline=inside)[~completed] == 0).all()
+    for value in ("group", "completed", 0.0, 0.5, 1.0, -0.5):
+        assert (rl.group_advantages(rewards, completed, unfinished_value=value)[~completed] == 0).all()
 
 
 def test_grpo_loss_by_hand():
@@ -145,6 +220,29 @@ def test_unknown_flags_are_refused():
         rl.grpo_loss(*random_batch(0), aggregation="constant")
 
 
+@pytest.mark.parametrize("flags, expected", [       # answer, void, over_turn, over_context
+    ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]), ({"overturn_mask": False}, [T, T, T, T]),
+    ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]), ({"unfinished_value": "outcome"}, [T, T, T, T])])
+def test_who_is_masked(flags, expected):
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "unfinished_value": "group", **flags})
+    assert [rl.is_completed(evaluate.Rollout(finish=finish), args) for finish in evaluate.FINISHES] == expected
+
+
+def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
+    """A conversation that was played on is cut behind its second turn: its tokens, log-probs and images are those of the same
+    conversation played with two turns at most, its reward is that of the whole; one that was shorter stays as it is."""
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    play = lambda turns: evaluate.Engine(trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
+    cut = 0
+    for short, whole in zip(play(2), play(6)):
+        part = rl.cut_at(whole, 2)
+        assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
+        assert part.logprobs == pytest.approx(short.logprobs, abs=1e-9) and len(part.logprobs) == sum(part.mask)
+        assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
+        cut += part is not whole
+    assert cut > 0
+
+
 def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     def pick(places, step=7, seed=0, attempt=0):
         return rl.pick_rows([50, 60], [1, 1], places, 40, seed, step, attempt)
@@ -160,16 +258,15 @@ def test_files_are_mixed_by_weight():
     assert abs(sum(which) - 1000) < 5 * 27.4
 
 
-def test_sets_weights_and_held_out_questions(tmp_path):
-    """Four questions are held out of two files, the last two of each; a weight stands behind the name."""
+def test_sets_and_weights(tmp_path):
+    """A weight stands behind the name."""
     for name in "ab":
         tools.write_jsonl(tmp_path / name / "q.jsonl", [{"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
                                                         for i in range(5)])
-    sets, weights, held_out = rl.read_sets([f"{tmp_path}/a/q.jsonl:0.5", f"{tmp_path}/b/q.jsonl"], 4)
+    sets, weights = rl.read_sets([f"{tmp_path}/a/q.jsonl:0.5", f"{tmp_path}/b/q.jsonl"])
     assert weights == [0.5, 1.0]
     assert [[(row["id"], root.name) for row, root in s] for s in sets] == [
-        [("a0", "a"), ("a1", "a"), ("a2", "a")], [("b0", "b"), ("b1", "b"), ("b2", "b")]]
-    assert [row["id"] for row, _ in held_out] == ["a3", "a4", "b3", "b4"]
+        [(f"{name}{i}", name) for i in range(5)] for name in "ab"]
 
 
 @pytest.mark.parametrize("spec, told", [("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a weight"),
@@ -178,8 +275,6 @@ def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
     tools.write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "image": "x.jpg", "question": "?", "answer": "1"}])
     with pytest.raises(tools.InputError, match=told):
         rl.read_sets([f"{tmp_path}/{spec}"])
-    with pytest.raises(tools.InputError, match="eval_size"):
-        rl.read_sets([f"{tmp_path}/q.jsonl"], 1)
 
 
 def test_trainer_agrees_with_sampler(trained, world):
@@ -208,7 +303,7 @@ def runs(trained_folder, world, tmp_path_factory):
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
     common = ["rl.py", "--model", trained_folder, "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
               "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2,
-              "--eval_every", 2, "--eval_size", 2, "--eval_turns", 8]
+              "--eval_every", 2, "--eval_data", world / "seen2.jsonl", "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
@@ -349,14 +444,15 @@ def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
 def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp_path):
     """Answers in other words are unscored while the judge fails: their groups leave no signal, whatever the other rewards are."""
     rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
-    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True, incomplete_in_baseline=True)
+    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              unfinished_value="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
         judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
         engine = evaluate.Engine(trained, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
-        groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args)
+        groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args, "group")
         held_out = [(dict(row, answer="something else"), world) for row, _ in rows]     # no exact match: all is left to the judge
-        args.eval_turns, args.max_turns, args.max_images = 6, 6, 6
-        assert rl.score_held_out(engine, held_out, args, 0, 1) is None
+        args.eval_turns, args.max_images = 6, 6
+        assert rl.score_held_out(engine, held_out, args, 0, 1)[0] is None
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish == "answer" and r.prediction for r in unscored)
     assert not any(r.reward is None for part, _ in groups.values() for r in part)
