@@ -373,11 +373,11 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
         (padded, back, parts), heads, out = spans, key.shape[1], []
         rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
         for (first, last, width), slots, length, mask in parts:
-            q = rows[first:last].unflatten(0, (-1, width))  # (b, w, K, H / K, D)
-            q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, K, H / K * w, D)
+            q = rows[first:last].unflatten(0, (-1, width)).transpose(1, 2)  # (b, K, w, H / K, D)
+            q = q.flatten(2, 3)  # (b, K, w * H / K, D)
             part = F.scaled_dot_product_attention(q, key[slots, :, :length], value[slots, :, :length],
                                                   attn_mask=mask, scale=scaling)
-            part = part.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4)  # (b, w, K, H / K, D)
+            part = part.unflatten(2, (width, -1)).transpose(1, 2)  # (b, w, K, H / K, D)
             out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
         return torch.cat(out)[back][None], None  # (1, N, H, D)
     else:
