@@ -140,6 +140,12 @@ def neighbours(pieces, most=CHUNK):
             first = i
 
 
+def count_off(counts):
+    """For counts[i] things of each i: whose each is and its number there. [2, 1] -> [0, 0, 1], [0, 1, 0]"""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+
+
 class SlotCache:
     """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the
     longest conversation.
@@ -162,29 +168,31 @@ class SlotCache:
         end in one row; slots are neighbours. Returns what sft.conversations needs:
         padded (P,): which token stands where if pieces are padded to the longest of their span,
         back (N,): where among these P places the tokens are,
-        spans: (first place, last place, width), slots, columns in use, mask (b, 1, H / K * w, length).
+        spans: (first place, last place, width), slots, columns in use, mask (b, 1, w * H / K, length).
         """
-        self.grow(max(map(sum, zip(fed, pieces))))
-        rows = [slot for slot, piece in zip(slots, pieces) for _ in range(piece)]
-        columns = [f + i for f, piece in zip(fed, pieces) for i in range(piece)]
-        self.where = torch.tensor([rows, columns], device=device)  # (2, N)
-        starts = list(itertools.accumulate(pieces, initial=0))
-        padded, back, cuts = [], [], []
-        for first, last in neighbours(pieces):
-            width, place = max(pieces[first:last]), len(padded)
-            for start, piece in zip(starts[first:last], pieces[first:last]):
-                back += range(len(padded), len(padded) + piece)
-                padded += [*range(start, start + piece), *[0] * (width - piece)]
-            length = max(map(sum, zip(fed[first:last], pieces[first:last])))
-            cuts.append(((place, len(padded), width), slice(slots[first], slots[last - 1] + 1), length))
-        padded, back = (torch.tensor(x, device=device) for x in (padded, back))
-        own, keys = self.where[1][padded], torch.arange(max(cut[2] for cut in cuts), device=device)
+        slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
+        self.grow((fed + pieces).max())
+        owner, offset = count_off(pieces)  # (N,) each
+        self.where = torch.from_numpy(np.stack([slots[owner], fed[owner] + offset])).to(device)  # (2, N)
+        cuts, widths = list(neighbours(pieces.tolist())), np.zeros_like(pieces)
+        for first, last in cuts:
+            widths[first:last] = pieces[first:last].max()
+        owner, offset = count_off(widths)  # (P,) each
+        real, padded = offset < pieces[owner], np.zeros_like(owner)
+        padded[real] = np.arange(real.sum())
+        # a place has a row for each of the H / K queries that share a key head
+        seen = torch.from_numpy(np.repeat(fed[owner] + offset, self.share)).to(device)[:, None]
+        keys = torch.arange((fed + pieces).max(), device=device)
         zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
-        spans = []
-        for (first, last, width), where, length in cuts:
-            limit = own[first:last].view(-1, 1, width).repeat(1, self.share, 1)  # (b, H / K, w)
-            mask = torch.where(keys[:length] > limit[:, None, ..., None], -math.inf, zero)
-            spans.append(((first, last, width), where, length, mask.flatten(2, 3)))
+        spans, place = [], 0
+        for first, last in cuts:
+            width, length = widths[first], (fed + pieces)[first:last].max()
+            end = place + (last - first) * width
+            rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
+            mask = torch.where(keys[:length] > rows, -math.inf, zero)
+            spans.append(((place, end, width), slice(slots[first], slots[last - 1] + 1), length, mask))
+            place = end
+        padded, back = (torch.from_numpy(x).to(device) for x in (padded, real.nonzero()[0]))
         return padded, back, spans
 
     def grow(self, need):
@@ -217,27 +225,37 @@ class Drafts:
     next, and how often that was right lately. Whatever is in here, conversations are the same: a bad
     guess only costs time (see Engine.keep)."""
 
-    def __init__(self, ngrams=(6, 3), most=200_000):
+    def __init__(self, ngrams=(3, 6), most=200_000):
         self.ngrams, self.most, self.guesses = ngrams, most, {}
 
     def learn(self, ids, start):
-        """Take in what the policy wrote: ids[start:]."""
+        """Take in what the policy wrote: ids[start:]. A longer n-gram is kept once a shorter one at
+        its end has been seen before: what comes only once costs little."""
         if len(self.guesses) > self.most:
             self.guesses.clear()  # bounds memory; what is common is soon known again
         for end in range(start, len(ids)):
+            token = ids[end]
             for n in self.ngrams:
                 context = tuple(ids[end - n:end])
-                guess, rate = self.guesses.get(context, (None, 0.0))
-                rate += 0.2 * ((guess == ids[end]) - rate)  # a moving average
-                self.guesses[context] = (guess, rate) if rate > 0.3 else (ids[end], 0.7)
+                known = self.guesses.get(context)
+                if known is None:
+                    self.guesses[context] = token, 0.7
+                    break
+                guess, rate = known
+                rate += 0.2 * ((guess == token) - rate)  # a moving average
+                self.guesses[context] = (guess, rate) if rate > 0.3 else (token, 0.7)
 
-    def after(self, ids, most, least=0.3):
+    def after(self, ids, most, least=0.5):
         """A guess at what follows ids: up to `most` tokens that are right together with a chance of
         at least `least`. A token's guess is that of the longest n-gram known."""
-        ids, chance, draft = ids[-max(self.ngrams):], 1.0, []
+        ids, chance, draft = ids[-self.ngrams[-1]:], 1.0, []
         while len(draft) < most:
-            known = filter(None, (self.guesses.get(tuple(ids[-n:])) for n in self.ngrams))
-            guess, rate = next(known, (None, 0.0))
+            guess, rate = None, 0.0
+            for n in self.ngrams:
+                known = self.guesses.get(tuple(ids[-n:]))
+                if known is None:
+                    break
+                guess, rate = known
             chance *= rate
             if chance < least:
                 break
@@ -246,12 +264,12 @@ class Drafts:
         return draft
 
 
-COUNTS = ["passes", "sampled", "drafted", "accepted"]  # a pass of one slot; tokens
+COUNTS = ["passes", "drafted", "accepted"]  # passes of one slot each; tokens
 
 
 def drafting(counts):
     """What drafts have brought, from an engine's counts."""
-    return {"tokens_per_pass": counts["sampled"] / max(counts["passes"], 1),
+    return {"tokens_per_pass": 1 + counts["accepted"] / max(counts["passes"], 1),
             "draft_accepted": counts["accepted"] / max(counts["drafted"], 1)}
 
 
@@ -259,10 +277,10 @@ class Engine:
     """Plays (row, prompt, sample) jobs to the end: fill the slots -> draft -> feed -> draw -> keep what
     agrees with the draft -> step the tool."""
 
-    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=8):
+    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=4):
         self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
         self.max_slots, self.key, self.cache = slots, (seed, step), None
-        self.draft, self.counts = draft, collections.Counter()
+        self.draft, self.drafts, self.counts = draft, Drafts(), collections.Counter()
         self.never = {*policy.banned, *policy.stop}  # are not drafted: an image, and what ends a turn
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
@@ -276,7 +294,6 @@ class Engine:
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         self.rows, self.prompts, self.bar = rows, prompts, bar
         self.slots, self.done, self.opened = [], {}, None
-        self.drafts = Drafts()  # anew: what is fed together, hence rounding, must not depend on runs before
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
@@ -334,6 +351,8 @@ class Engine:
             images = dict(zip(new, self.policy.patches(list(new.values()))))
             images = [images.get(i) for i in range(len(pieces))]
         draws = [0 if d is None else len(d) + 1 for d in drafts]
+        fed = sum(d is not None for d in drafts)
+        self.counts.update(passes=fed, drafted=sum(draws) - fed)
         logprobs, after = self.forward(range(len(pieces)), pieces, images, draws)  # (M, V)
         ids, scores = self.draw(logprobs, [r.uniform(n) for r, n in zip(self.slots, draws)])
         at, ended = 0, []
@@ -350,7 +369,7 @@ class Engine:
         """What to draft behind a conversation: never the last token of a turn or beyond, since what
         comes then is not written by the policy, and nothing that it may not write."""
         left = self.limits.max_turn_tokens - (len(r.ids) - r.turn_start)
-        draft = self.drafts.after(r.ids, min(self.draft, left - 1))
+        draft = self.drafts.after(r.ids, min(self.draft, left - 1)) if self.draft else []
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
     def forward(self, slots, pieces, images, draws=None):
@@ -403,16 +422,15 @@ class Engine:
         r.fed = len(r.ids) + right
         r.add(ids[:right + 1], True)
         r.logprobs += scores[:right + 1]
-        for name, count in zip(COUNTS, (1, right + 1, len(draft), right)):
-            self.counts[name] += count
+        if self.draft:
+            self.drafts.learn(r.ids, len(r.ids) - right - 1)
+        self.counts["accepted"] += right
         return ids[right] in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
 
     def end_turns(self, slots):
         """Step the tool for these slots; score what is finished and start new conversations."""
         for slot in slots:
             r = self.slots[slot]
-            if self.draft:
-                self.drafts.learn(r.ids, r.turn_start)
             self.step_tool(r)
         self.append_observations([r for r in map(self.slots.__getitem__, slots) if r.finish is None])
         for slot in reversed(slots):  # from the back: moving the last slot into a hole stays correct
@@ -1079,7 +1097,7 @@ def play_level(engine, path, rows, kept, args, rank, world):
 
 
 def add_draft_flag(group):
-    group.add_argument("--draft", type=int, default=8, help="most tokens that are drafted ahead in a "
+    group.add_argument("--draft", type=int, default=4, help="most tokens that are drafted ahead in a "
                        "pass and then checked; the conversations do not depend on it (0: none)")
 
 

@@ -39,6 +39,7 @@ Commands:
 """
 
 import argparse
+import collections
 import json
 import math
 import time
@@ -174,7 +175,7 @@ def collect_groups(engine, sets, weights, step, places, args, value):
     gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
-    engine.counts.clear()
+    engine.drafts, engine.counts = evaluate.Drafts(), collections.Counter()  # a resumed run repeats its rounding, too
     for attempt in range(args.resample + 1):
         if not places:
             break
