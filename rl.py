@@ -14,7 +14,10 @@ unfinished conversation, and a guess is worth its while only where its odds are 
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --unfinished_value. The paper leaves it open; "group" is the official code's choice.
+2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is the official code's
+   choice. Default: 0.5 for every question. A guess at lower odds loses, a faster search gains, and a question on which few
+   conversations succeed weighs no more than others ((1 - b) / s is largest where the success rate b is smallest, so that with
+   "group" the policy drifts towards search orders that are lucky there).
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
    micro-batches are cut or on the number of processes.
@@ -29,9 +32,9 @@ Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
-                       --checkpointing --freeze_vision --max_turn_tokens 1024 --max_context 16384 --slots 16
-    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/train.jsonl --lr 1e-6 \\
-                       --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing \\
+                       --minibatch 4 --checkpointing --max_turn_tokens 1024 --max_context 16384 --slots 16
+    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/rl.jsonl --lr 1e-6 \\
+                       --eval_data data/visualprobe/val.jsonl --no-decay --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing \\
                        --max_turn_tokens 2048 --max_context 32768 --max_images 12 --slots 16
     memory needed  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 --slots 16 \\
                        --checkpointing --shard_optimizer
