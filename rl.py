@@ -371,10 +371,9 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, value, rank
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, value)
     middle = time.time()
     totals, norms = {}, []
-    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-    size = args.minibatch or args.prompts_per_step
-    for first in range(0, args.prompts_per_step, size):
-        share = [groups[place] for place in sorted(groups) if first <= place < first + size]
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * (1 - step / args.steps if args.decay else 1.0)
+    for first in range(0, args.prompts_per_step, args.minibatch):
+        share = [groups[place] for place in sorted(groups) if first <= place < first + args.minibatch]
         sums, norm = update_policy(policy, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
@@ -470,9 +469,10 @@ def parse_args():
     group = parser.add_argument_group("loss")
     group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
                        help="mask conversations that ran out of turns or context; without: they count as wrong answers")
-    group.add_argument("--unfinished_value", type=value_flag, default="group", metavar="VALUE",
-                       help="the baseline, which is what the mask pays for an unfinished conversation: group, completed, "
-                       "a number, estimate (accuracy of such conversations among the held-out ones) or outcome (play on)")
+    group.add_argument("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
+                       help="the baseline, which is what the mask pays for an unfinished conversation: a number, group "
+                       "(released code), completed, estimate (accuracy of such conversations among the held-out ones) or "
+                       "outcome (play on)")
     group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn broke off, too; without: "
                        "they count as wrong answers")
     group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of an unfinished conversation "
@@ -483,11 +483,14 @@ def parse_args():
     group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
     group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=2e-4, help="learning rate, constant after warm-up (paper: 1e-6)")
+    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper: 1e-6)")
+    group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
+                       help="let the rate fall linearly to 0 over the run (paper: constant)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, help="prompts per optimizer step (default: all of a step; paper: 32)")
+    group.add_argument("--minibatch", type=int, default=6, help="prompts per optimizer step (paper: 32 of 256)")
     group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
-    group.add_argument("--freeze_vision", action="store_true", help="do not train the vision tower and its projector")
+    group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
+                       help="do not train the vision tower and its projector, as in the cold start")
     sft.add_optimizer_flags(group, weight_decay=0.0)
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")

@@ -514,20 +514,11 @@ def exact_rotary(rotate_half, q, k, cos, sin):
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-def patches_by_matrix(embed, patches):
-    """The vision tower's first layer as one matrix product. The library's convolution, whose kernel is
-    the whole patch, is the same sum and several times slower on a CPU. (N, C) -> (N, D)"""
-    weight = embed.proj.weight
-    return F.linear(patches.view(-1, weight[0].numel()).to(weight.dtype), weight.flatten(1), embed.proj.bias)
-
-
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
     model.set_attn_implementation({"text_config": "conversations", "vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
-    embed = model.model.visual.patch_embed
-    embed.forward = partial(patches_by_matrix, embed)
     if model.dtype == torch.float64:
         library = sys.modules[type(model).__module__]   # the family's own
         library.apply_rotary_pos_emb_vision = partial(exact_rotary, library.rotate_half)
