@@ -168,7 +168,6 @@ def load(args, library=False):
     _, _, device = sft.setup_distributed()
     policy = sft.load_policy(args.model, device, hint="the README's main command")
     if library:
-        del policy.model.model.visual.patch_embed.forward  # the library's own again
         policy.model.set_attn_implementation("sdpa")
     return policy
 
@@ -220,8 +219,9 @@ def case_drafts(args):
              "without": lambda: plain.run(rows, args.group, args.data.parent),
              "generate": lambda: play_with_generate(peer, rollouts)}
     try:
-        play_with_generate(peer, rollouts[:2], cache_implementation="static")
-        sides["generate, static"] = lambda: play_with_generate(peer, rollouts, cache_implementation="static")
+        play_with_generate(peer, rollouts[:2], cache_implementation="static", disable_compile=True)
+        sides["generate, static"] = lambda: play_with_generate(
+            peer, rollouts, cache_implementation="static", disable_compile=True)
     except Exception as error:  # depends on the library's version
         say(f"drafts: generate with a static cache does not run here: {str(error).splitlines()[0][:80]}")
     alternate_all(title, sides, args.repeats)
