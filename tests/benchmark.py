@@ -4,6 +4,8 @@ Each case alternates ours and the peer in one process and prints the median time
 ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend on the machine.
 
     rollout     groups of conversations against a loop around `generate` on the whole conversation, batched over all
+    drafts      the same with drafts and without, and against `generate` with a static cache; and drafts on
+                a policy that is all chance, where they can only cost
     cached      the same against `generate` with its cache carried over turns, one conversation at a time
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
@@ -12,6 +14,9 @@ ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend
     rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
     growth      cost of our rollouts as turns, conversations and pixels grow
     paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not run
+
+An engine that plays the same conversations again would know them by heart: drafts start from nothing in
+every timed run ("cold", as in a step of RL), or from other samples of these questions ("warm").
 
 Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is forced to them.
 
@@ -23,6 +28,7 @@ Commands:
 
 import argparse
 import contextlib
+import copy
 import resource
 import statistics
 import sys
@@ -115,12 +121,13 @@ def generate(policy, ids, scripts, images, **more):
 
 
 @torch.inference_mode()
-def play_with_generate(policy, rollouts):
+def play_with_generate(policy, rollouts, **more):
     """The loop a user would write: every turn, `generate` on the whole conversations of all who still play."""
     for number in range(max(len(r.turns) for r in rollouts)):
         playing = [(r, *turns_of(r)[number]) for r in rollouts if len(r.turns) > number]
         ids, scripts = [r.ids[:start] for r, start, _ in playing], [r.ids[start:end] for r, start, end in playing]
-        out = generate(policy, ids, scripts, [i for r, start, _ in playing for i in shown_images(policy, r, start)])
+        out = generate(policy, ids, scripts, [i for r, start, _ in playing for i in shown_images(policy, r, start)],
+                       **more)
         texts = policy.tokenizer.batch_decode(out[:, max(map(len, ids)):])
         views = [tools.parse_turn(text) for text in texts]
         assert len(views) == len(playing)
@@ -177,7 +184,59 @@ def case_rollout(args):
     rollouts = [r.with_images(peer) for r in engine.run(rows, args.group, args.data.parent)]
     tokens = sum(sum(r.mask) for r in rollouts)
     alternate(f"rollout: {len(rows)} x {args.group} a process, 6 turns, {tokens} tokens",
-              lambda: engine.run(rows, args.group, args.data.parent), lambda: play_with_generate(peer, rollouts), args.repeats)
+              lambda: play_cold(engine, rows, args), lambda: play_with_generate(peer, rollouts), args.repeats)
+
+
+def play_cold(engine, rows, args):
+    engine.drafts = evaluate.Drafts()
+    return engine.run(rows, args.group, args.data.parent)
+
+
+def play_warm(engine, rows, args, known):
+    engine.drafts = copy.deepcopy(known)
+    return engine.run(rows, args.group, args.data.parent)
+
+
+def alternate_all(title, sides, repeats):
+    """Time all of {name: function} in turn, after one warm-up each. Prints the median time of each and the
+    median of its ratios to the first."""
+    times = [[clock(function) for function in sides.values()] for _ in range(repeats + 1)][1:]
+    for name, column in zip(sides, zip(*times)):
+        ratio = statistics.median(t / row[0] for t, row in zip(column, times))
+        say(f"{title:44} {name:20} {statistics.median(column):8.3f} s   ratio {ratio:6.2f}")
+
+
+def case_drafts(args):
+    ours, peer, rows = load(args), load(args, library=True), questions(args)
+    limits = evaluate.Limits(max_turns=6, max_images=6)
+    plain, drafted = evaluate.Engine(ours, limits, draft=0), evaluate.Engine(ours, limits)
+    other = evaluate.Engine(ours, limits, seed=1)
+    other.run(rows, args.group, args.data.parent)
+    rollouts = [r.with_images(peer) for r in plain.run(rows, args.group, args.data.parent)]
+    title = f"drafts: {len(rows)} x {args.group}, {sum(sum(r.mask) for r in rollouts)} tokens"
+    sides = {"drafts, cold": lambda: play_cold(drafted, rows, args),
+             "drafts, warm": lambda: play_warm(drafted, rows, args, other.drafts),
+             "without": lambda: plain.run(rows, args.group, args.data.parent),
+             "generate": lambda: play_with_generate(peer, rollouts)}
+    try:
+        play_with_generate(peer, rollouts[:2], cache_implementation="static", disable_compile=True)
+        sides["generate, static"] = lambda: play_with_generate(
+            peer, rollouts, cache_implementation="static", disable_compile=True)
+    except Exception as error:  # depends on the library's version
+        say(f"drafts: generate with a static cache does not run here: {str(error).splitlines()[0][:80]}")
+    alternate_all(title, sides, args.repeats)
+    for name, play in (("cold", sides["drafts, cold"]), ("warm", sides["drafts, warm"])):
+        drafted.counts.clear()
+        play()
+        say("drafts, {}: {tokens_per_pass:.2f} tokens per pass, {draft_accepted:.0%} of drafted accepted".format(
+            name, **evaluate.drafting(drafted.counts)))
+    with torch.no_grad():
+        ours.model.model.language_model.norm.weight.mul_(0.01)  # all logits are about 0
+    drafted.counts.clear()
+    sides = {"drafts, cold": lambda: play_cold(drafted, rows[:4], args),
+             "without": lambda: plain.run(rows[:4], args.group, args.data.parent)}
+    alternate_all("drafts: a policy that is all chance", sides, args.repeats)
+    say("drafts, chance: {tokens_per_pass:.2f} tokens per pass".format(**evaluate.drafting(drafted.counts)))
 
 
 def case_cached(args):
@@ -189,7 +248,7 @@ def case_cached(args):
     play_with_cache(peer, some[:4], check=True)
     share = sum(sum(r.mask) for r in some) / sum(sum(r.mask) for r in everything)
     start = time.perf_counter()
-    engine.run(rows, args.group, args.data.parent)
+    play_cold(engine, rows, args)
     middle = time.perf_counter()
     play_with_cache(peer, some)
     ours_time, peer_time = (middle - start) * share, time.perf_counter() - middle
@@ -476,7 +535,7 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
     say(f"| total | | | | {seconds:.1f} |")
 
 
-CASES = {"rollout": case_rollout, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp,
+CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp,
          "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
