@@ -486,11 +486,11 @@ def parse_args():
     group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
     group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper: 1e-6)")
+    group.add_argument("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
                        help="let the rate fall linearly to 0 over the run (paper: constant)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, default=6, help="prompts per optimizer step (paper: 32 of 256)")
+    group.add_argument("--minibatch", type=int, default=3, help="prompts per optimizer step (paper: 32 of 256)")
     group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
                        help="do not train the vision tower and its projector, as in the cold start")
@@ -498,7 +498,7 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
     sft.add_checkpoint_flags(group, save_every=10)
-    group.add_argument("--eval_every", type=int, default=4, help="steps between scores on questions held out from RL; "
+    group.add_argument("--eval_every", type=int, default=6, help="steps between scores on questions held out from RL; "
                        "--out keeps the best model (0: no evaluation, the last model is kept)")
     group.add_argument("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
     group.add_argument("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions that no stage has seen")
