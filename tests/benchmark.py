@@ -535,8 +535,8 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
     say(f"| total | | | | {seconds:.1f} |")
 
 
-CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft, "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp,
-         "rate": case_rate, "growth": case_growth, "paper": case_paper}
+CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft,
+         "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
 def main():

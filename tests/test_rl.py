@@ -325,7 +325,8 @@ def test_two_processes_equal_one(runs, trained_folder):
     assert largest_difference(out / "one", trained_folder) > 1e-6
     assert largest_difference(out / "one", out / "two") < 1e-10
     for a, b in zip(one, two):
-        assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if not k.startswith("seconds"))
+        depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")  # each process drafts by itself
+        assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if k not in depends)
         assert a["mismatch"] < 1e-9
 
 
