@@ -288,7 +288,8 @@ def test_trainer_agrees_with_sampler(trained, world):
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
-          "--max_context", 1200, "--warmup_steps", 0, "--no-decay", "--eval_every", 0]
+          "--max_context", 1200, "--warmup_steps", 0, "--no-decay", "--eval_every", 0,
+          "--minibatch", 4]     # one update a step: the sampler is then the policy that is trained
 
 
 @pytest.fixture(scope="module")
