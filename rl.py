@@ -14,7 +14,10 @@ unfinished conversation, and a guess is worth its while only where its odds are 
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --unfinished_value. The paper leaves it open; "group" is the official code's choice.
+2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is the official code's
+   choice. Default: 0.5 for every question. A guess at lower odds loses, a faster search gains, and a question on which few
+   conversations succeed weighs no more than others ((1 - b) / s is largest where the success rate b is smallest, so that with
+   "group" the policy drifts towards search orders that are lucky there).
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
    micro-batches are cut or on the number of processes.
@@ -29,9 +32,9 @@ Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
-                       --checkpointing --freeze_vision --max_turn_tokens 1024 --max_context 16384 --slots 16
-    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/train.jsonl --lr 1e-6 \\
-                       --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing \\
+                       --minibatch 4 --checkpointing --max_turn_tokens 1024 --max_context 16384 --slots 16
+    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/rl.jsonl --lr 1e-6 \\
+                       --eval_data data/visualprobe/val.jsonl --no-decay --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing \\
                        --max_turn_tokens 2048 --max_context 32768 --max_images 12 --slots 16
     memory needed  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 --slots 16 \\
                        --checkpointing --shard_optimizer
@@ -483,11 +486,11 @@ def parse_args():
     group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
     group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper: 1e-6)")
+    group.add_argument("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
                        help="let the rate fall linearly to 0 over the run (paper: constant)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, default=6, help="prompts per optimizer step (paper: 32 of 256)")
+    group.add_argument("--minibatch", type=int, default=3, help="prompts per optimizer step (paper: 32 of 256)")
     group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
                        help="do not train the vision tower and its projector, as in the cold start")
@@ -495,7 +498,7 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
     sft.add_checkpoint_flags(group, save_every=10)
-    group.add_argument("--eval_every", type=int, default=4, help="steps between scores on questions held out from RL; "
+    group.add_argument("--eval_every", type=int, default=6, help="steps between scores on questions held out from RL; "
                        "--out keeps the best model (0: no evaluation, the last model is kept)")
     group.add_argument("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
     group.add_argument("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions that no stage has seen")

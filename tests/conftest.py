@@ -121,6 +121,7 @@ def world(tmp_path_factory):
     tools.write_jsonl(out / "train.jsonl", rows)
     prompts = dict(tools.PROMPTS, system="Look closer.")  # a short system prompt keeps the tests fast
     solved = [collect_coldstart.solve(row, i, out, prompts, 32, 0) for i, row in enumerate(rows)]
+    solved = [row for row in solved if row["pattern"] != "guess"]   # searches only: they hold what tests look at
     tools.write_jsonl(out / "coldstart.jsonl", sorted(solved, key=lambda r: len(r["turns"]))[:8])
     tools.write_jsonl(out / "instruct.jsonl", build_data.make_instructions(0, out, 0, 6000, 8000))
     return out

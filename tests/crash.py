@@ -97,7 +97,7 @@ def main():
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     data, policy = folder / "data", folder / "policy"
-    for command in (["build_data.py", "--train", 12, "--test", 1, "--scenes", 1, "--out", data],
+    for command in (["build_data.py", "--train", 12, "--val", 1, "--test", 1, "--scenes", 1, "--out", data],
                     ["collect_coldstart.py", "--data", data / "train.jsonl", "--out", data / "coldstart.jsonl"],
                     ["sft.py", "--model", "tiny", "--data", data / "coldstart.jsonl", "--steps", 40, "--lr", 3e-3,
                      "--out", policy]):

@@ -271,15 +271,16 @@ def test_splits_and_questions_differ(tmp_path):
 def built(tmp_path_factory):
     """A small world, as the command makes it, in two processes."""
     out = tmp_path_factory.mktemp("built")
-    done = run_script("build_data.py", "--train", 6, "--test", 3, "--scenes", 2, "--seed", 1, "--workers", 2, "--out", out)
+    done = run_script("build_data.py", "--train", 6, "--val", 3, "--test", 3, "--scenes", 2, "--seed", 1, "--workers", 2, "--out", out)
     return out, done
 
 
 def test_the_command_writes_what_one_process_would(built, tmp_path):
     out, done = built
-    for split in build_data.SPLITS[:4]:
+    mixed = {"train": ["easy", "medium", "hard"] * 2, "val": ["easy", "medium", "hard"]}
+    for split in ("train", "val", "easy", "medium", "hard"):
         rows = tools.read_jsonl(out / f"{split}.jsonl", tools.check_question)
-        levels = ["easy", "medium", "hard"] * 2 if split == "train" else [split] * 3
+        levels = mixed.get(split, [split] * 3)
         assert rows == [build_data.make_question((split, i, level), tmp_path, 1) for i, level in enumerate(levels)]
         assert f"{split}.jsonl: {len(rows)} questions" in done.stdout
     rows = tools.read_jsonl(out / "instruct.jsonl", tools.check_trajectory)
@@ -1127,10 +1128,10 @@ def test_flags_that_do_not_belong_together_are_one_line(monkeypatch, tmp_path, f
 # Mistakes of the user
 
 
-@pytest.mark.parametrize("flags", [["--train", 0], ["--test", -1], ["--scenes", 0], ["--workers", 0], ["--seed", -1],
+@pytest.mark.parametrize("flags", [["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", 0], ["--workers", 0], ["--seed", -1],
                                    ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
 def test_a_bad_flag_is_one_line_and_exit_code_1(tmp_path, flags):
-    small = ["--train", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "out"]
+    small = ["--train", 1, "--val", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "out"]
     done = run_script("build_data.py", *small, *flags, check=False)
     assert done.returncode == 1 and re.fullmatch(r"build_data\.py: error: .*\n", done.stderr) and flags[0] in done.stderr
     assert not (tmp_path / "out").exists()
@@ -1138,7 +1139,7 @@ def test_a_bad_flag_is_one_line_and_exit_code_1(tmp_path, flags):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("kept")
-    done = run_script("build_data.py", "--train", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "file",
+    done = run_script("build_data.py", "--train", 1, "--val", 1, "--test", 1, "--scenes", 1, "--workers", 1, "--out", tmp_path / "file",
                       check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "build_data.py: error:" in done.stderr
     assert (tmp_path / "file").read_text() == "kept"

@@ -288,7 +288,8 @@ def test_trainer_agrees_with_sampler(trained, world):
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
-          "--max_context", 1200, "--warmup_steps", 0, "--eval_every", 0]
+          "--max_context", 1200, "--warmup_steps", 0, "--no-decay", "--eval_every", 0,
+          "--minibatch", 4]     # one update a step: the sampler is then the policy that is trained
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +336,11 @@ def test_the_best_checkpoint_is_kept(runs):
     out, common = runs
     scores = [m.get("eval") for m in read(out / "one")]
     assert scores[0] is None and all(s in (0.0, 0.5, 1.0) for s in scores[1:])
+    assert read(out / "one")[0]["eval_before"] in (0.0, 0.5, 1.0) and all("value" in m for m in read(out / "one"))
     run_script(*common, "--steps", 2, "--out", out / "short")
     saved = sft.load_policy(str(out / "one"), "cpu", "float64")
     latest = sft.load_policy(str(out / "one"), "cpu", "float64")
-    sft.load_state(out / "one", sft.Optimizer(sft.trainable(latest, False), 0.0, 0.0), True, 3)
+    sft.load_state(out / "one", sft.Optimizer(sft.trainable(latest, True), 0.0, 0.0), True, 3)
     same = all(torch.equal(a, b) for a, b in zip(saved.model.state_dict().values(), latest.model.state_dict().values()))
     assert same == (scores[2] >= scores[1])
     assert same or largest_difference(out / "one", out / "short") == 0
