@@ -45,7 +45,11 @@ import evaluate
 import rl
 import sft
 import tools
-from conftest import LiveBytes
+
+THREADS = torch.get_num_threads()
+from conftest import LiveBytes  # noqa: E402
+
+torch.set_num_threads(THREADS)  # OMP_NUM_THREADS counts: conftest sets a number for tests
 
 
 def alternate(title, ours, peer, repeats):
