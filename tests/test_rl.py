@@ -383,7 +383,7 @@ def test_plan_is_what_the_tiny_model_allocates(trained, world):
     policy = sft.load_policy(trained.model.config._name_or_path, "cpu", "float32", trained.prompts)
     policy.model.gradient_checkpointing_enable()
     policy.model.train()
-    rows = tools.read_jsonl(world / "coldstart.jsonl") * 2
+    rows = tools.read_jsonl(world / "coldstart.jsonl") * 3     # so long that the text's activations dominate
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
     tokens = batch["input_ids"].shape[1]
