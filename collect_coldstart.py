@@ -367,6 +367,9 @@ def main():
     done, kept = collect(rows, args, prompts, client, examples)
     print(f"teacher {args.teacher}: {len(done)} trajectories, {len(kept)} correct and kept, {len(done) - len(kept)} left out "
           f"({dict(collections.Counter(r['finish'] for r in done if r['reward'] != 1.0))})")
+    again = sum(row.get("attempts", 1) - 1 for row in done)
+    if again:
+        print(f"asked again after a wrong guess: {again} times")
     if client is not None:
         tools.print_cost("teacher", [client.used[k] for k in tools.COSTS])
     for name, key in (("pattern", lambda r: r.get("pattern")), ("turns", lambda r: len(r["turns"]))):
