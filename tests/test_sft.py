@@ -521,7 +521,8 @@ def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, tmp
 
 
 def test_two_nodes_equal_one(trained_folder, world, tmp_path):
-    """Two torchrun agents that meet over loopback, one process each, against one agent with two processes."""
+    """Two torchrun agents that meet over loopback, one process each, against one agent with two processes: to 1e-10 in
+    float64, since an agent gives its only process both cores, and two threads add up in another order than one."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 3,
               "--shard_optimizer"]
     run_script(*common, "--out", tmp_path / "one", nproc=2)
@@ -533,7 +534,7 @@ def test_two_nodes_equal_one(trained_folder, world, tmp_path):
     nodes = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    assert crash.same_weights(tmp_path / "one", tmp_path / "two")
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
