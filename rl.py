@@ -406,7 +406,9 @@ def train(policy, sets, weights, held_out, args, rank, world):
         scores = {}
         if held_out and step == 0:
             scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
-        number = value if args.unfinished_value == "estimate" else args.unfinished_value
+        number = args.unfinished_value
+        if number == "estimate":    # as long as none was unfinished there is nothing to estimate
+            number = "group" if value is None else value
         metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, number, rank, world)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             scores["eval"], latest = score_held_out(engine, held_out, args, rank, world)
