@@ -50,7 +50,8 @@ import numpy as np
 from tqdm import tqdm
 
 import tools
-from build_data import SHAPES, describe_cell, describe_part, describe_walls, make_question, parallel, place_box, places_with
+from build_data import (SHAPES, describe_cell, describe_part, describe_walls, make_question, parallel,
+                        place_box, places_with)
 from tools import PHRASES, PLACES
 
 PATTERNS = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
@@ -74,8 +75,8 @@ class Teacher:
     def __init__(self, row, pattern, rng):
         self.row, self.pattern, self.rng = row, pattern, rng
         self.shown, self.here, self.later = 0, [], []                       # observations so far; what is left
-        self.overlook, self.guessed = pattern == "search_again", False
-        self.guess_at = int(rng.integers(1, 5)) if pattern == "guess" else None     # the turn in which it gives up
+        self.overlook = pattern == "search_again"
+        self.guess_at = int(rng.integers(1, 5)) if pattern == "guess" else None     # gives up here
 
     def think(self, seen, place, source, raw=None):
         """One turn's text: what is seen, the state, where to go; raw replaces the call's JSON (a deliberate mistake)."""
@@ -86,7 +87,7 @@ class Teacher:
         return f"<think>{seen}{state}{PHRASES['go'].format(place=place)}</think><grounding>{call}</grounding>"
 
     def next(self):
-        """Where to look next: (place, source, is a part). Candidates come before parts that are still to be looked at."""
+        """Where to look next: (place, source, is a part). Candidates come before parts."""
         if not self.here:
             return self.later[0], "original_image", True
         source, places = self.here[0]
@@ -159,9 +160,10 @@ class Teacher:
         learn = True
         for turn in itertools.count(1):
             if turn == self.guess_at:
-                self.guessed = True
-                guess = str(self.rng.choice(SHAPES)) if row["answer"] in SHAPES else str(self.rng.integers(10))
-                yield f"<think>{seen}{PHRASES['guess'].format(answer=guess)}</think><answer>{guess}</answer>", True
+                self.pattern, asked = "guessed", SHAPES if row["answer"] in SHAPES else None
+                guess = str(self.rng.choice(asked) if asked else self.rng.integers(10))
+                seen += PHRASES["guess"].format(answer=guess)
+                yield f"<think>{seen}</think><answer>{guess}</answer>", True
                 return
             part, place = yield from self.look(seen, learn)
             learn = True
@@ -209,7 +211,7 @@ def play(row, pattern, rng, image, prompts, max_turns):
         turns.append(turn if learn else {**turn, "learn": False})
         if finish:
             break
-    if teacher.pattern in ("recover", "backtrack") or pattern == "guess" and not teacher.guessed:
+    if teacher.pattern in ("recover", "backtrack", "guess"):
         pattern = teacher.order     # it had the answer before its mistake
     return {**trajectory(row, prompts, turns, finish, prediction, "scripted"), "pattern": pattern}
 
