@@ -125,19 +125,22 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
 
 
 def is_unfinished(rollout, args):
-    """The conversation did not end by itself (answer or void) but for lack of turns or context. --mask_void: nor does a turn
-    that breaks off, at its token cap or without a call or an answer, count as an end."""
-    return rollout.finish in ("over_turn", "over_context") or args.mask_void and rollout.finish == "void"
+    """The conversation did not end by itself (answer or void) but for lack of turns or context.
+    --mask_void: nor does a turn that breaks off, at its token cap or without a call or an answer,
+    count as an end."""
+    lacking = ("over_turn", "over_context", "void") if args.mask_void else ("over_turn", "over_context")
+    return rollout.finish in lacking
 
 
 def is_completed(rollout, args):
     """M_i: the conversation is not masked. Those that are played to their end (outcome) never are."""
-    return not is_unfinished(rollout, args) or not args.overturn_mask or args.unfinished_value == "outcome"
+    masking = args.overturn_mask and args.unfinished_value != "outcome"
+    return not (masking and is_unfinished(rollout, args))
 
 
 def read_sets(specs):
-    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a list of (question row,
-    folder of its images)."""
+    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a list
+    of (question row, folder of its images)."""
     sets, weights = [], []
     for spec in specs:
         name, _, weight = spec.rpartition(":")
@@ -162,20 +165,20 @@ def pick_rows(sizes, weights, places, total, seed, step, attempt):
 
 
 def cut_at(rollout, turns):
-    """What is trained on of a conversation that was played on beyond the training cap: its first `turns` turns, with what came
-    of them in the end."""
+    """What is trained on of a conversation that was played beyond the training cap: its first
+    `turns` turns, with what came of them in the end."""
     if len(rollout.turns) <= turns:
         return rollout
-    ends = [t for t in range(1, len(rollout.ids)) if rollout.mask[t - 1] and not rollout.mask[t]]    # where a turn has ended
-    mask = rollout.mask[:ends[turns - 1]]
+    ends = [t for t in range(1, len(rollout.ids)) if rollout.mask[t - 1] and not rollout.mask[t]]
+    mask = rollout.mask[:ends[turns - 1]]       # ends: the first token that is not the policy's
     return replace(rollout, ids=rollout.ids[:len(mask)], mask=mask, logprobs=rollout.logprobs[:sum(mask)],
                    turns=rollout.turns[:turns])
 
 
-def collect_groups(engine, sets, weights, step, places, args, value):
-    """Play this rank's places of one step; value: what an unfinished conversation is worth (see group_advantages). Returns
-    ({place: (rollouts of the group, A' (G,))}, everything that was played, places left without signal). A group without signal
-    gives its place to a fresh prompt, a bounded number of times."""
+def collect_groups(engine, sets, weights, step, places, args, paid):
+    """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
+    ({place: (rollouts of the group, A' (G,))}, everything that was played, places left without
+    signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
     engine.drafts, engine.counts = evaluate.Drafts(), collections.Counter()  # a resumed run repeats its rounding, too
@@ -191,7 +194,7 @@ def collect_groups(engine, sets, weights, step, places, args, value):
                                dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
         completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])          # (P, G)
         rewards -= args.overturn_penalty * torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
-        advantages = group_advantages(rewards, completed, unfinished_value="group" if value == "outcome" else value)
+        advantages = group_advantages(rewards, completed, unfinished_value=paid)
         parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
         signal = (advantages != 0).any(1).tolist()
         groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
@@ -201,20 +204,23 @@ def collect_groups(engine, sets, weights, step, places, args, value):
 
 
 def score_held_out(engine, held_out, args, rank, world):
-    """Play the held-out questions once, with at most --eval_turns turns. The random numbers are the same at every evaluation, so
-    that scores of two checkpoints differ by the policy only. Returns (accuracy, accuracy of those conversations that were
-    unfinished after --max_turns turns: what such a conversation is worth), each None if there is nothing to count, or if a
-    judge left any unscored: what is scored without it are exact matches, so that the score would be too high."""
+    """Play the held-out questions once, with at most --eval_turns turns. The random numbers are the
+    same at every evaluation, so that scores of two checkpoints differ by the policy only. Returns
+    (accuracy, accuracy of those conversations that were unfinished after --max_turns turns: what such
+    a conversation is worth). Each is None if there is nothing to count, or if a judge left any
+    unscored: what is scored without it are exact matches, so that the score would be too high."""
     training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
-    engine.limits = replace(engine.limits, max_turns=args.eval_turns, max_images=args.max_images or args.eval_turns)
+    engine.limits = replace(engine.limits, max_turns=args.eval_turns,
+                            max_images=args.max_images or args.eval_turns)
     engine.key = (args.seed, 2**31)  # a step number that training never reaches
     rows, roots = zip(*(held_out[i] for i in mine)) if mine else ((), ())
     played = [(len(r.turns) > args.max_turns, math.nan if r.reward is None else r.reward)
               for r in engine.run(rows, 1, roots, mine)]
     engine.limits, engine.key = training
-    right, longer, longer_right = sft.over_ranks(
-        [sum(r for _, r in played), sum(late for late, _ in played), sum(r for late, r in played if late)], engine.policy.device)
-    return sft.finite(right / len(held_out)), sft.finite(longer_right / longer) if longer else None
+    late = [reward for longer, reward in played if longer]
+    right, count, late_right = sft.over_ranks(
+        [sum(reward for _, reward in played), len(late), sum(late)], engine.policy.device)
+    return sft.finite(right / len(held_out)), sft.finite(late_right / count) if count else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,14 +373,16 @@ def cheaper(model, ranks, args, flags, gigabytes):
 # The loop
 
 
-def train_step(policy, optimizer, engine, sets, weights, step, args, value, rank, world):
+def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
     """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
-    groups, played, silent = collect_groups(engine, sets, weights, step, places, args, value)
+    groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
     middle = time.time()
     totals, norms = {}, []
-    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps)) * (1 - step / args.steps if args.decay else 1.0)
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+    if args.decay:
+        lr *= 1 - step / args.steps
     for first in range(0, args.prompts_per_step, args.minibatch):
         share = [groups[place] for place in sorted(groups) if first <= place < first + args.minibatch]
         sums, norm = update_policy(policy, optimizer, share, args, lr)
@@ -406,10 +414,13 @@ def train(policy, sets, weights, held_out, args, rank, world):
         scores = {}
         if held_out and step == 0:
             scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
-        number = args.unfinished_value
-        if number == "estimate":    # as long as none was unfinished there is nothing to estimate
-            number = "group" if value is None else value
-        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, number, rank, world)
+        paid = args.unfinished_value
+        if paid == "outcome" or paid == "estimate" and value is None:   # nothing masked, or nothing seen
+            paid = "group"
+        elif paid == "estimate":
+            paid = value
+        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, paid,
+                                     rank, world)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             scores["eval"], latest = score_held_out(engine, held_out, args, rank, world)
             value = value if latest is None else latest
@@ -433,11 +444,12 @@ def train(policy, sets, weights, held_out, args, rank, world):
 
 
 def history(out):
-    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the last value of an unfinished
-    conversation). All ranks wait until the file has been cut."""
+    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the last
+    value of an unfinished conversation). All ranks wait until the file has been cut."""
     sft.barrier()
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_bytes().splitlines()]
-    return max((line["eval"] for line in lines if line.get("eval") is not None), default=-1.0), lines[-1]["value"]
+    scores = [line["eval"] for line in lines if line.get("eval") is not None]
+    return max(scores, default=-1.0), lines[-1]["value"]
 
 
 def value_flag(text):
