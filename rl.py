@@ -9,15 +9,16 @@ mask M of a group (M = 0 for a conversation that ran out of turns or context) an
 
 Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a wrong answer, and the
 policy learns to answer early instead of to search on; with it, a policy trained with 6 turns goes on searching at 32.
-Why: since E[grad log pi] = 0, the expected gradient is that of P(correct) + b P(unfinished). The mask pays b for an
-unfinished conversation, and a guess is worth its while only where its odds are above b (docs/mask.md).
+Why: since E[grad log pi] = 0, the expected gradient is that of P(correct) + b P(unfinished). The mask
+pays b for an unfinished conversation, and a guess is worth its while only where its odds are above b
+(docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is the official code's
-   choice. Default: 0.5 for every question. A guess at lower odds loses, a faster search gains, and a question on which few
-   conversations succeed weighs no more than others ((1 - b) / s is largest where the success rate b is smallest, so that with
-   "group" the policy drifts towards search orders that are lucky there).
+2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is the
+   official code's choice. Default: 0.5 for every question. A guess at lower odds loses, and a faster
+   search gains. With "group" (1 - b) / s is largest where few conversations succeed, so that the
+   policy drifts towards search orders that are lucky on such questions; with 0.5 they weigh no more.
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
    micro-batches are cut or on the number of processes.
@@ -25,17 +26,21 @@ What differs from textbook GRPO and from the paper:
 6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
    is left over then is dropped from the update and counted ("groups_without_signal").
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
-8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns): within the training
-   cap a policy that guesses looks better than one that searches on.
+8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns):
+   within the training cap a policy that guesses looks better than one that searches on.
 
 Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
-                       --minibatch 4 --checkpointing --max_turn_tokens 1024 --max_context 16384 --slots 16
-    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b --data data/visualprobe/rl.jsonl --lr 1e-6 \\
-                       --eval_data data/visualprobe/val.jsonl --no-decay --prompts_per_step 256 --minibatch 32 --group 16 --shard_optimizer --checkpointing \\
-                       --max_turn_tokens 2048 --max_context 32768 --max_images 12 --slots 16
+                       --minibatch 4 --checkpointing --max_turn_tokens 1024 \\
+                       --max_context 16384 --slots 16
+    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b \\
+                       --data data/visualprobe/rl.jsonl --eval_data data/visualprobe/val.jsonl \\
+                       --lr 1e-6 --no-decay --warmup_steps 0 --steps 200 \\
+                       --prompts_per_step 256 --minibatch 32 --group 16 --resample 3 \\
+                       --max_turn_tokens 2048 --max_context 32768 --max_images 12 --slots 16 \\
+                       --tokens 32768 --shard_optimizer --checkpointing
     memory needed  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 --slots 16 \\
                        --checkpointing --shard_optimizer
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 rl.py ...
@@ -63,23 +68,25 @@ import tools
 
 
 def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
-    """A'_i = M_i (r_i - b) / (s + eps), per group: what the mask pays for an unfinished response is the baseline b.
+    """A'_i = M_i (r_i - b) / (s + eps), per group: the mask pays b for an unfinished response.
 
-    rewards (P, G) float, completed M (P, G) bool -> (P, G). unfinished_value says what b is and what enters the unbiased
-    deviation s:
-        "group"      b = mean(r) over all responses, unfinished ones with their reward, 0 (released code)
+    rewards (P, G) float, completed M (P, G) bool -> (P, G). unfinished_value says what b is and what
+    enters the unbiased deviation s:
+        "group"      b = mean(r) over all, unfinished ones with their reward, 0 (released code)
         "completed"  b = mean(r) over the completed ones
         a number     b = that number; s is of the rewards with b in the place of unfinished ones
     With fewer than two responses in the baseline, or no spread, A' = 0, never NaN.
     """
-    weight = completed.to(rewards.dtype) if unfinished_value == "completed" else torch.ones_like(rewards)    # (P, G)
+    alone = unfinished_value == "completed"
+    weight = completed.to(rewards.dtype) if alone else torch.ones_like(rewards)          # (P, G)
     if not isinstance(unfinished_value, str):
-        rewards = torch.where(completed, rewards, unfinished_value)                                  # (P, G)
+        rewards = torch.where(completed, rewards, unfinished_value)                      # (P, G)
     count = weight.sum(1, keepdim=True)                                                              # (P, 1)
     mean = (weight * rewards).sum(1, keepdim=True) / count.clamp(min=1)
     variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
     baseline = mean if isinstance(unfinished_value, str) else unfinished_value
-    advantages = torch.where((count >= 2) & (variance > 0), (rewards - baseline) / (variance.sqrt() + eps), 0.0)
+    advantages = (rewards - baseline) / (variance.sqrt() + eps)                          # (P, G)
+    advantages = torch.where((count >= 2) & (variance > 0), advantages, 0.0)
     return advantages * completed                                                                    # (P, G)
 
 
@@ -128,7 +135,7 @@ def is_unfinished(rollout, args):
     """The conversation did not end by itself (answer or void) but for lack of turns or context.
     --mask_void: nor does a turn that breaks off, at its token cap or without a call or an answer,
     count as an end."""
-    lacking = ("over_turn", "over_context", "void") if args.mask_void else ("over_turn", "over_context")
+    lacking = ["over_turn", "over_context"] + ["void"] * args.mask_void
     return rollout.finish in lacking
 
 
@@ -181,7 +188,8 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
     signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
-    engine.drafts, engine.counts = evaluate.Drafts(), collections.Counter()  # a resumed run repeats its rounding, too
+    # anew in every step: a resumed run must repeat the rounding, too
+    engine.drafts, engine.counts = evaluate.Drafts(), collections.Counter()
     for attempt in range(args.resample + 1):
         if not places:
             break
@@ -192,8 +200,9 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
         rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
                                dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
-        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])          # (P, G)
-        rewards -= args.overturn_penalty * torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
+        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])  # (P, G)
+        unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
+        rewards -= args.overturn_penalty * unfinished                                        # (P, G)
         advantages = group_advantages(rewards, completed, unfinished_value=paid)
         parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
         signal = (advantages != 0).any(1).tolist()
@@ -487,13 +496,13 @@ def parse_args():
     group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
                        help="mask conversations that ran out of turns or context; without: they count as wrong answers")
     group.add_argument("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
-                       help="the baseline, which is what the mask pays for an unfinished conversation: a number, group "
-                       "(released code), completed, estimate (accuracy of such conversations among the held-out ones) or "
-                       "outcome (play on)")
-    group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn broke off, too; without: "
-                       "they count as wrong answers")
-    group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of an unfinished conversation "
-                       "(with --no-overturn_mask)")
+                       help="the baseline, which is what the mask pays for an unfinished "
+                       "conversation: a number, group (released code), completed, estimate (accuracy "
+                       "of such conversations among the held-out ones) or outcome (play on)")
+    group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn "
+                       "broke off, too; without: they count as wrong answers")
+    group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of "
+                       "an unfinished conversation (with --no-overturn_mask)")
     group.add_argument("--divisor", default="completed", choices=["completed", "all"], help="what the loss is divided by")
     group.add_argument("--aggregation", default="response", choices=["response", "token", "constant"],
                        help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
@@ -543,8 +552,10 @@ def main():
     if args.prompts_per_step < world:
         raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")
     sets, weights = read_sets(args.data)
-    held_out = [(row, args.eval_data.parent) for row in tools.read_questions(args.eval_data, "python build_data.py")
-                ][:args.eval_size] if args.eval_every else []
+    held_out = []
+    if args.eval_every:
+        rows = tools.read_questions(args.eval_data, "python build_data.py")[:args.eval_size]
+        held_out = [(row, args.eval_data.parent) for row in rows]
     count = sum(map(len, sets))
     if count < args.prompts_per_step:
         raise tools.InputError(f"--data has {count} questions to train on, fewer than --prompts_per_step "
