@@ -1,17 +1,18 @@
-"""How an agent is debugged: what became of every conversation of an evaluation, by kind, and which plan it began with.
+"""How an agent is debugged: what became of every conversation of an evaluation, by kind, and which
+plan it began with.
 
-An accuracy says how often a policy fails, not how. In the default world a thought says what is seen, what is wanted and
-what follows, so each failure can be put down to the step at which it happened:
+An accuracy says how often a policy fails, not how. In the default world a thought says what is seen,
+what is wanted and what follows, so each failure can be put down to the step at which it happened:
 
     guess           the answer is called a guess
     tag             the answer is not the one that the thought arrives at
-    claim           "Yes", although what the thought itself says it sees is not what the question asks for
+    claim           "Yes", although what it says it sees is not what the question asks for
     misread         "Yes" to something of the right name, but that is not what the image shows
     list            broke off at the token cap in a list that repeats itself
     void            any other turn with neither a call nor an answer
     over_turn, over_context     ran out of turns or tokens
 
-    python tests/failures.py results/sft results/rl        (--data data: the questions with their layout)
+    python tests/failures.py results/sft results/rl
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tools
+from build_data import LEVELS
 
 KINDS = ["right", "guess", "tag", "claim", "misread", "list", "void", "over_turn", "over_context"]
 PLANS = [tools.PHRASES[name].strip() for name in ("hint", "scan", "shuffle")]
@@ -30,11 +32,11 @@ PLANS = [tools.PHRASES[name].strip() for name in ("hint", "scan", "shuffle")]
 
 def kind_of(row, question):
     """One of KINDS. row: an evaluated conversation; question: the row of data/ with its layout."""
-    if row["reward"] == 1.0:
-        return "guess, right" if "Guess" in row["turns"][-1]["text"] else "right"
-    if row["finish"] != "answer":
-        return "list" if row["finish"] == "void" and repeats(row["turns"][-1]["text"]) else row["finish"]
     text = row["turns"][-1]["text"]
+    if row["reward"] == 1.0:
+        return "guess, right" if "Guess" in text else "right"
+    if row["finish"] != "answer":
+        return "list" if row["finish"] == "void" and repeats(text) else row["finish"]
     if "Guess" in text:
         return "guess"
     said = re.search(r"Answer (\w+)\.", text)
@@ -65,17 +67,21 @@ def shares(labels, order):
 
 def main():
     parser = argparse.ArgumentParser(description="What became of every conversation, by kind.")
-    parser.add_argument("results", nargs="+", type=Path, help="folders that evaluate.py has written")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the questions")
+    parser.add_argument("results", nargs="+", type=Path, help="folders written by evaluate.py")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="questions with layout")
     args = parser.parse_args()
     for folder in args.results:
-        for path in sorted(folder.glob("*.jsonl"), key=lambda path: ["easy", "medium", "hard", path.stem].index(path.stem)):
-            if not (args.data / path.name).exists():
-                continue
-            questions = {row["id"]: row for row in tools.read_questions(args.data / path.name)}
-            rows = tools.read_jsonl(path)
-            print(f"{folder.name} {path.stem}: {shares([kind_of(r, questions[r['id']]) for r in rows], KINDS)}")
-            print(f"    plan: {shares([plan_of(r) for r in rows], PLANS)}")
+        levels = [level for level in LEVELS if (folder / f"{level}.jsonl").exists()]
+        if not levels:
+            raise tools.InputError(f"{folder} has no easy, medium or hard.jsonl; make them with: "
+                                   "python evaluate.py")
+        for level in levels:
+            asked = tools.read_questions(args.data / f"{level}.jsonl", "python build_data.py")
+            questions = {row["id"]: row for row in asked}
+            rows = tools.read_jsonl(folder / f"{level}.jsonl")
+            kinds = [kind_of(row, questions[row["id"]]) for row in rows]
+            print(f"{folder.name} {level}: {shares(kinds, KINDS)}")
+            print(f"    plan: {shares([plan_of(row) for row in rows], PLANS)}")
 
 
 if __name__ == "__main__":
