@@ -141,7 +141,8 @@ def neighbours(pieces, most=CHUNK):
 
 
 def count_off(counts):
-    """For counts[i] things of each i: whose each is and its number there. [2, 1] -> [0, 0, 1], [0, 1, 0]"""
+    """For counts[i] things of each i, whose each is and its number there: [2, 1] -> [0, 0, 1] and
+    [0, 1, 0]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
 
@@ -281,7 +282,7 @@ class Engine:
         self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
         self.max_slots, self.key, self.cache = slots, (seed, step), None
         self.draft, self.drafts, self.counts = draft, Drafts(), collections.Counter()
-        self.never = {*policy.banned, *policy.stop}  # are not drafted: an image, and what ends a turn
+        self.never = {*policy.banned, *policy.stop}  # not drafted: an image, what ends a turn
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
     @torch.inference_mode()
@@ -356,7 +357,7 @@ class Engine:
         logprobs, after = self.forward(range(len(pieces)), pieces, images, draws)  # (M, V)
         ids, scores = self.draw(logprobs, [r.uniform(n) for r, n in zip(self.slots, draws)])
         at, ended = 0, []
-        for i, (r, draft) in enumerate(zip(list(self.slots), drafts)):
+        for i, (r, draft) in enumerate(zip(self.slots, drafts)):
             if draft is not None:
                 r.new_image = None
                 end = at + len(draft) + 1
@@ -373,14 +374,14 @@ class Engine:
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
     def forward(self, slots, pieces, images, draws=None):
-        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already;
-        slots are neighbours. Pieces lie end to end in one row of N tokens, so that nothing is padded.
+        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already.
+        Slots are neighbours. Pieces lie end to end in one row of N tokens, without padding.
 
-        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece are
-        followed by a draw (default: one). Returns (log-probs behind these (M, V), position behind each
-        piece)."""
+        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece
+        are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
+        behind each piece)."""
         rollouts, device = [self.slots[i] for i in slots], self.policy.device
-        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, N)
+        ids = torch.tensor([sum(pieces, [])], device=device)  # (1, N)
         where = torch.tensor([r.next_position + i for r, piece in zip(rollouts, pieces)
                               for i in range(len(piece))]).repeat(3, 1, 1)  # (3, 1, N)
         after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
@@ -425,15 +426,16 @@ class Engine:
         if self.draft:
             self.drafts.learn(r.ids, len(r.ids) - right - 1)
         self.counts["accepted"] += right
-        return ids[right] in self.policy.stop or len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
+        full = len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
+        return full or ids[right] in self.policy.stop
 
     def end_turns(self, slots):
         """Step the tool for these slots; score what is finished and start new conversations."""
-        for slot in slots:
-            r = self.slots[slot]
+        rollouts = [self.slots[slot] for slot in slots]
+        for r in rollouts:
             self.step_tool(r)
-        self.append_observations([r for r in map(self.slots.__getitem__, slots) if r.finish is None])
-        for slot in reversed(slots):  # from the back: moving the last slot into a hole stays correct
+        self.append_observations([r for r in rollouts if r.finish is None])
+        for slot in reversed(slots):  # from the back: moving the last slot into a hole is correct
             if self.slots[slot].finish is not None:
                 self.retire(slot)
 
