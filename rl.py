@@ -382,6 +382,13 @@ def cheaper(model, ranks, args, flags, gigabytes):
 # The loop
 
 
+def learning_rate(step, args):
+    """Of a step, counted from 0: rises over the first --warmup_steps; with --decay it also falls, from
+    --lr before the first step to 0 behind the last."""
+    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+    return rate * (1 - step / args.steps) if args.decay else rate
+
+
 def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
     """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
     begin = time.time()
@@ -389,17 +396,15 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
     middle = time.time()
     totals, norms = {}, []
-    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-    if args.decay:
-        lr *= 1 - step / args.steps
+    lr = learning_rate(step, args)
     for first in range(0, args.prompts_per_step, args.minibatch):
         share = [groups[place] for place in sorted(groups) if first <= place < first + args.minibatch]
         sums, norm = update_policy(policy, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
-    return {"step": step + 1, **measure(played, totals, norms, len(silent), seconds, args, policy.device,
-                                         engine.counts)}, groups
+    measured = measure(played, totals, norms, len(silent), seconds, args, policy.device, engine.counts)
+    return {"step": step + 1, "lr": lr, **measured}, groups
 
 
 def dump(out, step, groups, count=8):

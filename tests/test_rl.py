@@ -243,6 +243,13 @@ def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
     assert cut > 0
 
 
+def test_learning_rate_by_hand():
+    args = argparse.Namespace(lr=8.0, warmup_steps=2, steps=4, decay=False)
+    assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 8.0, 8.0, 8.0]
+    args.decay = True
+    assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 6.0, 4.0, 2.0]
+
+
 def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     def pick(places, step=7, seed=0, attempt=0):
         return rl.pick_rows([50, 60], [1, 1], places, 40, seed, step, attempt)
