@@ -34,7 +34,7 @@ from pathlib import Path
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from PIL import Image
+from PIL import Image, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors. Two audiences: the model (ToolError) and the person at the keyboard (InputError).
@@ -169,11 +169,23 @@ def open_image(path):
     """Decode an image file to RGB. Raises InputError if it is missing, truncated, not an image or absurdly large."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return as_shown(image)
     except FileNotFoundError:
         raise InputError(f"{path}: image is missing; run the stage that wrote this data again") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace it or remove its rows") from None
+
+
+def as_shown(image):
+    """A PIL image as RGB, as a viewer shows it: a camera's photo upright (EXIF), 16 bits scaled to 8,
+    white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def size_for_model(width, height, min_pixels, max_pixels, factor=28):

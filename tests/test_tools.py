@@ -341,6 +341,28 @@ def test_every_image_becomes_rgb(tmp_path):
         assert (image.mode, image.size) == ("RGB", (5, 4))
 
 
+def test_an_image_is_opened_as_a_viewer_shows_it(tmp_path):
+    photo = Image.new("RGB", (4, 2), "red")
+    photo.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6        # the camera was held upright: turn the stored pixels clockwise
+    photo.save(tmp_path / "x.png", exif=exif)
+    shown = tools.open_image(tmp_path / "x.png")
+    assert (shown.size, shown.getpixel((1, 0)), shown.getpixel((0, 0))) == ((2, 4), (0, 0, 255), (255, 0, 0))
+
+    for name, kind in (("x.png", "<u2"), ("x.tiff", "<u2"), ("x.tiff", ">u2")):
+        Image.fromarray(np.full((3, 3), 127 * 256 + 9).astype(kind)).save(tmp_path / name)
+        assert tools.open_image(tmp_path / name).getpixel((1, 1)) == (127, 127, 127)
+
+    for mode, hidden in (("RGBA", (9, 9, 9, 0)), ("LA", (9, 0))):
+        Image.new(mode, (3, 3), hidden).save(tmp_path / "x.png")
+        assert tools.open_image(tmp_path / "x.png").getpixel((1, 1)) == (255, 255, 255)
+    half = Image.new("P", (3, 3), 1)
+    half.putpalette([0, 0, 0, 200, 0, 0])
+    half.save(tmp_path / "x.gif", transparency=1)
+    assert tools.open_image(tmp_path / "x.gif").getpixel((1, 1)) == (255, 255, 255)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # JSONL
 
