@@ -163,12 +163,16 @@ def read_sets(specs):
 
 
 def pick_rows(sizes, weights, places, total, seed, step, attempt):
-    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is drawn by weight; within a
-    set of at least `total` questions no question comes twice. Depends on (seed, step, attempt) and the place only."""
-    rng = np.random.default_rng([seed, step, attempt])
-    which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
+    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is drawn
+    by weight. A set's questions come in an order drawn for the step, and every place of every attempt
+    has a number of its own in it, so that none comes twice in a step as long as the set lasts.
+    Depends on (seed, step, attempt) and the place only."""
+    which = np.random.default_rng([seed, step, attempt]).choice(
+        len(sizes), size=total, p=np.array(weights) / sum(weights))
+    rng = np.random.default_rng([seed, step])
     orders = [rng.permutation(size) for size in sizes]
-    return [(int(which[place]), int(orders[which[place]][place % sizes[which[place]]])) for place in places]
+    return [(int(which[place]), int(orders[which[place]][(attempt * total + place) % sizes[which[place]]]))
+            for place in places]
 
 
 def cut_at(rollout, turns):
@@ -244,6 +248,15 @@ def score_rollouts(policy, rollouts):
     new = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]))     # (N,)
     old = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=new.dtype, device=policy.device)
     return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
+
+
+def minibatches(groups, args, device):
+    """The places with signal, on whichever rank, cut into mini-batches of about --minibatch places each,
+    equal to within one: a step in which few groups have signal takes fewer optimizer steps, not
+    noisier ones."""
+    flags = sft.over_ranks([place in groups for place in range(args.prompts_per_step)], device)
+    places = [place for place, here in enumerate(flags) if here]
+    return np.array_split(places, max(1, round(len(places) / args.minibatch)))
 
 
 def update_policy(policy, optimizer, groups, args, lr):
@@ -397,8 +410,8 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
     middle = time.time()
     totals, norms = {}, []
     lr = learning_rate(step, args)
-    for first in range(0, args.prompts_per_step, args.minibatch):
-        share = [groups[place] for place in sorted(groups) if first <= place < first + args.minibatch]
+    for places in minibatches(groups, args, policy.device):
+        share = [groups[place] for place in places if place in groups]
         sums, norm = update_policy(policy, optimizer, share, args, lr)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
@@ -518,7 +531,7 @@ def parse_args():
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
                        help="let the rate fall linearly to 0 over the run (paper: constant)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, default=3, help="prompts per optimizer step (paper: 32 of 256)")
+    group.add_argument("--minibatch", type=int, default=3, help="prompts with signal per optimizer step (paper: 32 of 256)")
     group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
                        help="do not train the vision tower and its projector, as in the cold start")

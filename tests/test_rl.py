@@ -259,6 +259,21 @@ def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     assert len({tuple(p) for p in (whole, pick(range(40), step=8), pick(range(40), seed=1), pick(range(40), attempt=1))}) == 4
 
 
+def test_no_question_comes_twice_in_a_step():
+    """Not in a fresh attempt either, as long as there are others."""
+    picked = [q for attempt in range(4) for q in rl.pick_rows([160], [1.0], range(40), 40, 0, 3, attempt)]
+    assert sorted(picked) == [(0, index) for index in range(160)]
+
+
+@pytest.mark.parametrize("places, size, expected", [
+    ([1, 4, 5, 9, 11, 12], 3, [[1, 4, 5], [9, 11, 12]]), ([0, 2, 3, 7], 3, [[0, 2, 3, 7]]),
+    ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])])
+def test_minibatches_are_cut_from_the_groups_with_signal(places, size, expected):
+    args = argparse.Namespace(prompts_per_step=16, minibatch=size)
+    cut = rl.minibatches(dict.fromkeys(places), args, torch.device("cpu"))
+    assert [part.tolist() for part in cut] == expected
+
+
 def test_files_are_mixed_by_weight():
     """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each), come from the second."""
     which = [s for step in range(100) for s, _ in rl.pick_rows([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
