@@ -79,7 +79,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import tools
 from tools import PHRASES, PLACES
@@ -677,7 +676,7 @@ def mini_o3_coldstart(source):
         return "coldstart" if path.suffix == ".parquet" else None
 
     longer, columns = set(), ["conversations", "sample_index", "rollout_index"]
-    for path in tqdm([path for path in files(source) if stem(path)], desc="beginnings", unit=" files"):
+    for path in tools.Progress([path for path in files(source) if stem(path)], desc="beginnings", unit=" files"):
         for _, record in records(path, columns):
             try:
                 longer.update(beginnings(record)[1][:-1])
@@ -852,7 +851,7 @@ def import_data(name, source, out, seed):
     stem = None
     for stem, items in itertools.groupby(importer(source), key=lambda item: item[0]):
         path = out / f"{stem}.jsonl"
-        tools.write_jsonl(path, import_rows(tqdm(items, desc=stem, unit=" rows"), out, seed, path))
+        tools.write_jsonl(path, import_rows(tools.Progress(items, desc=stem, unit=" rows"), out, seed, path))
     if stem is None:
         raise tools.InputError(f"{source}: nothing to import; {name} expects {expected}")
 
@@ -900,7 +899,8 @@ def parallel(function, jobs, workers, title, initial=0):
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-            yield from tqdm(pool.map(function, jobs, chunksize=16), initial=initial, total=initial + len(jobs), desc=title)
+            yield from tools.Progress(pool.map(function, jobs, chunksize=16), initial=initial,
+                                      total=initial + len(jobs), desc=title)
     except BrokenProcessPool:
         raise tools.InputError(f"a worker process of '{title.strip()}' was killed, perhaps for lack of memory; run the command "
                                "again, it goes on where it was, or with fewer --workers") from None

@@ -47,7 +47,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import tools
 from build_data import (SHAPES, describe_cell, describe_part, describe_walls, make_question, parallel,
@@ -304,8 +303,9 @@ def collect(rows, args, prompts, client=None, examples=()):
     else:
         limits = types.SimpleNamespace(max_turns=args.max_turns, max_images=args.max_turns, max_turn_tokens=args.max_turn_tokens)
         work = partial(solve_served, client=client, before=examples, limits=limits, **common)
-        results = (row for _, row in tqdm(tools.in_threads(client, work, jobs, args.requests), desc="collect", initial=len(done),
-                                          total=len(rows)))
+        played = tools.in_threads(client, work, jobs, args.requests)
+        results = (row for _, row in tools.Progress(played, desc="collect", initial=len(done),
+                                                    total=len(rows)))
     with partial_path.open("a", encoding="utf-8") as file:
         for row in results:
             if row is not None:

@@ -35,6 +35,7 @@ import collections
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -49,7 +50,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import sft
 import tools
@@ -161,7 +161,9 @@ class SlotCache:
     def __init__(self, config, slots, dtype, device, longest):
         heads, width = config.num_key_value_heads, sft.head_size(config)
         self.slots, self.longest, self.share = slots, longest, config.num_attention_heads // heads
-        self.layers = [[torch.zeros(slots, heads, 256, width, dtype=dtype, device=device) for _ in "kv"]
+        # a GPU's allocator would keep what was outgrown, so there all of it is taken at once
+        length = longest if torch.device(device).type == "cuda" else 256
+        self.layers = [[torch.zeros(slots, heads, length, width, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
     def at(self, slots, fed, pieces, device):
@@ -265,6 +267,12 @@ class Drafts:
         return draft
 
 
+def cache_argument(model):
+    """What the library calls the cache: transformers 5.2x renamed it, and a name that it does not know
+    would be swallowed in silence."""
+    return "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+
+
 COUNTS = ["passes", "drafted", "accepted"]  # passes of one slot each; tokens
 
 
@@ -283,6 +291,7 @@ class Engine:
         self.max_slots, self.key, self.cache = slots, (seed, step), None
         self.draft, self.drafts, self.counts = draft, Drafts(), collections.Counter()
         self.never = {*policy.banned, *policy.stop}  # not drafted: an image, what ends a turn
+        self.cache_name = cache_argument(policy.model)
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
     @torch.inference_mode()
@@ -397,7 +406,8 @@ class Engine:
         spans = self.cache.at(slots, [r.fed for r in rollouts], list(map(len, pieces)), device)
         hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
             input_ids=ids, position_ids=where.to(device), attention_mask=spans[-1][0][-1],
-            past_key_values=self.cache, use_cache=True, spans=spans, **pixels).last_hidden_state[0]
+            use_cache=True, spans=spans, **{self.cache_name: self.cache},
+            **pixels).last_hidden_state[0]
         drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
         return sft.project(self.policy, hidden[torch.tensor(drawn, device=device)]), after
 
@@ -991,7 +1001,7 @@ def read_trajectories(folders, tables, data, image_bytes=60_000):
             if len(rows) != samples:
                 raise tools.InputError(f"{folder}/{level}.jsonl has {len(rows)} rows, but table.json is about {samples} samples: "
                                        "evaluate into it again")
-            for row in tqdm(rows, desc=f"{run} {level}"):
+            for row in tools.Progress(rows, desc=f"{run} {level}"):
                 picture = str(roots[level] / row["image"])
                 if picture not in images:
                     images[picture] = tools.data_url(tools.open_image(picture), image_bytes)
@@ -1083,7 +1093,7 @@ def play_level(engine, path, rows, kept, args, rank, world):
     mine = todo[rank::world]
     played = []
     chunk = max(1, 4 * args.slots // args.samples)  # questions between two saves
-    with tqdm(total=len(mine) * args.samples, disable=rank != 0, desc=path.stem, mininterval=2) as bar:
+    with tools.Progress(total=len(mine) * args.samples, disable=rank != 0, desc=path.stem) as bar:
         for at in range(0, len(mine), chunk):
             part = mine[at:at + chunk]
             done = engine.run([rows[i] for i in part], args.samples, path.parent, prompts=part, bar=bar)

@@ -56,7 +56,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import evaluate
@@ -102,13 +101,14 @@ def count_denominator(mask, completed, *, divisor="completed", aggregation="resp
     return counted.sum().double() * (max_tokens if aggregation == "constant" else 1)
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0.2, clip_high=0.3, divisor="completed",
-              aggregation="response", denominator=None, max_tokens=None):
+def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0.2, clip_high=0.3, clip_dual=0.0,
+              divisor="completed", aggregation="response", denominator=None, max_tokens=None):
     """-J: clipped policy gradient with over-turn mask, a scalar to minimise.
 
     logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy; advantages (B,);
     mask (B, T) bool: 1 where the policy wrote the token; completed M (B,) bool. aggregation: "response" averages the tokens
     of each response, then responses (paper); "token" averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO).
+    clip_dual c > 1: where A' < 0 the objective is not below c A' (0: unbounded in the ratio, as in PPO).
     denominator: the count over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
     that is still connected to logprobs. Raises ValueError for an unknown divisor or aggregation.
     """
@@ -121,6 +121,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()                                    # (B, T)
     advantage = (advantages * completed)[:, None]                                                    # (B, 1)
     objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)   # (B, T)
+    if clip_dual:
+        objective = torch.where(advantage < 0, objective.clamp(min=clip_dual * advantage), objective)
     objective = torch.where(mask, objective, 0.0).sum(1)                                             # (B,)
     if aggregation == "response":
         objective = objective / mask.sum(1).clamp(min=1)
@@ -260,8 +262,9 @@ def minibatches(groups, args, device):
 
 
 def update_policy(policy, optimizer, groups, args, lr):
-    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log, gradient norm).
-    Without signal on any rank there is no step, which would move the weights by momentum alone; the norm is then None."""
+    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log,
+    largest |log ratio| of a token, gradient norm). Without signal on any rank there is no step, which
+    would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
     completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
     lengths = torch.tensor([sum(r.mask) for r, _ in every])
@@ -269,8 +272,9 @@ def update_policy(policy, optimizer, groups, args, lr):
     how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
     denominator = sft.over_ranks([count_denominator(mask, completed, **how).item() if every else 0.0], policy.device)[0]
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
+    largest = [0.0]
     if not denominator:
-        return sums, None
+        return sums, 0.0, None
     advantage_of = {id(r): a for r, a in every}
 
     def loss_of(micro):
@@ -278,8 +282,9 @@ def update_policy(policy, optimizer, groups, args, lr):
         advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
         done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
         loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
-                         denominator=denominator, **how)
+                         clip_dual=args.clip_dual, denominator=denominator, **how)
         gap = (new.detach() - old)[mask]                                                             # (N,)
+        largest.append(gap.abs().max().item())
         sums["loss"] += loss.item()
         sums["mismatch"] += gap.abs().sum().item()
         sums["clipped"] += ((gap.exp() < 1 - args.clip_low) | (gap.exp() > 1 + args.clip_high)).sum().item()
@@ -289,10 +294,10 @@ def update_policy(policy, optimizer, groups, args, lr):
 
     optimizer.backward(sft.micro_batches([r for r, a in every if a != 0], args.tokens), loss_of)
     healthy = math.isfinite(sft.over_ranks([sums["loss"]], policy.device)[0])
-    return sums, optimizer.step(lr, args.max_norm, healthy)
+    return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
 
-def measure(played, sums, norms, unsignalled, seconds, args, device, counts):
+def measure(played, sums, largest, norms, unsignalled, seconds, args, device, counts):
     """One row of metrics.jsonl, over all ranks (every metric is explained in the README)."""
     right = [r for r in played if r.reward == 1.0]
     local = [len(played), sum(r.reward is None for r in played), len(right), sum(len(r.turns) for r in played),
@@ -301,11 +306,13 @@ def measure(played, sums, norms, unsignalled, seconds, args, device, counts):
     total = sft.over_ranks(local, device)
     n, unscored, correct, turns, right_turns, answer, void, over_turn, over_context, sampled, silent, *rest = total
     (*drafted, loss, mismatch, clipped, tokens, responses) = rest
+    largest = sft.over_ranks([largest], device, torch.distributed.ReduceOp.MAX)[0]
     return {"reward": correct / max(n - unscored, 1), "unscored": unscored / n, "rollouts": int(n), "turns": turns / n,
             "turns_correct": right_turns / max(correct, 1), "answer": answer / n, "void": void / n, "over_turn": over_turn / n,
             "over_context": over_context / n, "wrong": (answer - correct - unscored) / n, "sampled_tokens": int(sampled),
             "groups_without_signal": int(silent), "trained_responses": int(responses), "loss": sft.finite(loss),
-            "mismatch": sft.finite(mismatch / max(tokens, 1)), "clip_fraction": clipped / max(tokens, 1),
+            "mismatch": sft.finite(mismatch / max(tokens, 1)),
+            "largest_log_ratio": sft.finite(largest), "clip_fraction": clipped / max(tokens, 1),
             "grad_norm": sft.finite(sum(norms) / max(len(norms), 1)), "seconds_rollout": seconds[0],
             "seconds_update": seconds[1], **evaluate.drafting(dict(zip(evaluate.COUNTS, drafted)))}
 
@@ -408,15 +415,16 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
     places = list(range(rank, args.prompts_per_step, world))
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
     middle = time.time()
-    totals, norms = {}, []
+    totals, largest, norms = {}, 0.0, []
     lr = learning_rate(step, args)
     for places in minibatches(groups, args, policy.device):
         share = [groups[place] for place in places if place in groups]
-        sums, norm = update_policy(policy, optimizer, share, args, lr)
+        sums, gap, norm = update_policy(policy, optimizer, share, args, lr)
+        largest = max(largest, gap)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
-    measured = measure(played, totals, norms, len(silent), seconds, args, policy.device, engine.counts)
+    measured = measure(played, totals, largest, norms, len(silent), seconds, args, policy.device, engine.counts)
     return {"step": step + 1, "lr": lr, **measured}, groups
 
 
@@ -436,7 +444,7 @@ def train(policy, sets, weights, held_out, args, rank, world):
     engine = evaluate.Engine(policy, limits, args.slots, judge=judge, draft=args.draft)
     log = sft.open_log(args.out, start) if rank == 0 else None
     best, value = history(args.out) if start else (-1.0, None)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl", mininterval=5)
+    bar = tools.Progress(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl")
     for step in bar:
         scores = {}
         if held_out and step == 0:
@@ -459,7 +467,7 @@ def train(policy, sets, weights, held_out, args, rank, world):
             log.write(tools.json_line(metrics))
             log.flush()
             shown = [k for k in ("reward", "over_turn", "wrong", "eval") if metrics.get(k) is not None]
-            bar.set_postfix_str(" ".join(f"{k} {metrics[k]:.3f}" for k in shown))
+            bar.set_postfix_str(" ".join(f"{k} {metrics[k]:.3f}" for k in shown), refresh=False)
             if (step + 1) % args.dump_every == 0:
                 dump(args.out, step + 1, groups)
         if sft.end_step(args, optimizer, step + 1, args.steps, policy.device):
@@ -526,6 +534,8 @@ def parse_args():
                        help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
     group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
     group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
+    group.add_argument("--clip_dual", type=float, default=0.0, help="where the advantage is negative, a "
+                       "ratio counts as this at most, e.g. 3 (0: unbounded, as in the paper)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
@@ -551,8 +561,8 @@ def parse_args():
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
                              "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
                              "min_pixels", "max_pixels"),
-                      ("seed", "draft", "resample", "clip_low", "clip_high", "warmup_steps", "weight_decay", "eval_every",
-                       "eval_size", "overturn_penalty"))
+                      ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
+                       "weight_decay", "eval_every", "eval_size", "overturn_penalty"))
     if args.unfinished_value == "estimate" and not args.eval_every:
         raise tools.InputError("--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
     if args.overturn_penalty and args.overturn_mask:

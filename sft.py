@@ -47,7 +47,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -72,6 +71,7 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)     # plans anew for every shape, and ours all differ
     elif world > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world > 1 and not dist.is_initialized():
@@ -222,29 +222,32 @@ class Optimizer:
             self.buckets += added
             options += [{"params": [bucket.master for bucket in added], "weight_decay": decay}] if added else []
         self.adam = torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), fused=True)
-        self.sending, self.next, self.flying, self.skipped = False, 0, collections.deque(), 0
+        self.sending, self.last, self.next = False, False, 0
+        self.flying, self.skipped = collections.deque(), 0
         for bucket in self.buckets:
             for param in bucket.params:
                 param.register_post_accumulate_grad_hook(partial(self.arrived, bucket))
 
     def backward(self, micros, loss_of):
-        """Run backward through loss_of(micro) for each of this rank's micro-batches. Sharded, every one is a round of
-        collectives, so that no rank ever holds all gradients; otherwise they are summed locally and sent during the last
-        round. Returns the sum of this rank's losses."""
+        """Run backward through loss_of(micro) for each of this rank's micro-batches. Gradients are summed in
+        the master's precision, since a hundred sums in bfloat16 would lose the small ones. Sharded, every
+        micro-batch is a round of collectives, so that no rank ever holds all gradients; otherwise they are
+        summed locally, and over ranks during the last round. Returns the sum of this rank's losses."""
         micros, losses = list(micros), []
         rounds = int(over_ranks([max(1, len(micros))], self.buckets[0].flat.device, dist.ReduceOp.MAX)[0])
         for i in range(rounds):
-            self.sending, self.next = self.shard or i == rounds - 1, 0
+            self.sending, self.last, self.next = True, i == rounds - 1, 0
             for bucket in self.buckets:
                 bucket.missing = len(bucket.params)
             if i < len(micros):
                 loss = loss_of(micros[i])
                 loss.backward()
                 losses.append(loss.item())
-            while self.sending and self.next < len(self.buckets):   # what had no gradient here
+            while self.next < len(self.buckets):    # what had no gradient here
                 self.send(self.buckets[self.next])
         while self.flying:
             self.receive()
+        self.sending = False
         return sum(losses)
 
     def arrived(self, bucket, param):
@@ -260,7 +263,10 @@ class Optimizer:
         if self.shard:
             out = torch.empty_like(bucket.master)
             work = reduce_scatter(out, flat, async_op=True)
-        elif self.world > 1:
+        elif self.world > 1 and self.last:
+            if bucket.master.grad is not None:
+                flat += bucket.master.grad
+                bucket.master.grad = None
             work = dist.all_reduce(flat, async_op=True)
         self.flying.append((bucket, out, flat, work))
         if len(self.flying) > 2:    # bounds what is held beyond the shard
@@ -304,8 +310,9 @@ class Optimizer:
             work.wait()
 
     def state(self):
-        """This rank's pieces, one dict per bucket."""
-        return [{"size": bucket.size, "master": bucket.master.data, **self.adam.state[bucket.master]} for bucket in self.buckets]
+        """This rank's pieces, one dict per bucket. (A view would be saved with all that it is a view of.)"""
+        return [{"size": bucket.size, "master": bucket.master.data.clone(),
+                 **self.adam.state[bucket.master]} for bucket in self.buckets]
 
     @torch.no_grad()
     def load(self, parts):
@@ -339,22 +346,34 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}    # model_type -> processor, for servers
 
 
-def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **unused):
-    """Vision attention: all windows of one length in one batched call. query: (1, H, S, D). Returns ((1, S, H, D), None).
+def window_plan(borders):
+    """Windows of the vision tower by their length: [(length, which tokens they hold (W * length,))], and
+    the order that undoes this (S,). The library hands the same borders (W + 1,) to every layer: the plan
+    is made once and kept with them, since each one asks the device what is in them."""
+    if not hasattr(borders, "plan"):
+        lengths, parts = borders.diff(), []
+        for length in lengths.unique().tolist():
+            starts = borders[:-1][lengths == length]
+            parts.append((length, (starts[:, None] + torch.arange(length, device=starts.device)).flatten()))
+        borders.plan = parts, torch.cat([index for _, index in parts]).argsort()
+    return borders.plan
 
-    transformers calls the attention once per window in a Python loop unless the implementation's name contains "flash",
-    in which case it hands over the window borders; that is the only reason for this name.
+
+def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **unused):
+    """Vision attention: all windows of one length in one batched call. query: (1, H, S, D).
+    Returns ((1, S, H, D), None).
+
+    transformers calls the attention once per window in a Python loop unless the implementation's name
+    contains "flash", in which case it hands over the window borders; that is the only reason for this name.
     """
-    lengths = cu_seq_lens_q.diff()
-    parts, order = [], []
-    for length in lengths.unique().tolist():
-        starts = cu_seq_lens_q[:-1][lengths == length]
-        index = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()                    # (W * length,)
-        q, k, v = (t[0][:, index].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))  # (W, H, length, D)
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        parts.append(out.transpose(1, 2).flatten(0, 1))                                                     # (W * length, H, D)
-        order.append(index)
-    return torch.cat(parts)[torch.cat(order).argsort()].unsqueeze(0), None
+    parts, back = window_plan(cu_seq_lens_q)
+    out = []
+    for length, index in parts:
+        q, k, v = (t[0][:, index].unflatten(1, (-1, length)).transpose(0, 1)
+                   for t in (query, key, value))                            # (W, H, length, D)
+        o = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out.append(o.transpose(1, 2).flatten(0, 1))                         # (W * length, H, D)
+    return torch.cat(out)[back].unsqueeze(0), None
 
 
 def conversations(module, query, key, value, attention_mask, scaling=None, lengths=None, spans=None, **more):
@@ -476,6 +495,15 @@ def check_family(path):
         raise tools.InputError(f"{path}: model family '{family}' is not supported; use one of {', '.join(FAMILIES)}")
 
 
+def check_device(path, device, dtype):
+    """Raise InputError if a model of billions of parameters is about to run on a CPU by mistake."""
+    config = PreTrainedConfig.get_config_dict(path)[0]
+    width = config.get("text_config", config).get("hidden_size", 0)
+    if width >= 1024 and torch.device(device).type == "cpu" and dtype == "auto":
+        raise tools.InputError(f"{path}: no GPU was found for a model as large as this (width {width}); to run "
+                               "it on the CPU all the same, say so with --dtype bfloat16 or float32")
+
+
 def head_size(text):
     """Width of one attention head; Qwen3-VL's text configuration names it, Qwen2.5-VL's does not."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -488,6 +516,7 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
         raise tools.InputError(f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
     try:
         check_family(path)
+        check_device(path, device, dtype)
         parts = (AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device)),
                  AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
     except tools.InputError:
@@ -817,7 +846,7 @@ def train(policy, rows, root, args, rank, world):
     freeze = args.model != "tiny" if args.freeze_vision is None else args.freeze_vision
     optimizer, start = start_training(policy, args, freeze, total)
     log = open_log(args.out, start) if rank == 0 else None
-    bar = tqdm(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}", mininterval=5)
+    bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}")
     loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
     load = partial(loader.submit, load_batch, policy, rows, root, args, rank, world)
     ahead = load(start)
@@ -833,7 +862,7 @@ def train(policy, rows, root, args, rank, world):
             log.write(tools.json_line({"step": step + 1, "loss": finite(loss), "grad_norm": finite(norm), "lr": lr,
                                        "tokens": count}))
             log.flush()
-            bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}")
+            bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}", refresh=False)
         if end_step(args, optimizer, step + 1, total, policy.device):
             return
     export(policy, args.out)

@@ -35,6 +35,7 @@ from pathlib import Path
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors. Two audiences: the model (ToolError) and the person at the keyboard (InputError).
@@ -57,9 +58,11 @@ def run(main):
     except InputError as error:
         sys.exit(f"{name}: error: {error}")
     except RuntimeError as error:  # of torch.distributed: nothing is saved, since nobody knows what the others have done
-        if not re.search("by peer|Broken pipe|Timed out waiting|NCCL", str(error)):
+        if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
-        sys.exit(f"{name}: rank {rank} stops because another process has ended ({str(error).splitlines()[0][:120]})")
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ... ".join([first[:160], *(line[:160] for line in more[-1:])])     # NCCL's cause is its last line
+        sys.exit(f"{name}: rank {rank} stops because another process has ended ({said})")
     except KeyboardInterrupt:   # at once: threads that wait for a server would hold up an ordinary exit
         sys.stdout.flush()
         print(f"{name}: interrupted; what was finished is kept", file=sys.stderr, flush=True)
@@ -71,6 +74,29 @@ def run(main):
     if rank == 0:
         minutes, seconds = divmod(time.time() - start, 60)
         print(f"{name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+
+
+class Progress(tqdm):
+    """A bar on a terminal; anywhere else, as in a log file, a plain line every half minute."""
+
+    def __init__(self, *args, **kwargs):
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            kwargs.update(mininterval=30, maxinterval=30,
+                          bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+        super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def status_printer(file):
+        if sys.stderr.isatty():
+            return tqdm.status_printer(file)
+        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
+
+    def close(self):
+        if self.plain and not self.disable:
+            self.refresh()
+            self.leave = False      # the bar's last act is else an empty line
+        super().close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

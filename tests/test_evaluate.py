@@ -287,6 +287,13 @@ def test_drafts_end_where_the_conversation_must(undrafted, trained, world, monke
     assert all(len(r.ids) <= limits.max_context for r in again)
 
 
+def test_the_cache_given_is_the_cache_used(trained, world):
+    """A library that renamed the argument would swallow it, and go on with a cache of its own."""
+    engine = evaluate.Engine(trained, LIMITS, slots=1)
+    engine.run(tools.read_jsonl(world / "train.jsonl")[:1], 1, world)
+    assert all(store[0, :, 0].abs().sum() > 0 for layer in engine.cache.layers for store in layer)
+
+
 def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypatch):
     """After every pass all columns behind a conversation, rejected drafts among them, are made absurd."""
     forward = evaluate.Engine.forward

@@ -213,6 +213,20 @@ def test_nothing_completed_is_a_zero_loss_still_connected():
     assert loss.item() == 0 and (new.grad == 0).all()
 
 
+def test_dual_clip_bounds_a_negative_advantage_by_hand():
+    """Ratio 8. A = -1: min(8 x -1, 1.3 x -1) = -8, not below -3 with a dual clip of 3, and without gradient
+    there; A = 1: min(8, 1.3) = 1.3 in any case."""
+    old, mask, completed = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), torch.tensor([T, T])
+    new = torch.full((2, 1), math.log(8.0), requires_grad=True)
+    batch = new, old, torch.tensor([-1.0, 1.0]), mask, completed
+    assert rl.grpo_loss(*batch).item() == pytest.approx((8 - 1.3) / 2)
+    loss = rl.grpo_loss(*batch, clip_dual=3.0)
+    loss.backward()
+    assert loss.item() == pytest.approx((3 - 1.3) / 2) and (new.grad == 0).all()
+    ratio_2 = torch.full((2, 1), math.log(2.0)), *batch[1:]
+    assert rl.grpo_loss(*ratio_2, clip_dual=3.0).item() == rl.grpo_loss(*ratio_2).item()
+
+
 def test_unknown_flags_are_refused():
     with pytest.raises(ValueError):
         rl.grpo_loss(*random_batch(0), divisor="some")
@@ -350,7 +364,7 @@ def test_two_processes_equal_one(runs, trained_folder):
     for a, b in zip(one, two):
         depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")  # each process drafts by itself
         assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if k not in depends)
-        assert a["mismatch"] < 1e-9
+        assert a["mismatch"] < 1e-9 and a["largest_log_ratio"] < 1e-8
 
 
 def test_the_best_checkpoint_is_kept(runs):
@@ -483,7 +497,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
     assert not any(r.reward is None for part, _ in groups.values() for r in part)
     assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
-    metrics = rl.measure(played, sums, [], len(silent), (0, 0), args, "cpu", engine.counts)
+    metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), args, "cpu", engine.counts)
     assert 1 <= metrics["tokens_per_pass"] <= 9 and 0 <= metrics["draft_accepted"] <= 1
     right = sum(r.reward == 1.0 for r in played)
     assert metrics["unscored"] == len(unscored) / len(played) and metrics["reward"] == right / max(1, len(played) - len(unscored))

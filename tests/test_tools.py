@@ -7,6 +7,7 @@ Whatever a model writes ends in a crop, an answer or one sentence that it can ac
 import json
 import math
 import random
+import sys
 import time
 
 import numpy as np
@@ -737,3 +738,36 @@ def test_how_a_served_conversation_ends(answers, finish, count):
         client = tools.ChatClient(server.url, "m", pause=0.01)
         turns, ended, _ = tools.play(client, {"question": "?"}, picture(100, 100), tools.PROMPTS, Limits)
     assert ended == finish and len(turns) == count
+
+
+def test_progress_in_a_log_is_a_plain_line_now_and_then(capsys):
+    """Standard error is not a terminal here: one line at the start, one at the end, none in between."""
+    bar = tools.Progress(range(1000), desc="sft")
+    for i in bar:
+        bar.set_postfix_str(f"loss {i}", refresh=False)
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.split(" [")[0] for line in lines[:-1]] == ["sft: 0/1000", "sft: 1000/1000"]
+    assert lines[1].endswith(", loss 999]") and lines[-1].strip() == ""
+
+
+NCCL = """NCCL error in: ProcessGroupNCCL.cpp:3690, {kind}
+{kind}: {meaning}
+Last error:
+{last}
+"""
+
+
+def test_only_the_end_of_another_process_is_told_as_such(monkeypatch):
+    """With its cause, which NCCL writes on the last line; any other error keeps its traceback."""
+    def fail(kind, meaning, last):
+        def main():
+            raise RuntimeError(NCCL.format(kind=kind, meaning=meaning, last=last))
+        monkeypatch.setattr(sys, "argv", ["rl.py"])
+        tools.run(main)
+
+    with pytest.raises(SystemExit) as told:
+        fail("remote error", "a remote process exited", "socketProgress: Connection closed by 10.0.0.7<41>")
+    assert "rank 0 stops because another process has ended (NCCL error in" in str(told.value)
+    assert str(told.value).endswith("socketProgress: Connection closed by 10.0.0.7<41>)")
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
+        fail("invalid usage", "a wrong call", "Duplicate GPU detected: rank 0 and rank 1")
