@@ -256,7 +256,7 @@ def describe_map(names):
 def make_sorting(rng):
     """Some objects, each compared with what is wanted: the verdicts of a search, as plain text, so that one reply holds
     many. Returns (question, reply)."""
-    names = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))) for _ in range(rng.integers(3, 8))]
+    names = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(10))) for _ in range(rng.integers(2, 5))]
     kind = int(rng.choice([1, 2], p=[0.3, 0.7]))  # ten digits are harder to compare than four shapes
     wanted = str(names[0][kind])
     names = [name if rng.random() < 0.5 else (*name[:kind], names[0][kind], *name[kind + 1:]) for name in names]
@@ -350,7 +350,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
         path = save(view, f"p{part}{place}")
         add(path, *make_comparison(rng, objects, part, place))
-        add(path, *(make_errand(rng) if rng.random() < 0.4 else make_sorting(rng)))
+        add(path, *(make_errand(rng) if rng.random() < 0.25 else make_sorting(rng)))
     return rows
 
 
