@@ -377,7 +377,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained_folder, world, tmp_pat
     first = (tmp_path / "cut" / "partial.a.0.jsonl").read_bytes().splitlines()
     assert len(first) == 1 + 4
     again = run_script(*common, "--out", tmp_path / "cut")
-    assert "a: 0it" in again.stderr  # nothing left to play in the first level
+    assert "a: 0/0 " in again.stderr  # nothing left to play in the first level
     for name in ("a.jsonl", "b.jsonl", "table.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert not list((tmp_path / "cut").glob("partial*"))
