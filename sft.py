@@ -269,7 +269,8 @@ class Optimizer:
                 bucket.master.grad = None
             work = dist.all_reduce(flat, async_op=True)
         self.flying.append((bucket, out, flat, work))
-        if len(self.flying) > 2:    # bounds what is held beyond the shard
+        # what is only summed here is taken in at once; two that travel bound what is held beyond the shard
+        if work is None or len(self.flying) > 2:
             self.receive()
 
     def receive(self):
