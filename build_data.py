@@ -676,7 +676,8 @@ def mini_o3_coldstart(source):
         return "coldstart" if path.suffix == ".parquet" else None
 
     longer, columns = set(), ["conversations", "sample_index", "rollout_index"]
-    for path in tools.Progress([path for path in files(source) if stem(path)], desc="beginnings", unit=" files"):
+    paths = [path for path in files(source) if stem(path)]
+    for path in tools.Progress(paths, desc="beginnings", unit=" files"):
         for _, record in records(path, columns):
             try:
                 longer.update(beginnings(record)[1][:-1])
@@ -851,7 +852,8 @@ def import_data(name, source, out, seed):
     stem = None
     for stem, items in itertools.groupby(importer(source), key=lambda item: item[0]):
         path = out / f"{stem}.jsonl"
-        tools.write_jsonl(path, import_rows(tools.Progress(items, desc=stem, unit=" rows"), out, seed, path))
+        items = tools.Progress(items, desc=stem, unit=" rows")
+        tools.write_jsonl(path, import_rows(items, out, seed, path))
     if stem is None:
         raise tools.InputError(f"{source}: nothing to import; {name} expects {expected}")
 

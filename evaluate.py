@@ -163,7 +163,8 @@ class SlotCache:
         self.slots, self.longest, self.share = slots, longest, config.num_attention_heads // heads
         # a GPU's allocator would keep what was outgrown, so there all of it is taken at once
         length = longest if torch.device(device).type == "cuda" else 256
-        self.layers = [[torch.zeros(slots, heads, length, width, dtype=dtype, device=device) for _ in "kv"]
+        shape = slots, heads, length, width
+        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"]
                        for _ in range(config.num_hidden_layers)]
 
     def at(self, slots, fed, pieces, device):
@@ -267,12 +268,6 @@ class Drafts:
         return draft
 
 
-def cache_argument(model):
-    """What the library calls the cache: transformers 5.2x renamed it, and a name that it does not know
-    would be swallowed in silence."""
-    return "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
-
-
 COUNTS = ["passes", "drafted", "accepted"]  # passes of one slot each; tokens
 
 
@@ -291,7 +286,9 @@ class Engine:
         self.max_slots, self.key, self.cache = slots, (seed, step), None
         self.draft, self.drafts, self.counts = draft, Drafts(), collections.Counter()
         self.never = {*policy.banned, *policy.stop}  # not drafted: an image, what ends a turn
-        self.cache_name = cache_argument(policy.model)
+        # newer versions of transformers call it "cache", and swallow a name that they do not know
+        known = inspect.signature(policy.model.model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
 
     @torch.inference_mode()

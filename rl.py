@@ -25,6 +25,7 @@ What differs from textbook GRPO and from the paper:
 5. Old log-probabilities come from the sampler, token by token; the mismatch to the trainer's own is logged.
 6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
    is left over then is dropped from the update and counted ("groups_without_signal").
+   Mini-batches are cut from the groups with signal.
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
 8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns):
    within the training cap a policy that guesses looks better than one that searches on.
@@ -101,14 +102,15 @@ def count_denominator(mask, completed, *, divisor="completed", aggregation="resp
     return counted.sum().double() * (max_tokens if aggregation == "constant" else 1)
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0.2, clip_high=0.3, clip_dual=0.0,
-              divisor="completed", aggregation="response", denominator=None, max_tokens=None):
+def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0.2, clip_high=0.3,
+              clip_dual=0.0, divisor="completed", aggregation="response", denominator=None,
+              max_tokens=None):
     """-J: clipped policy gradient with over-turn mask, a scalar to minimise.
 
     logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy; advantages (B,);
     mask (B, T) bool: 1 where the policy wrote the token; completed M (B,) bool. aggregation: "response" averages the tokens
     of each response, then responses (paper); "token" averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO).
-    clip_dual c > 1: where A' < 0 the objective is not below c A' (0: unbounded in the ratio, as in PPO).
+    clip_dual c > 1: where A' < 0 the objective is not below c A' (0: no bound, as in the paper).
     denominator: the count over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
     that is still connected to logprobs. Raises ValueError for an unknown divisor or aggregation.
     """
@@ -122,7 +124,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     advantage = (advantages * completed)[:, None]                                                    # (B, 1)
     objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)   # (B, T)
     if clip_dual:
-        objective = torch.where(advantage < 0, objective.clamp(min=clip_dual * advantage), objective)
+        least = torch.where(advantage < 0, clip_dual * advantage, -math.inf)                # (B, 1)
+        objective = torch.max(objective, least)                                             # (B, T)
     objective = torch.where(mask, objective, 0.0).sum(1)                                             # (B,)
     if aggregation == "response":
         objective = objective / mask.sum(1).clamp(min=1)
@@ -165,16 +168,18 @@ def read_sets(specs):
 
 
 def pick_rows(sizes, weights, places, total, seed, step, attempt):
-    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is drawn
-    by weight. A set's questions come in an order drawn for the step, and every place of every attempt
-    has a number of its own in it, so that none comes twice in a step as long as the set lasts.
+    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is
+    drawn by weight. A set's questions come in an order drawn for the step, in which every place of
+    every attempt has a number of its own: none comes twice in a step as long as the set lasts.
     Depends on (seed, step, attempt) and the place only."""
-    which = np.random.default_rng([seed, step, attempt]).choice(
-        len(sizes), size=total, p=np.array(weights) / sum(weights))
+    rng = np.random.default_rng([seed, step, attempt])
+    which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
     rng = np.random.default_rng([seed, step])
-    orders = [rng.permutation(size) for size in sizes]
-    return [(int(which[place]), int(orders[which[place]][(attempt * total + place) % sizes[which[place]]]))
-            for place in places]
+    orders, picked = [rng.permutation(size) for size in sizes], []
+    for place in places:
+        order = orders[which[place]]
+        picked.append((int(which[place]), int(order[(attempt * total + place) % len(order)])))
+    return picked
 
 
 def cut_at(rollout, turns):
@@ -253,18 +258,18 @@ def score_rollouts(policy, rollouts):
 
 
 def minibatches(groups, args, device):
-    """The places with signal, on whichever rank, cut into mini-batches of about --minibatch places each,
-    equal to within one: a step in which few groups have signal takes fewer optimizer steps, not
-    noisier ones."""
+    """The places with signal, on whichever rank, cut into mini-batches of about --minibatch places
+    each, equal to within one: a step in which few groups have signal takes fewer optimizer steps,
+    not noisier ones. groups: this rank's, by place. Every rank must call this."""
     flags = sft.over_ranks([place in groups for place in range(args.prompts_per_step)], device)
     places = [place for place, here in enumerate(flags) if here]
     return np.array_split(places, max(1, round(len(places) / args.minibatch)))
 
 
 def update_policy(policy, optimizer, groups, args, lr):
-    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the log,
-    largest |log ratio| of a token, gradient norm). Without signal on any rank there is no step, which
-    would move the weights by momentum alone; the norm is then None."""
+    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the
+    log, largest |log ratio| of a token, gradient norm). Without signal on any rank there is no
+    step, which would move the weights by momentum alone; the norm is then None."""
     every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
     completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
     lengths = torch.tensor([sum(r.mask) for r, _ in every])
@@ -403,8 +408,8 @@ def cheaper(model, ranks, args, flags, gigabytes):
 
 
 def learning_rate(step, args):
-    """Of a step, counted from 0: rises over the first --warmup_steps; with --decay it also falls, from
-    --lr before the first step to 0 behind the last."""
+    """Of a step, counted from 0: rises over the first --warmup_steps; with --decay it also falls,
+    from --lr before the first step to 0 behind the last."""
     rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
     return rate * (1 - step / args.steps) if args.decay else rate
 
@@ -424,7 +429,8 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
-    measured = measure(played, totals, largest, norms, len(silent), seconds, args, policy.device, engine.counts)
+    measured = measure(played, totals, largest, norms, len(silent), seconds, args, policy.device,
+                       engine.counts)
     return {"step": step + 1, "lr": lr, **measured}, groups
 
 
@@ -444,7 +450,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
     engine = evaluate.Engine(policy, limits, args.slots, judge=judge, draft=args.draft)
     log = sft.open_log(args.out, start) if rank == 0 else None
     best, value = history(args.out) if start else (-1.0, None)
-    bar = tools.Progress(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, desc="rl")
+    bar = tools.Progress(range(start, args.steps), initial=start, total=args.steps,
+                         disable=rank != 0, desc="rl")
     for step in bar:
         scores = {}
         if held_out and step == 0:
@@ -534,14 +541,16 @@ def parse_args():
                        help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
     group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
     group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
-    group.add_argument("--clip_dual", type=float, default=0.0, help="where the advantage is negative, a "
-                       "ratio counts as this at most, e.g. 3 (0: unbounded, as in the paper)")
+    group.add_argument("--clip_dual", type=float, default=0.0,
+                       help="where the advantage is negative, a ratio counts as this at most, "
+                       "e.g. 3 (0: unbounded, as in the paper)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
                        help="let the rate fall linearly to 0 over the run (paper: constant)")
     group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, default=3, help="prompts with signal per optimizer step (paper: 32 of 256)")
+    group.add_argument("--minibatch", type=int, default=3,
+                       help="prompts with signal per optimizer step (paper: 32 of 256)")
     group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
                        help="do not train the vision tower and its projector, as in the cold start")
@@ -561,12 +570,15 @@ def parse_args():
     tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
                              "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
                              "min_pixels", "max_pixels"),
-                      ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
-                       "weight_decay", "eval_every", "eval_size", "overturn_penalty"))
+                      ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual",
+                       "warmup_steps", "weight_decay", "eval_every", "eval_size",
+                       "overturn_penalty"))
     if args.unfinished_value == "estimate" and not args.eval_every:
         raise tools.InputError("--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
     if args.overturn_penalty and args.overturn_mask:
         raise tools.InputError("--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward to take from")
+    if 0 < args.clip_dual <= 1:
+        raise tools.InputError("--clip_dual must be above 1, where a ratio is, or 0 for none")
     if args.group < 2:
         raise tools.InputError("--group must be at least 2: an advantage compares conversations about the same question")
     return args

@@ -71,7 +71,7 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)     # plans anew for every shape, and ours all differ
+        torch.backends.cuda.enable_cudnn_sdp(False)     # plans for every new shape; ours all differ
     elif world > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world > 1 and not dist.is_initialized():
@@ -229,10 +229,11 @@ class Optimizer:
                 param.register_post_accumulate_grad_hook(partial(self.arrived, bucket))
 
     def backward(self, micros, loss_of):
-        """Run backward through loss_of(micro) for each of this rank's micro-batches. Gradients are summed in
-        the master's precision, since a hundred sums in bfloat16 would lose the small ones. Sharded, every
-        micro-batch is a round of collectives, so that no rank ever holds all gradients; otherwise they are
-        summed locally, and over ranks during the last round. Returns the sum of this rank's losses."""
+        """Run backward through loss_of(micro) for each of this rank's micro-batches. Gradients are
+        summed in the master's precision: a hundred sums in bfloat16 would lose the small ones.
+        Sharded, every micro-batch is a round of collectives, so that no rank ever holds all
+        gradients; otherwise they are summed locally, and over ranks during the last round. Returns
+        the sum of this rank's losses."""
         micros, losses = list(micros), []
         rounds = int(over_ranks([max(1, len(micros))], self.buckets[0].flat.device, dist.ReduceOp.MAX)[0])
         for i in range(rounds):
@@ -269,7 +270,7 @@ class Optimizer:
                 bucket.master.grad = None
             work = dist.all_reduce(flat, async_op=True)
         self.flying.append((bucket, out, flat, work))
-        # what is only summed here is taken in at once; two that travel bound what is held beyond the shard
+        # what does not travel is added at once; two that do bound what is held beyond the shard
         if work is None or len(self.flying) > 2:
             self.receive()
 
@@ -311,7 +312,7 @@ class Optimizer:
             work.wait()
 
     def state(self):
-        """This rank's pieces, one dict per bucket. (A view would be saved with all that it is a view of.)"""
+        """This rank's pieces, one dict per bucket; copies, since a view is saved with its whole."""
         return [{"size": bucket.size, "master": bucket.master.data.clone(),
                  **self.adam.state[bucket.master]} for bucket in self.buckets]
 
@@ -348,14 +349,15 @@ FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
 
 def window_plan(borders):
-    """Windows of the vision tower by their length: [(length, which tokens they hold (W * length,))], and
-    the order that undoes this (S,). The library hands the same borders (W + 1,) to every layer: the plan
-    is made once and kept with them, since each one asks the device what is in them."""
+    """The vision tower's windows by their length: [(length, which tokens they hold (W * length,))],
+    and the order that undoes this (S,). The library hands the same borders (W + 1,) to every layer:
+    the plan is made once and kept with them, since making it waits for the device."""
     if not hasattr(borders, "plan"):
         lengths, parts = borders.diff(), []
         for length in lengths.unique().tolist():
             starts = borders[:-1][lengths == length]
-            parts.append((length, (starts[:, None] + torch.arange(length, device=starts.device)).flatten()))
+            index = starts[:, None] + torch.arange(length, device=starts.device)    # (W, length)
+            parts.append((length, index.flatten()))
         borders.plan = parts, torch.cat([index for _, index in parts]).argsort()
     return borders.plan
 
@@ -364,8 +366,8 @@ def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_se
     """Vision attention: all windows of one length in one batched call. query: (1, H, S, D).
     Returns ((1, S, H, D), None).
 
-    transformers calls the attention once per window in a Python loop unless the implementation's name
-    contains "flash", in which case it hands over the window borders; that is the only reason for this name.
+    transformers calls the attention once per window in a Python loop unless the implementation's
+    name contains "flash", in which case it hands over the window borders; hence this name.
     """
     parts, back = window_plan(cu_seq_lens_q)
     out = []
@@ -490,19 +492,22 @@ class Policy:
 
 
 def check_family(path):
-    """Raise InputError unless the model in a local folder or hub id is of a supported family (OSError if there is none)."""
-    family = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    """The configuration of a local folder or hub id, as a dict. Raises InputError unless its family
+    is supported (OSError if there is none)."""
+    config = PreTrainedConfig.get_config_dict(path)[0]
+    family = config.get("model_type")
     if family not in FAMILIES:
         raise tools.InputError(f"{path}: model family '{family}' is not supported; use one of {', '.join(FAMILIES)}")
+    return config
 
 
-def check_device(path, device, dtype):
+def check_device(path, config, device, dtype):
     """Raise InputError if a model of billions of parameters is about to run on a CPU by mistake."""
-    config = PreTrainedConfig.get_config_dict(path)[0]
     width = config.get("text_config", config).get("hidden_size", 0)
     if width >= 1024 and torch.device(device).type == "cpu" and dtype == "auto":
-        raise tools.InputError(f"{path}: no GPU was found for a model as large as this (width {width}); to run "
-                               "it on the CPU all the same, say so with --dtype bfloat16 or float32")
+        raise tools.InputError(f"{path}: no GPU was found for a model as large as this (width "
+                               f"{width}); to run it on the CPU all the same, say so with --dtype "
+                               "bfloat16 or float32")
 
 
 def head_size(text):
@@ -516,8 +521,7 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
     if local and not (Path(path) / "config.json").exists():
         raise tools.InputError(f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
     try:
-        check_family(path)
-        check_device(path, device, dtype)
+        check_device(path, check_family(path), device, dtype)
         parts = (AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device)),
                  AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
     except tools.InputError:
@@ -839,7 +843,8 @@ def train(policy, rows, root, args, rank, world):
     freeze = args.model != "tiny" if args.freeze_vision is None else args.freeze_vision
     optimizer, start = start_training(policy, args, freeze, total)
     log = open_log(args.out, start) if rank == 0 else None
-    bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0, desc=f"sft {args.out.name}")
+    bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
+                         desc=f"sft {args.out.name}")
     loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
     load = partial(loader.submit, load_batch, policy, rows, root, args, rank, world)
     ahead = load(start)

@@ -61,7 +61,8 @@ def run(main):
         if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
         first, *more = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ... ".join([first[:160], *(line[:160] for line in more[-1:])])     # NCCL's cause is its last line
+        # NCCL's cause is its last line
+        said = " ... ".join([first[:160], *(line[:160] for line in more[-1:])])
         sys.exit(f"{name}: rank {rank} stops because another process has ended ({said})")
     except KeyboardInterrupt:   # at once: threads that wait for a server would hold up an ordinary exit
         sys.stdout.flush()
@@ -203,8 +204,8 @@ def open_image(path):
 
 
 def as_shown(image):
-    """A PIL image as RGB, as a viewer shows it: a camera's photo upright (EXIF), 16 bits scaled to 8,
-    white where it is transparent."""
+    """A PIL image as RGB, as a viewer shows it: a camera's photo upright (EXIF), 16 bits scaled to
+    8, white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")

@@ -214,9 +214,10 @@ def test_nothing_completed_is_a_zero_loss_still_connected():
 
 
 def test_dual_clip_bounds_a_negative_advantage_by_hand():
-    """Ratio 8. A = -1: min(8 x -1, 1.3 x -1) = -8, not below -3 with a dual clip of 3, and without gradient
-    there; A = 1: min(8, 1.3) = 1.3 in any case."""
-    old, mask, completed = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), torch.tensor([T, T])
+    """Ratio 8. A = -1: min(8 x -1, 1.3 x -1) = -8, not below -3 with a dual clip of 3, and without
+    gradient there; A = 1: min(8, 1.3) = 1.3 in any case."""
+    old, mask = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)
+    completed = torch.tensor([T, T])
     new = torch.full((2, 1), math.log(8.0), requires_grad=True)
     batch = new, old, torch.tensor([-1.0, 1.0]), mask, completed
     assert rl.grpo_loss(*batch).item() == pytest.approx((8 - 1.3) / 2)
@@ -232,6 +233,17 @@ def test_unknown_flags_are_refused():
         rl.grpo_loss(*random_batch(0), divisor="some")
     with pytest.raises(ValueError):
         rl.grpo_loss(*random_batch(0), aggregation="constant")
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--clip_dual", "0.5"], "--clip_dual must be above 1"),
+    (["--group", "1"], "--group must be at least 2"),
+    (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
+    (["--unfinished_value", "estimate", "--eval_every", "0"], "set --eval_every above 0")])
+def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, told):
+    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
+    with pytest.raises(tools.InputError, match=told):
+        rl.parse_args()
 
 
 @pytest.mark.parametrize("flags, expected", [       # answer, void, over_turn, over_context
@@ -275,7 +287,8 @@ def test_questions_of_a_step_depend_on_seed_step_and_place_only():
 
 def test_no_question_comes_twice_in_a_step():
     """Not in a fresh attempt either, as long as there are others."""
-    picked = [q for attempt in range(4) for q in rl.pick_rows([160], [1.0], range(40), 40, 0, 3, attempt)]
+    picked = [q for attempt in range(4)
+              for q in rl.pick_rows([160], [1.0], range(40), 40, 0, 3, attempt)]
     assert sorted(picked) == [(0, index) for index in range(160)]
 
 

@@ -269,7 +269,8 @@ def test_a_family_that_is_not_supported_is_refused_by_name(tmp_path, family):
 
 
 def test_a_large_model_is_not_run_on_a_cpu_by_mistake(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584}}))
+    config = {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(tools.InputError, match="no GPU was found .*width 3584.*--dtype"):
         sft.load_policy(tmp_path, torch.device("cpu"))
     with pytest.raises(tools.InputError, match="cannot load a model"):      # asked for: it is tried
@@ -568,15 +569,15 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
 
 
 def test_gradients_are_sent_while_backward_runs(monkeypatch):
-    """Three layers in three buckets, last layer first: when the first layer's gradient arrives, the others
-    are on their way. With three micro-batches nothing is sent before the third."""
+    """Three layers in three buckets, last layer first: when the first layer's gradient arrives, the
+    others are on their way. With three micro-batches nothing is sent before the third."""
     sizes, log = [(2, 3), (3, 4), (4, 5)], []
     layers = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
     layer_of = {rows * columns: i for i, (rows, columns) in enumerate(sizes)}
     optimizer = sft.Optimizer(layers, 0.1, 0.0, megabytes=1e-6)
     optimizer.world = 2
-    monkeypatch.setattr(sft, "world_size", lambda: 1)
-    monkeypatch.setattr(sft.dist, "all_reduce", lambda flat, async_op: log.append(layer_of[len(flat)]))
+    monkeypatch.setattr(sft.dist, "all_reduce",
+                        lambda flat, async_op: log.append(layer_of[len(flat)]))
 
     def loss_of(x):
         for layer in layers:
@@ -591,7 +592,7 @@ def test_gradients_are_sent_while_backward_runs(monkeypatch):
     optimizer.backward([torch.ones(1, 2)] * 3, loss_of)
     assert [x for x in log if x != "first layer arrived"] == [2, 1, 0]
     assert log[:2] == ["first layer arrived"] * 2
-    assert (optimizer.buckets[0].master.grad == 3 * 6).all()    # 2 x 3 ways to each output, three times
+    assert (optimizer.buckets[0].master.grad == 3 * 6).all()    # 2 x 3 ways there, three times
 
 
 def test_logits_never_exist_whole():

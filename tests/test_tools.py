@@ -349,7 +349,8 @@ def test_an_image_is_opened_as_a_viewer_shows_it(tmp_path):
     exif[0x0112] = 6        # the camera was held upright: turn the stored pixels clockwise
     photo.save(tmp_path / "x.png", exif=exif)
     shown = tools.open_image(tmp_path / "x.png")
-    assert (shown.size, shown.getpixel((1, 0)), shown.getpixel((0, 0))) == ((2, 4), (0, 0, 255), (255, 0, 0))
+    assert shown.size == (2, 4)
+    assert (shown.getpixel((1, 0)), shown.getpixel((0, 0))) == ((0, 0, 255), (255, 0, 0))
 
     for name, kind in (("x.png", "<u2"), ("x.tiff", "<u2"), ("x.tiff", ">u2")):
         Image.fromarray(np.full((3, 3), 127 * 256 + 9).astype(kind)).save(tmp_path / name)
@@ -741,7 +742,7 @@ def test_how_a_served_conversation_ends(answers, finish, count):
 
 
 def test_progress_in_a_log_is_a_plain_line_now_and_then(capsys):
-    """Standard error is not a terminal here: one line at the start, one at the end, none in between."""
+    """Standard error is no terminal here: a line at the start, one at the end, none in between."""
     bar = tools.Progress(range(1000), desc="sft")
     for i in bar:
         bar.set_postfix_str(f"loss {i}", refresh=False)
@@ -766,7 +767,8 @@ def test_only_the_end_of_another_process_is_told_as_such(monkeypatch):
         tools.run(main)
 
     with pytest.raises(SystemExit) as told:
-        fail("remote error", "a remote process exited", "socketProgress: Connection closed by 10.0.0.7<41>")
+        fail("remote error", "a remote process exited",
+             "socketProgress: Connection closed by 10.0.0.7<41>")
     assert "rank 0 stops because another process has ended (NCCL error in" in str(told.value)
     assert str(told.value).endswith("socketProgress: Connection closed by 10.0.0.7<41>)")
     with pytest.raises(RuntimeError, match="Duplicate GPU"):
