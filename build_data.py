@@ -350,7 +350,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         view = tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
         path = save(view, f"p{part}{place}")
         add(path, *make_comparison(rng, objects, part, place))
-        add(path, *(make_errand(rng) if rng.random() < 0.25 else make_sorting(rng)))
+        add(path, *(make_errand(rng) if rng.random() < 0.4 else make_sorting(rng)))
     return rows
 
 

@@ -12,12 +12,13 @@ What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 3. Positions are explicit (three axes, M-RoPE), by one function that the rollout engine uses too.
 4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are excluded from the softmax,
    here as in the sampler.
-5. The loss is divided by the token count of the *global* batch, so gradients are summed over ranks and the result does
+5. The loss is divided by the count of tokens (or responses) of the *global* batch, so gradients are summed over ranks and the result does
    not depend on the number of processes or on how a batch is cut into micro-batches. They are sent while backward runs.
 6. Images go through the family's own processor, but are resized by tools.resize_for_model, once, for every stage.
 
 Commands:
-    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base --batch 16 --epochs 2
+    base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \\
+                       --batch 16 --epochs 2 --aggregation response
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
     1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --checkpointing
@@ -284,7 +285,7 @@ class Optimizer:
     def step(self, lr, max_norm, healthy=True):
         """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
         healthy is False, on all ranks alike) nothing changes and the step is counted in `skipped`."""
-        squares = sum(bucket.master.grad.double().square().sum() for bucket in self.buckets)
+        squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64)**2 for bucket in self.buckets)
         norm = math.sqrt(over_ranks([squares], squares.device)[0]) if self.shard else squares.sqrt().item()
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
@@ -548,11 +549,19 @@ def exact_rotary(rotate_half, q, k, cos, sin):
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
+def embed_patches(conv, patches):
+    """The patch embedding, a convolution whose stride is its kernel, as the matrix product that it
+    is: several times faster on a CPU. (N, C) -> (N, D)."""
+    return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+
+
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
     model.set_attn_implementation({"text_config": "conversations", "vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
+    embed = model.model.visual.patch_embed
+    embed.forward = partial(embed_patches, embed.proj)
     if model.dtype == torch.float64:
         library = sys.modules[type(model).__module__]   # the family's own
         library.apply_rotary_pos_emb_vision = partial(exact_rotary, library.rotate_half)
@@ -826,15 +835,23 @@ def end_step(args, optimizer, done, total, device):
 
 
 def train_step(policy, optimizer, sequences, lr, args):
-    """One optimizer step on this rank's share of the batch: minimise -1/N sum log p(token), N counted over all ranks.
-    Returns (loss, gradient norm, N)."""
-    count = over_ranks([sum(sum(s.mask[1:]) for s in sequences)], policy.device)[0]
+    """One optimizer step on this rank's share of the batch: minimise the mean of -log p(token) over
+    the tokens of the global batch, or ("response") over its conversations the mean over a
+    conversation's own tokens: a short reply then weighs as much as a long one. Returns (loss,
+    gradient norm, tokens)."""
+    lengths = [sum(s.mask[1:]) for s in sequences]
+    tokens, responses = over_ranks([sum(lengths), sum(n > 0 for n in lengths)], policy.device)
 
     def loss_of(micro):
-        return -token_logprobs(policy, collate(policy, micro)).sum() / max(count, 1)
+        logprobs = token_logprobs(policy, collate(policy, micro))                       # (N,)
+        if args.aggregation == "token":
+            return -logprobs.sum() / max(tokens, 1)
+        own = torch.tensor([sum(s.mask[1:]) for s in micro], device=policy.device)
+        return -(logprobs / own.repeat_interleave(own)).sum() / max(responses, 1)
 
-    total = over_ranks([optimizer.backward(micro_batches(sequences, args.tokens), loss_of)], policy.device)[0]
-    return total, optimizer.step(lr, args.max_norm, math.isfinite(total)), int(count)
+    loss = optimizer.backward(micro_batches(sequences, args.tokens), loss_of)
+    total = over_ranks([loss], policy.device)[0]
+    return total, optimizer.step(lr, args.max_norm, math.isfinite(total)), int(tokens)
 
 
 def train(policy, rows, root, args, rank, world):
@@ -905,6 +922,8 @@ def parse_args():
     group.add_argument("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
     group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
     group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
+    group.add_argument("--aggregation", default="token", choices=["token", "response"],
+                       help="the loss is a mean over all tokens, or over each conversation's mean")
     group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
     group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
                        help="do not train the vision tower and its projector (default, as in the paper, but for --model tiny)")
