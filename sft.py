@@ -18,7 +18,7 @@ What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 
 Commands:
     base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \\
-                       --batch 16 --epochs 2 --aggregation response
+                       --batch 16 --epochs 2.5 --aggregation response
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
     1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --checkpointing

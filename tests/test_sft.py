@@ -14,6 +14,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -307,9 +308,10 @@ def test_one_and_two_processes_give_the_same_weights(trained_folder, world, tmp_
 
 
 def test_a_rank_without_any_sample_joins_every_collective(trained_folder, world, tmp_path):
+    """And the mean over tokens is the mean over responses where a batch is one conversation."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--batch", 1, "--steps", 2]
     run_script(*common, "--out", tmp_path / "one")
-    run_script(*common, "--out", tmp_path / "two", nproc=2)  # rank 1 never has a row
+    run_script(*common, "--aggregation", "response", "--out", tmp_path / "two", nproc=2)    # rank 1 never has a row
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
 
 
@@ -550,6 +552,22 @@ def test_two_nodes_equal_one(trained_folder, world, tmp_path):
                               stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+
+
+@pytest.mark.parametrize("aggregation", ["token", "response"])
+def test_the_loss_is_a_mean_over_tokens_or_over_responses(policy, rows, world, aggregation):
+    """In float64 from each conversation's loss alone: l_1, l_2 over n_1, n_2 tokens give
+    (n_1 l_1 + n_2 l_2) / (n_1 + n_2), or (l_1 + l_2) / 2; cut into micro-batches or not."""
+    two = [sft.encode(policy, row, world) for row in rows[:2]]
+    counts = [sum(s.mask) for s in two]
+    alone = [-reference_logprobs(policy, s).mean().item() for s in two]
+    expected = (numpy.average(alone, weights=counts) if aggregation == "token" else sum(alone) / 2)
+    assert counts[0] != counts[1] and alone[0] != alone[1]
+    optimizer = sft.Optimizer(sft.trainable(policy, False), 0.0, 0.0)
+    for tokens in (1, 10_000):
+        args = SimpleNamespace(aggregation=aggregation, tokens=tokens, max_norm=1.0)
+        loss, _, count = sft.train_step(policy, optimizer, two, 0.0, args)
+        assert loss == pytest.approx(expected, rel=1e-12) and count == sum(counts)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
