@@ -334,7 +334,10 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         for colour in more:
             add(path, f"Which walls are {colour}?", describe_walls(walls, colour))
         add(path, "Which walls are what?", describe_all(describe_walls, walls, walls))
-        add(path, "What is where?", describe_map([wall and f"{wall} walls" for wall in walls]))
+        named = [wall and f"{wall} walls" for wall in walls]
+        add(path, "What is where?", describe_map(named))
+        add(path, f"Which walls are {first}, place by place?",
+            describe_map([wall == first and name for wall, name in zip(walls, named)]))
     for part in rng.permutation(9)[:6 if crowded else 3].tolist():
         path = save(tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"}), f"p{part}")
         first, second = shuffled(scene["colour"])[:2]
@@ -342,9 +345,12 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
         add(path, f"Where is {second}?", describe_part(objects, part, second))
         here = {o[2] for o in objects if o[0] == part}
         add(path, "Where is everything?", describe_all(partial(describe_part, objects), part, here))
-        if not crowded:     # learned early, and long
-            colour_at = {o[1]: o[2] for o in objects if o[0] == part}
-            add(path, "What is where?", describe_map([colour_at.get(place) for place in range(9)]))
+        colour_at = {o[1]: o[2] for o in objects if o[0] == part}
+        colours = [colour_at.get(place) for place in range(9)]
+        if not crowded:
+            add(path, "What is where?", describe_map(colours))
+        add(path, f"Where is {second}, place by place?",
+            describe_map([colour == second and colour for colour in colours]))
     filled = [objects[i][:2] for i in rng.permutation(len(objects))[:8 if crowded else 7]]
     for part, place in [*filled, [int(v) for v in rng.integers(9, size=2)]]:
         view = tools.zoom([image], {"bbox_2d": place_box(PLACES[part]), "source": "original_image"})
