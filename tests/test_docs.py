@@ -170,32 +170,38 @@ def test_files_of_the_repository_that_are_named_exist(page):
 # Commands
 
 
+def functions(module):
+    """{name: node} of a file's functions; none for what is not a file of ours (parser, group)."""
+    body = tree(module).body if module in SCRIPTS else []
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def parser_flags(module, function):
-    """Flags of the add_argument calls in a function and in the functions of ours that it calls."""
-    defined = {node.name: node for node in tree(module).body if isinstance(node, ast.FunctionDef)}
-    found = set()
-    for call in (node for node in ast.walk(defined[function]) if isinstance(node, ast.Call)):
+    """Flags that are added in a function and in those of our add_... functions that it calls."""
+    found, nodes = set(), ast.walk(functions(module)[function])
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
         called = call.func
-        if isinstance(called, ast.Name) and called.id.startswith("add_") and called.id in defined:
-            found |= parser_flags(module, called.id)
-        elif isinstance(called, ast.Attribute) and called.attr == "add_argument":
-            given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
-            found |= {flag for flag in given if flag.startswith("--")}
-            if any(isinstance(k.value, ast.Attribute) and k.value.attr == "BooleanOptionalAction"
-                   for k in call.keywords):
-                found |= {flag.replace("--", "--no-", 1) for flag in given}
-        elif isinstance(called, ast.Attribute) and called.attr.startswith("add_") \
-                and isinstance(called.value, ast.Name) and f"{called.value.id}.py" in STAGES:
-            found |= parser_flags(f"{called.value.id}.py", called.attr)
+        # parser.add_argument("--x", ...), by whatever name it is called
+        given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)
+                 and re.fullmatch(r"--\w+", str(arg.value))]
+        found |= {*given}
+        if any(ast.unparse(k.value).endswith("BooleanOptionalAction") for k in call.keywords):
+            found |= {flag.replace("--", "--no-", 1) for flag in given}
+        # add_policy_flags(group), sft.add_policy_flags(group)
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        home = f"{called.value.id}.py" if isinstance(called, ast.Attribute) \
+            and isinstance(called.value, ast.Name) else module
+        if name.startswith("add_") and name != "add_argument" and name in functions(home):
+            found |= parser_flags(home, name)
     return found
 
 
 @functools.cache
 def flags(script):
     """Flags of a script, whose parser is made in parse_args or main; None if it has no parser."""
-    makers = [node.name for node in tree(script).body if isinstance(node, ast.FunctionDef)
-              and any(getattr(getattr(n, "func", None), "attr", "") == "ArgumentParser"
-                      for n in ast.walk(node))]
+    makers = [name for name, node in functions(script).items()
+              if any(getattr(getattr(n, "func", None), "attr", "") == "ArgumentParser"
+                     for n in ast.walk(node))]
     return parser_flags(script, makers[0]) if makers else None
 
 
