@@ -265,7 +265,7 @@ def test_commands_are_found():
     found = commands(shell_of("README.md"))
     assert [script for script, _ in found][:6] == [
         "build_data.py", "sft.py", "collect_coldstart.py", "sft.py", "rl.py", "evaluate.py"]
-    assert found[1][1] == ["--model", "--data", "--out", "--batch", "--epochs"]
+    assert found[1][1] == ["--model", "--data", "--out", "--batch", "--epochs", "--aggregation"]
 
 
 def test_ci_finds_its_command():
