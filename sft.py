@@ -284,7 +284,8 @@ class Optimizer:
     def step(self, lr, max_norm, healthy=True):
         """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
         healthy is False, on all ranks alike) nothing changes and the step is counted in `skipped`."""
-        squares = sum(bucket.master.grad.double().square().sum() for bucket in self.buckets)
+        squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
+                      for bucket in self.buckets)
         norm = math.sqrt(over_ranks([squares], squares.device)[0]) if self.shard else squares.sqrt().item()
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
@@ -548,11 +549,19 @@ def exact_rotary(rotate_half, q, k, cos, sin):
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
+def embed_patches(conv, patches):
+    """The patch embedding, a convolution whose stride is its kernel, as the matrix product that it
+    is: several times faster on a CPU. (N, C) -> (N, D)."""
+    return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+
+
 def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
     model.set_attn_implementation({"text_config": "conversations", "vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
+    embed = model.model.visual.patch_embed
+    embed.forward = partial(embed_patches, embed.proj)
     if model.dtype == torch.float64:
         library = sys.modules[type(model).__module__]   # the family's own
         library.apply_rotary_pos_emb_vision = partial(exact_rotary, library.rotate_half)
