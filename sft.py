@@ -806,6 +806,15 @@ def finite(value):
     return value if math.isfinite(value) else None
 
 
+def enable_checkpointing(model):
+    """Recompute the layers' activations in backward. The library (whose newer versions call it by
+    another name) also makes the embeddings ask for a gradient, as adapters need it: a frozen vision
+    tower would then keep its activations, and run a backward pass, for nothing."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    model.disable_input_require_grads()
+
+
 def start_training(policy, args, freeze_vision, total):
     """What every trainer does first: the same weights on all ranks, an optimizer, the state of an earlier run. Returns
     (optimizer, steps done before)."""
@@ -813,7 +822,7 @@ def start_training(policy, args, freeze_vision, total):
     broadcast_weights(policy.model)
     optimizer = Optimizer(trainable(policy, freeze_vision), args.lr, args.weight_decay, args.shard_optimizer)
     if args.checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        enable_checkpointing(policy.model)
     policy.model.train()
     return optimizer, load_state(args.out, optimizer, args.resume, total)
 

@@ -427,11 +427,17 @@ def test_a_rank_without_a_valid_group_waits_for_nobody(runs, trained_folder, wor
     assert largest_difference(out / "half1", trained_folder) > 1e-6
 
 
-def test_plan_is_what_the_tiny_model_allocates(trained, world):
-    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the cache exactly."""
-    policy = sft.load_policy(trained.model.config._name_or_path, "cpu", "float32", trained.prompts)
-    policy.model.gradient_checkpointing_enable()
+def planned(folder, **flags):
+    """A policy with checkpointing, ready to train."""
+    policy = sft.load_policy(str(folder), "cpu", "float32", **flags)
+    sft.enable_checkpointing(policy.model)
     policy.model.train()
+    return policy
+
+
+def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
+    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the cache exactly."""
+    policy = planned(trained_folder, prompts=prompts)
     rows = tools.read_jsonl(world / "coldstart.jsonl") * 3     # so long that the text's activations dominate
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
@@ -451,6 +457,37 @@ def test_plan_is_what_the_tiny_model_allocates(trained, world):
     assert used == pytest.approx(plan["activations"] + plan["logits"] + plan["gradients"], rel=0.15)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "Qwen3-VL-8B"])
+def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, name, frozen):
+    """A conversation that is all image but for some words, so that the tower dominates: the peak of
+    forward and backward, to 15%; a frozen tower takes no part in backward and keeps nothing. The
+    tower dominates prefill, too (2,400 tokens in one forward pass): to 20%."""
+    policy = planned(trained_folder if name == "tiny" else released_folder(name))
+    visual, grid = policy.model.model.visual, (1, 96, 100)
+    tokens = policy.image_tokens(grid)
+    patches = torch.randn(96 * 100, visual.patch_embed.proj.weight[0].numel())
+    s = sft.Sequence()
+    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False, (patches, grid))
+    s.add(policy.text("red square"), True)
+    batch = sft.collate(policy, [s])
+    sft.trainable(policy, frozen)
+    for table in (policy.model.lm_head, policy.model.get_input_embeddings()):   # dominates all else
+        table.requires_grad_(False)
+    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens, shard=False,
+                          freeze_vision=frozen, chunk=1)
+    gradients = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
+    with LiveBytes() as memory:
+        sft.token_logprobs(policy, batch, chunk=1).sum().backward()
+    expected = plan["activations"] + plan["logits"] + plan["vision"]
+    assert max(rl.vision_memory(policy.model, tokens, True, frozen)) > 0.6 * expected
+    assert memory.peak == pytest.approx(expected + gradients, rel=0.15)
+    assert (visual.patch_embed.proj.weight.grad is None) == frozen
+    with torch.inference_mode(), LiveBytes() as memory:
+        visual(patches, grid_thw=torch.tensor([grid]))
+    assert memory.peak == pytest.approx(plan["prefill"], rel=0.2)
+
+
 @pytest.mark.parametrize("name, billions, cache", [     # published; key and value, layers x key heads x 128, 2 bytes each
     ("Qwen2.5-VL-7B", 8.292, 2 * 28 * 4 * 128 * 2), ("Qwen2.5-VL-3B", 3.755, 2 * 36 * 2 * 128 * 2),
     ("Qwen3-VL-8B", 8.767, 2 * 36 * 8 * 128 * 2), ("Qwen3-VL-4B", 4.438, 2 * 36 * 8 * 128 * 2)])
@@ -459,10 +496,14 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
     plans, plan_memory = [], rl.plan_memory
     monkeypatch.setattr(rl, "plan_memory", lambda *args, **flags: plans.append(plan_memory(*args, **flags)) or plans[-1])
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
-    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16", "--max_context", "1000"])
+    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16",
+                                     "--max_context", "1000", "--no-freeze_vision"])
     rl.main()
     assert plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4) and plans[0]["KV cache"] == cache * 16 * 1000
-    assert f"| 1 | {2 * billions:.1f} | " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"| 1 | {2 * billions:.1f} | " in out
+    # float32 master weights and two moments: 12 bytes a parameter, 99.5 GB for 7B
+    assert f"disk: {12 * billions:.1f} GB a checkpoint, 3 of them during a save" in out
 
 
 def test_plan_refuses_other_families(monkeypatch, tmp_path):
