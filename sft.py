@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
@@ -384,9 +385,10 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
     """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns ((B, T, H, D), None).
 
     lengths (training): conversations of these lengths lie end to end in one row; each is a causal call of its own.
-    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. The
-    H / K query heads that share a key head are laid along the query axis, so that keys are neither
-    repeated nor read twice. Without either: the library's own attention.
+    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. A long
+    piece needs no mask. Of short ones the H / K query heads that share a key head are laid along the
+    query axis, so that keys are neither repeated nor read twice. Without either: the library's own
+    attention.
     """
     if lengths is not None:
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
@@ -396,10 +398,16 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
         (padded, back, parts), heads, out = spans, key.shape[1], []
         rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
         for (first, last, width), slots, length, mask in parts:
+            k, v = key[slots, :, :length], value[slots, :, :length]
+            if mask is None:
+                q = rows[first:last].flatten(1, 2).transpose(0, 1)[None]  # (1, H, w, D)
+                part = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling, enable_gqa=True)
+                out.append(part[0].transpose(0, 1))  # (w, H, D)
+                continue
             q = rows[first:last].unflatten(0, (-1, width)).transpose(1, 2)  # (b, K, w, H / K, D)
             q = q.flatten(2, 3)  # (b, K, w * H / K, D)
-            part = F.scaled_dot_product_attention(q, key[slots, :, :length], value[slots, :, :length],
-                                                  attn_mask=mask, scale=scaling)
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             part = part.unflatten(2, (width, -1)).transpose(1, 2)  # (b, w, K, H / K, D)
             out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
         return torch.cat(out)[back][None], None  # (1, N, H, D)
