@@ -75,7 +75,7 @@ class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
-    an observation that was appended but not fed yet (a future, since it is resized in the
+    an observation that was appended but not fed yet (a future, since it is cut into patches in the
     background). What was seen is let go of at the end. numbers: random numbers, the n-th one for the
     n-th token that the policy writes, however often that token is drawn.
     """
@@ -90,6 +90,7 @@ class Rollout(sft.Sequence):
     finish: str = None
     prediction: str = None
     reward: float = 0.0
+    advantage: float = 0.0
     random: object = None
     numbers: list = field(default_factory=list)
     fed: int = 0
@@ -118,11 +119,18 @@ class Rollout(sft.Sequence):
             self.reward = judge.submit(self.row["question"], self.row["answer"], self.prediction)
 
     def with_images(self, policy):
-        """A copy with all images that were seen, cut again: kept, they would make memory grow with the number of rollouts."""
-        return replace(self, images=policy.pixels(tools.replay(self.as_row(), _open(Path(self.root) / self.row["image"]))))
+        """A copy with all images that were seen, cut again: kept, they would make memory grow with the
+        number of rollouts."""
+        image, shown = open_shown(policy, Path(self.root) / self.row["image"])
+        views = tools.replay(self.as_row(), image)
+        return replace(self, images=[shown, *policy.pixels(views[1:])])
 
 
-_open = functools.lru_cache(maxsize=1)(tools.open_image)    # the conversations of a group share one image
+@functools.lru_cache(maxsize=1)     # the conversations of a group share one image
+def open_shown(policy, path):
+    """An image, and the copy of it that the model sees: (PIL image, (patches, grid))."""
+    image = tools.open_image(path)
+    return image, policy.pixels([image])[0]
 
 
 CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
@@ -357,9 +365,8 @@ class Engine:
         drafts = [None if r.new_image and i not in fed_images else self.guess(r)
                   for i, r in enumerate(self.slots)]
         pieces = [[] if d is None else r.ids[r.fed:] + d for r, d in zip(self.slots, drafts)]
-        small = [self.slots[i].new_image.result() for i in fed_images]
-        images = dict(zip(fed_images, self.policy.patches(small)))
-        images = [images.get(i) for i in range(len(pieces))]
+        images = [r.new_image.result()[0] if i in fed_images else None
+                  for i, r in enumerate(self.slots)]
         draws = [0 if d is None else len(d) + 1 for d in drafts]
         fed = sum(d is not None for d in drafts)
         self.counts.update(passes=fed, drafted=sum(draws) - fed)
@@ -479,7 +486,7 @@ class Engine:
                 r.finish = "over_context"
                 continue
             r.add(ids, False)
-            r.new_image = self.loader.submit(self.policy.resize, r.views[-1]) if zoomed else None
+            r.new_image = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None
             r.turn_start = len(r.ids)
 
     def retire(self, slot):

@@ -53,6 +53,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def cut_at(rollout, turns):
 
 def collect_groups(engine, sets, weights, step, places, args, paid):
     """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
-    ({place: (rollouts of the group, A' (G,))}, everything that was played, places left without
+    ({place: rollouts of the group, with their A'}, everything that was played, places left without
     signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
@@ -215,10 +216,11 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
         unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
         rewards -= args.overturn_penalty * unfinished                                        # (P, G)
         advantages = group_advantages(rewards, completed, unfinished_value=paid)
-        parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
-        signal = (advantages != 0).any(1).tolist()
-        groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
-        places = [place for place, s in zip(places, signal) if not s]
+        for place, part, values in zip(places, parts, advantages.tolist()):
+            if any(values):
+                groups[place] = [replace(cut_at(r, args.max_turns), advantage=a)
+                                 for r, a in zip(part, values)]
+        places = [place for place in places if place not in groups]
     engine.cache = None  # the update needs the memory
     return groups, played, places
 
@@ -247,14 +249,27 @@ def score_held_out(engine, held_out, args, rank, world):
 # The update
 
 
-def score_rollouts(policy, rollouts):
-    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were sampled, response by
-    response. Returns (new (B, T), old (B, T), mask (B, T) bool)."""
-    lengths = torch.tensor([len(r.logprobs) for r in rollouts], device=policy.device)
-    mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]                 # (B, T)
-    new = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]))     # (N,)
-    old = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=new.dtype, device=policy.device)
-    return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
+def encode_rollouts(policy, rollouts):
+    """Conversations end to end, with the images that they saw, on the device (see sft.collate)."""
+    return sft.collate(policy, [r.with_images(policy) for r in rollouts])
+
+
+def token_mask(rollouts, device):
+    """(B, T) bool: row i begins with as many 1s as conversation i has sampled tokens."""
+    lengths = torch.tensor([len(r.logprobs) for r in rollouts], dtype=torch.long, device=device)
+    longest = max((len(r.logprobs) for r in rollouts), default=0)
+    return torch.arange(longest, device=device) < lengths[:, None]
+
+
+def score_rollouts(policy, rollouts, batch):
+    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were
+    sampled, response by response; batch: encode_rollouts of them. Returns (new (B, T), old (B, T),
+    mask (B, T) bool)."""
+    mask = token_mask(rollouts, policy.device)                                              # (B, T)
+    new = sft.token_logprobs(policy, batch)                                                 # (N,)
+    old = new.new_tensor([x for r in rollouts for x in r.logprobs])                         # (N,)
+    empty = new.new_zeros(mask.shape)
+    return empty.masked_scatter(mask, new), empty.masked_scatter(mask, old), mask
 
 
 def minibatches(groups, args, device):
@@ -266,38 +281,39 @@ def minibatches(groups, args, device):
     return np.array_split(places, max(1, round(len(places) / args.minibatch)))
 
 
-def update_policy(policy, optimizer, groups, args, lr):
-    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the
-    log, largest |log ratio| of a token, gradient norm). Without signal on any rank there is no
-    step, which would move the weights by momentum alone; the norm is then None."""
-    every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
-    completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
-    lengths = torch.tensor([sum(r.mask) for r, _ in every])
-    mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
-    how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
-    denominator = sft.over_ranks([count_denominator(mask, completed, **how).item() if every else 0.0], policy.device)[0]
+def update_policy(policy, optimizer, rollouts, args, lr):
+    """One optimizer step on one mini-batch (this rank's conversations, with their A'). Returns (sums
+    for the log, largest |log ratio| of a token, gradient norm). Without signal on any rank there is
+    no step, which would move the weights by momentum alone; the norm is then None."""
+    completed = torch.tensor([is_completed(r, args) for r in rollouts], dtype=torch.bool)   # (B,)
+    how = {"divisor": args.divisor, "aggregation": args.aggregation,
+           "max_tokens": args.max_turn_tokens * args.max_turns}
+    counted = count_denominator(token_mask(rollouts, "cpu"), completed, **how).item()
+    denominator = sft.over_ranks([counted], policy.device)[0]
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
     largest = [0.0]
     if not denominator:
         return sums, 0.0, None
-    advantage_of = {id(r): a for r, a in every}
+    micros = list(sft.micro_batches([r for r in rollouts if r.advantage], args.tokens))
+    batches = sft.one_ahead(partial(encode_rollouts, policy), micros)
 
     def loss_of(micro):
-        new, old, mask = score_rollouts(policy, micro)                                               # (B, T)
-        advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
-        done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
+        new, old, mask = score_rollouts(policy, micro, next(batches))                       # (B, T)
+        advantages = new.new_tensor([r.advantage for r in micro])                           # (B,)
+        done = torch.ones(len(micro), dtype=torch.bool, device=policy.device)   # A' != 0 implies M = 1
         loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
                          clip_dual=args.clip_dual, denominator=denominator, **how)
-        gap = (new.detach() - old)[mask]                                                             # (N,)
+        gap = (new.detach() - old)[mask]                                                    # (N,)
+        ratio = gap.exp()
         largest.append(gap.abs().max().item())
         sums["loss"] += loss.item()
         sums["mismatch"] += gap.abs().sum().item()
-        sums["clipped"] += ((gap.exp() < 1 - args.clip_low) | (gap.exp() > 1 + args.clip_high)).sum().item()
+        sums["clipped"] += ((ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)).sum().item()
         sums["tokens"] += len(gap)
         sums["responses"] += len(micro)
         return loss
 
-    optimizer.backward(sft.micro_batches([r for r, a in every if a != 0], args.tokens), loss_of)
+    optimizer.backward(micros, loss_of)
     healthy = math.isfinite(sft.over_ranks([sums["loss"]], policy.device)[0])
     return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
@@ -480,7 +496,7 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
     totals, largest, norms = {}, 0.0, []
     lr = learning_rate(step, args)
     for places in minibatches(groups, args, policy.device):
-        share = [groups[place] for place in places if place in groups]
+        share = [r for place in places for r in groups.get(place, [])]
         sums, gap, norm = update_policy(policy, optimizer, share, args, lr)
         largest = max(largest, gap)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
@@ -493,8 +509,7 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
 
 def dump(out, step, groups, count=8):
     """A few whole conversations of a step as trajectory rows, with their advantages: read them, they say what is learned."""
-    rows = [{**r.as_row(), "advantage": a} for place in sorted(groups)
-            for r, a in zip(groups[place][0], groups[place][1].tolist())]
+    rows = [{**r.as_row(), "advantage": r.advantage} for place in sorted(groups) for r in groups[place]]
     tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:count])
 
 

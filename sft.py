@@ -28,6 +28,7 @@ Commands:
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import os
@@ -421,7 +422,7 @@ AttentionInterface.register("conversations", conversations)
 AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate` on a policy's model
 
 
-@dataclass
+@dataclass(eq=False)
 class Policy:
     """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that end a turn."""
     model: torch.nn.Module
@@ -457,20 +458,13 @@ class Policy:
 
     def pixels(self, views):
         """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
-        return self.patches([self.resize(view) for view in views])
-
-    def patches(self, small):
-        """The same for views that resize() has made small already."""
-        if not small:
+        if not views:
             return []
+        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor) for view in views]
         out = self.processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
-
-    def resize(self, view):
-        """The copy that the model sees."""
-        return tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
 
     def grid(self, view):
         """The grid that pixels() gives a view, without making its pixels."""
@@ -660,6 +654,17 @@ def micro_batches(sequences, tokens):
         size += len(sequence.ids)
     if batch:
         yield batch
+
+
+def one_ahead(function, items):
+    """function(item) of each item in turn; the next one is computed in a thread meanwhile."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = collections.deque(thread.submit(function, item) for item in itertools.islice(items, 1))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
 
 
 def project(policy, hidden):
@@ -871,12 +876,10 @@ def train(policy, rows, root, args, rank, world):
     log = open_log(args.out, start) if rank == 0 else None
     bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
                          desc=f"sft {args.out.name}")
-    loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
-    load = partial(loader.submit, load_batch, policy, rows, root, args, rank, world)
-    ahead = load(start)
-    for step in bar:
+    # images of the next batch are opened and cut while the model trains on this one
+    batches = one_ahead(partial(load_batch, policy, rows, root, args, rank, world), range(start, total))
+    for step, sequences in zip(bar, batches):
         lr = learning_rate(step, total, args.lr, args.warmup)
-        sequences, ahead = ahead.result(), load(step + 1) if step + 1 < total else None
         longest = max((len(s.ids) for s in sequences), default=0)
         if longest > args.max_tokens:
             raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "

@@ -4,6 +4,8 @@ real runs on one and two processes."""
 import argparse
 import json
 import math
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,9 +333,37 @@ def test_trainer_agrees_with_sampler(trained, world):
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     with torch.no_grad():
-        new, old, mask = rl.score_rollouts(trained, rollouts)
+        new, old, mask = rl.score_rollouts(trained, rollouts, rl.encode_rollouts(trained, rollouts))
     assert ((new - old)[mask]).abs().max() < 1e-9 and (new[~mask] == 0).all() and (old[~mask] == 0).all()
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
+
+
+def update_args(**flags):
+    return argparse.Namespace(**{
+        "overturn_mask": True, "mask_void": False, "unfinished_value": "group", "divisor": "completed",
+        "aggregation": "response", "max_turn_tokens": 80, "max_turns": 6, "tokens": 700, "clip_low": 0.2,
+        "clip_high": 0.3, "clip_dual": 0.0, "max_norm": 1.0, "prompts_per_step": 2, **flags})
+
+
+def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, world, monkeypatch):
+    """Two groups of five: each original is opened and encoded once, each crop once per conversation,
+    and the main thread, which trains, does none of it."""
+    policy = sft.load_policy(str(trained_folder), "cpu", "float64", prompts)
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 5, world)
+    for i, r in enumerate(rollouts):
+        r.advantage = (-1.0) ** i
+    opened, encoded, pixels, open_image = [], [], sft.Policy.pixels, tools.open_image
+    monkeypatch.setattr(tools, "open_image", lambda path: opened.append(path.name) or open_image(path))
+    monkeypatch.setattr(sft.Policy, "pixels", lambda policy, views: encoded.extend(
+        [threading.current_thread()] * len(views)) or pixels(policy, views))
+    evaluate.open_shown.cache_clear()
+    optimizer = sft.Optimizer(sft.trainable(policy, True), 1e-5, 0.0)
+    sums, _, norm = rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
+    assert sums["responses"] == 10 and norm > 0
+    assert opened == [Path(row["image"]).name for row in rows]
+    crops = sum(r.ids.count(policy.vision_ids[0]) - 1 for r in rollouts)
+    assert len(encoded) == 2 + crops and crops > 5 and threading.main_thread() not in encoded
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
@@ -548,7 +578,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
         assert rl.score_held_out(engine, held_out, args, 0, 1)[0] is None
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish == "answer" and r.prediction for r in unscored)
-    assert not any(r.reward is None for part, _ in groups.values() for r in part)
+    assert not any(r.reward is None for part in groups.values() for r in part)
     assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
     metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), args, "cpu", engine.counts)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,25 @@ def test_micro_batches_keep_every_conversation_within_the_budget():
     sequences = [sft.Sequence(ids=[0] * n) for n in (5, 30, 7, 12, 1, 12)]
     batches = list(sft.micro_batches(sequences, 24))
     assert [[len(s.ids) for s in b] for b in batches] == [[5], [30], [7, 12, 1], [12]]
+
+
+def test_one_ahead():
+    """In order; while one result is in use the next is made, in a thread, and no more than that."""
+    started, second = [], threading.Event()
+
+    def square(i):
+        started.append((i, threading.current_thread() is not threading.main_thread()))
+        if i == 1:
+            second.set()
+        return 1 / 0 if i == 3 else i * i
+
+    results = sft.one_ahead(square, range(9))
+    assert next(results) == 0 and second.wait(60)
+    assert [next(results), next(results)] == [1, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert started == [(0, True), (1, True), (2, True), (3, True)]
+    assert list(sft.one_ahead(square, [])) == [] and list(sft.one_ahead(square, [1, 2])) == [1, 4]
 
 
 def test_learning_rate_by_hand():
