@@ -272,6 +272,17 @@ def score_rollouts(policy, rollouts, batch):
     return empty.masked_scatter(mask, new), empty.masked_scatter(mask, old), mask
 
 
+def deal(rollouts, places):
+    """This rank's part of all ranks' conversations: about the same number of tokens on every rank,
+    whoever played them, so that none waits long for the others. They are cut in the order of places
+    and samples: most of a group, which shares an image, stays together. Every rank must call this."""
+    everybody = sorted(sft.gather(rollouts), key=lambda r: (r.prompt % places, r.sample))
+    lengths = np.array([len(r.ids) for r in everybody])
+    middles = lengths.cumsum() - lengths / 2
+    owners = middles * sft.world_size() // max(lengths.sum(), 1)
+    return [r for r, owner in zip(everybody, owners) if owner == sft.my_rank()]
+
+
 def minibatches(groups, args, device):
     """The places with signal, on whichever rank, cut into mini-batches of about --minibatch places
     each, equal to within one: a step in which few groups have signal takes fewer optimizer steps,
@@ -282,9 +293,9 @@ def minibatches(groups, args, device):
 
 
 def update_policy(policy, optimizer, rollouts, args, lr):
-    """One optimizer step on one mini-batch (this rank's conversations, with their A'). Returns (sums
-    for the log, largest |log ratio| of a token, gradient norm). Without signal on any rank there is
-    no step, which would move the weights by momentum alone; the norm is then None."""
+    """One optimizer step on one mini-batch; rollouts: those that this rank played, with their A'.
+    Returns (sums for the log, largest |log ratio| of a token, gradient norm). Without signal on any
+    rank there is no step, which would move the weights by momentum alone; the norm is then None."""
     completed = torch.tensor([is_completed(r, args) for r in rollouts], dtype=torch.bool)   # (B,)
     how = {"divisor": args.divisor, "aggregation": args.aggregation,
            "max_tokens": args.max_turn_tokens * args.max_turns}
@@ -294,7 +305,8 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     largest = [0.0]
     if not denominator:
         return sums, 0.0, None
-    micros = list(sft.micro_batches([r for r in rollouts if r.advantage], args.tokens))
+    mine = deal([r for r in rollouts if r.advantage], args.prompts_per_step)
+    micros = list(sft.micro_batches(mine, args.tokens))
     batches = sft.one_ahead(partial(encode_rollouts, policy), micros)
 
     def loss_of(micro):

@@ -147,6 +147,16 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
     return total.tolist()
 
 
+def gather(items):
+    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank must
+    call this."""
+    lists = [items]
+    if world_size() > 1:
+        lists = [None] * world_size()
+        dist.all_gather_object(lists, items)
+    return sum(lists, [])
+
+
 def broadcast_weights(model):
     """Make every rank start from rank 0's parameters and buffers."""
     if world_size() > 1:

@@ -7,6 +7,7 @@ import math
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -338,6 +339,35 @@ def test_trainer_agrees_with_sampler(trained, world):
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
 
 
+def shares(monkeypatch, lengths, world):
+    """How deal cuts conversations of these lengths, which rank 0 holds in another order: (place,
+    sample) of each rank."""
+    rollouts = [evaluate.Rollout(ids=[0] * n, prompt=40 + i // 4, sample=i % 4) for i, n in enumerate(lengths)]
+    monkeypatch.setattr(sft, "gather", lambda own: rollouts[::-1])
+    monkeypatch.setattr(sft, "world_size", lambda: world)
+    cut = []
+    for rank in range(world):
+        monkeypatch.setattr(sft, "my_rank", lambda: rank)
+        cut.append([(r.prompt, r.sample, len(r.ids)) for r in rl.deal([], 40)])
+    return cut
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_conversations_are_dealt_out_by_length(monkeypatch, world):
+    """Everyone to exactly one rank, in order; a rank's tokens are its share to within the longest."""
+    lengths = np.random.default_rng(0).integers(100, 900, 96).tolist()
+    cut = shares(monkeypatch, lengths, world)
+    assert sum(cut, []) == [(40 + i // 4, i % 4, n) for i, n in enumerate(lengths)]
+    assert all(abs(sum(n for *_, n in part) - sum(lengths) / world) <= max(lengths) for part in cut)
+
+
+def test_dealing_by_hand(monkeypatch):
+    """3 + 3 + 6 tokens and 12: the middles 1.5, 4.5, 9 and 18 of 24 are on rank 0, 0, 0 and 1 of two."""
+    assert [len(part) for part in shares(monkeypatch, [3, 3, 6, 12], 2)] == [3, 1]
+    assert shares(monkeypatch, [], 2) == [[], []]
+    assert [len(part) for part in shares(monkeypatch, [5], 3)] == [0, 1, 0]
+
+
 def update_args(**flags):
     return argparse.Namespace(**{
         "overturn_mask": True, "mask_void": False, "unfinished_value": "group", "divisor": "completed",
@@ -443,17 +473,23 @@ def test_resume_is_exact(runs, nproc, whole):
     assert [m["step"] for m in read(out / f"cut{nproc}")] == [1, 2, 3]
 
 
-def test_a_rank_without_a_valid_group_waits_for_nobody(runs, trained_folder, world):
-    """Two questions for two ranks; the wrong answer to one of them is never given, so that its rank has nothing to train on."""
+def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
+    """Three questions, one that is sometimes answered right and two whose answer is never given, so
+    that one group has signal: one, two and three processes train the same on it. The ranks that did
+    not play it have their part of the update, too."""
     out, _ = runs
-    rows = tools.read_jsonl(world / "seen.jsonl")[:2]
-    tools.write_jsonl(world / "half.jsonl", [rows[0], {**rows[1], "answer": "no such answer"}])
+    rows = [tools.read_jsonl(world / "train.jsonl")[i] for i in (0, 2, 4)]
+    tools.write_jsonl(world / "half.jsonl", [rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl", "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 2, "--group", 8, "--resample", 0, "--steps", 2]
-    run_script(*common, "--out", out / "half1")
-    run_script(*common, "--out", out / "half2", nproc=2)
-    assert all(m["groups_without_signal"] >= 1 for m in read(out / "half1"))
-    assert largest_difference(out / "half1", out / "half2") < 1e-10
+              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2, "--unfinished_value", "group"]
+    for nproc in (1, 2, 3):
+        run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
+    assert all(m["groups_without_signal"] >= 2 for m in read(out / "half1"))
+    assert all(m["trained_responses"] > 3 for m in read(out / "half1"))
+    for nproc in (2, 3):
+        assert largest_difference(out / "half1", out / f"half{nproc}") < 1e-10
+        assert [m["trained_responses"] for m in read(out / "half1")] == [
+            m["trained_responses"] for m in read(out / f"half{nproc}")]
     assert largest_difference(out / "half1", trained_folder) > 1e-6
 
 
