@@ -75,7 +75,7 @@ class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
-    an observation that was appended but not fed yet (a future, since it is resized in the
+    an observation that was appended but not fed yet (a future, since it is cut into patches in the
     background). What was seen is let go of at the end. numbers: random numbers, the n-th one for the
     n-th token that the policy writes, however often that token is drawn.
     """
@@ -90,6 +90,7 @@ class Rollout(sft.Sequence):
     finish: str = None
     prediction: str = None
     reward: float = 0.0
+    advantage: float = 0.0
     random: object = None
     numbers: list = field(default_factory=list)
     fed: int = 0
@@ -118,23 +119,32 @@ class Rollout(sft.Sequence):
             self.reward = judge.submit(self.row["question"], self.row["answer"], self.prediction)
 
     def with_images(self, policy):
-        """A copy with all images that were seen, cut again: kept, they would make memory grow with the number of rollouts."""
-        return replace(self, images=policy.pixels(tools.replay(self.as_row(), _open(Path(self.root) / self.row["image"]))))
+        """A copy with all images that were seen, cut again: kept, they would make memory grow with the
+        number of rollouts."""
+        image, shown = open_shown(policy, Path(self.root) / self.row["image"])
+        views = tools.replay(self.as_row(), image)
+        return replace(self, images=[shown, *policy.pixels(views[1:])])
 
 
-_open = functools.lru_cache(maxsize=1)(tools.open_image)    # the conversations of a group share one image
+@functools.lru_cache(maxsize=1)     # the conversations of a group share one image
+def open_shown(policy, path):
+    """An image, and the copy of it that the model sees: (PIL image, (patches, grid))."""
+    image = tools.open_image(path)
+    return image, policy.pixels([image])[0]
 
 
 CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
+LONG = 32   # a piece of more new tokens (a prompt, an observation) attends alone, and needs no mask
 
 
-def neighbours(pieces, most=CHUNK):
+def neighbours(pieces):
     """Cut slots with these numbers of new tokens into spans that attend in one call: (first, last).
-    A span has at most `most` slots; one much longer piece (an observation) stands alone, since all
-    of its span would be padded to its length."""
+    A span has at most CHUNK slots. A LONG piece, or one much longer than the one before it, begins
+    another span, since all of a span is padded to its longest piece."""
     first = 0
     for i in range(1, len(pieces) + 1):
-        if i == len(pieces) or i - first == most or abs(pieces[i] - pieces[i - 1]) > 12:
+        if (i == len(pieces) or i - first == CHUNK or max(pieces[i - 1:i + 1]) > LONG
+                or abs(pieces[i] - pieces[i - 1]) > 12):
             if max(pieces[first:i]):
                 yield first, i
             first = i
@@ -172,7 +182,8 @@ class SlotCache:
         end in one row; slots are neighbours. Returns what sft.conversations needs:
         padded (P,): which token stands where if pieces are padded to the longest of their span,
         back (N,): where among these P places the tokens are,
-        spans: (first place, last place, width), slots, columns in use, mask (b, 1, w * H / K, length).
+        spans: (first place, last place, width), slots, columns in use, mask (b, 1, w * H / K, length)
+        or, of a LONG piece, None: the mask of a large model's prompt would take gigabytes.
         """
         slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
         self.grow((fed + pieces).max())
@@ -190,10 +201,12 @@ class SlotCache:
         zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
         spans, place = [], 0
         for first, last in cuts:
-            width, length = widths[first], (fed + pieces)[first:last].max()
+            width, length = int(widths[first]), int((fed + pieces)[first:last].max())
             end = place + (last - first) * width
-            rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
-            mask = torch.where(keys[:length] > rows, -math.inf, zero)
+            mask = None
+            if width <= LONG:
+                rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
+                mask = torch.where(keys[:length] > rows, -math.inf, zero)
             spans.append(((place, end, width), slice(slots[first], slots[last - 1] + 1), length, mask))
             place = end
         padded, back = (torch.from_numpy(x).to(device) for x in (padded, real.nonzero()[0]))
@@ -346,17 +359,14 @@ class Engine:
 
     def step(self):
         """Feed what is pending in every slot and a draft behind it, draw at the last pending token
-        and at every token of the draft, and keep what agrees. Images are fed when a quarter of the
-        slots has one, a batch worth its overhead; until then these slots feed nothing."""
-        waiting = sum(r.new_image is not None for r in self.slots)
-        hold = 4 * waiting < len(self.slots)
-        drafts = [None if r.new_image and hold else self.guess(r) for r in self.slots]
+        and at every token of the draft, and keep what agrees. Slots with an image to come feed
+        nothing until it is their turn."""
+        fed_images = self.images_to_feed()
+        drafts = [None if r.new_image and i not in fed_images else self.guess(r)
+                  for i, r in enumerate(self.slots)]
         pieces = [[] if d is None else r.ids[r.fed:] + d for r, d in zip(self.slots, drafts)]
-        images = [None] * len(pieces)
-        if waiting and not hold:
-            new = {i: r.new_image.result() for i, r in enumerate(self.slots) if r.new_image}
-            images = dict(zip(new, self.policy.patches(list(new.values()))))
-            images = [images.get(i) for i in range(len(pieces))]
+        images = [r.new_image.result()[0] if i in fed_images else None
+                  for i, r in enumerate(self.slots)]
         draws = [0 if d is None else len(d) + 1 for d in drafts]
         fed = sum(d is not None for d in drafts)
         self.counts.update(passes=fed, drafted=sum(draws) - fed)
@@ -371,6 +381,15 @@ class Engine:
                     ended.append(i)
                 at = end
         self.end_turns(ended)
+
+    def images_to_feed(self):
+        """The slots whose images are fed now: all that wait when they are a quarter of the slots, a
+        batch worth its overhead, but no more than max_context tokens, which bounds the memory."""
+        waiting = [i for i, r in enumerate(self.slots) if r.new_image]
+        if 4 * len(waiting) < len(self.slots):
+            return []
+        ends = itertools.accumulate(len(r.ids) - r.fed for r in (self.slots[i] for i in waiting))
+        return [i for i, end in zip(waiting, ends) if end <= self.limits.max_context]
 
     def guess(self, r):
         """What to draft behind a conversation: never the last token of a turn or beyond, since what
@@ -402,7 +421,7 @@ class Engine:
                       "image_grid_thw": torch.tensor([i[1] for i in images if i], device=device)}
         spans = self.cache.at(slots, [r.fed for r in rollouts], list(map(len, pieces)), device)
         hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
-            input_ids=ids, position_ids=where.to(device), attention_mask=spans[-1][0][-1],
+            input_ids=ids, position_ids=where.to(device), attention_mask=torch.zeros(1, 1, 1, 1),
             use_cache=True, spans=spans, **{self.cache_name: self.cache},
             **pixels).last_hidden_state[0]
         drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
@@ -467,7 +486,7 @@ class Engine:
                 r.finish = "over_context"
                 continue
             r.add(ids, False)
-            r.new_image = self.loader.submit(self.policy.resize, r.views[-1]) if zoomed else None
+            r.new_image = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None
             r.turn_start = len(r.ids)
 
     def retire(self, slot):

@@ -53,6 +53,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def cut_at(rollout, turns):
 
 def collect_groups(engine, sets, weights, step, places, args, paid):
     """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
-    ({place: (rollouts of the group, A' (G,))}, everything that was played, places left without
+    ({place: rollouts of the group, with their A'}, everything that was played, places left without
     signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
@@ -215,10 +216,11 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
         unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
         rewards -= args.overturn_penalty * unfinished                                        # (P, G)
         advantages = group_advantages(rewards, completed, unfinished_value=paid)
-        parts = [[cut_at(r, args.max_turns) for r in part] for part in parts]
-        signal = (advantages != 0).any(1).tolist()
-        groups.update({place: (part, a) for place, part, a, s in zip(places, parts, advantages, signal) if s})
-        places = [place for place, s in zip(places, signal) if not s]
+        for place, part, values in zip(places, parts, advantages.tolist()):
+            if any(values):
+                groups[place] = [replace(cut_at(r, args.max_turns), advantage=a)
+                                 for r, a in zip(part, values)]
+        places = [place for place in places if place not in groups]
     engine.cache = None  # the update needs the memory
     return groups, played, places
 
@@ -247,14 +249,38 @@ def score_held_out(engine, held_out, args, rank, world):
 # The update
 
 
-def score_rollouts(policy, rollouts):
-    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were sampled, response by
-    response. Returns (new (B, T), old (B, T), mask (B, T) bool)."""
-    lengths = torch.tensor([len(r.logprobs) for r in rollouts], device=policy.device)
-    mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]                 # (B, T)
-    new = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]))     # (N,)
-    old = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=new.dtype, device=policy.device)
-    return *(torch.zeros(mask.shape, dtype=new.dtype, device=policy.device).masked_scatter(mask, x) for x in (new, old)), mask
+def encode_rollouts(policy, rollouts):
+    """Conversations end to end, with the images that they saw, on the device (see sft.collate)."""
+    return sft.collate(policy, [r.with_images(policy) for r in rollouts])
+
+
+def token_mask(rollouts, device):
+    """(B, T) bool: row i begins with as many 1s as conversation i has sampled tokens."""
+    lengths = torch.tensor([len(r.logprobs) for r in rollouts], dtype=torch.long, device=device)
+    longest = max((len(r.logprobs) for r in rollouts), default=0)
+    return torch.arange(longest, device=device) < lengths[:, None]
+
+
+def score_rollouts(policy, rollouts, batch):
+    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were
+    sampled, response by response; batch: encode_rollouts of them. Returns (new (B, T), old (B, T),
+    mask (B, T) bool)."""
+    mask = token_mask(rollouts, policy.device)                                              # (B, T)
+    new = sft.token_logprobs(policy, batch)                                                 # (N,)
+    old = new.new_tensor([x for r in rollouts for x in r.logprobs])                         # (N,)
+    empty = new.new_zeros(mask.shape)
+    return empty.masked_scatter(mask, new), empty.masked_scatter(mask, old), mask
+
+
+def deal(rollouts, places):
+    """This rank's part of all ranks' conversations: about the same number of tokens on every rank,
+    whoever played them, so that none waits long for the others. They are cut in the order of places
+    and samples: most of a group, which shares an image, stays together. Every rank must call this."""
+    everybody = sorted(sft.gather(rollouts), key=lambda r: (r.prompt % places, r.sample))
+    lengths = np.array([len(r.ids) for r in everybody])
+    middles = lengths.cumsum() - lengths / 2
+    owners = middles * sft.world_size() // max(lengths.sum(), 1)
+    return [r for r, owner in zip(everybody, owners) if owner == sft.my_rank()]
 
 
 def minibatches(groups, args, device):
@@ -266,38 +292,40 @@ def minibatches(groups, args, device):
     return np.array_split(places, max(1, round(len(places) / args.minibatch)))
 
 
-def update_policy(policy, optimizer, groups, args, lr):
-    """One optimizer step on the groups of one mini-batch (this rank's share). Returns (sums for the
-    log, largest |log ratio| of a token, gradient norm). Without signal on any rank there is no
-    step, which would move the weights by momentum alone; the norm is then None."""
-    every = [(r, a) for part, advantages in groups for r, a in zip(part, advantages.tolist())]
-    completed = torch.tensor([is_completed(r, args) for r, _ in every], dtype=torch.bool)
-    lengths = torch.tensor([sum(r.mask) for r, _ in every])
-    mask = torch.arange(int(lengths.max()) if every else 0) < lengths[:, None]                       # (B, T)
-    how = {"divisor": args.divisor, "aggregation": args.aggregation, "max_tokens": args.max_turn_tokens * args.max_turns}
-    denominator = sft.over_ranks([count_denominator(mask, completed, **how).item() if every else 0.0], policy.device)[0]
+def update_policy(policy, optimizer, rollouts, args, lr):
+    """One optimizer step on one mini-batch; rollouts: those that this rank played, with their A'.
+    Returns (sums for the log, largest |log ratio| of a token, gradient norm). Without signal on any
+    rank there is no step, which would move the weights by momentum alone; the norm is then None."""
+    completed = torch.tensor([is_completed(r, args) for r in rollouts], dtype=torch.bool)   # (B,)
+    how = {"divisor": args.divisor, "aggregation": args.aggregation,
+           "max_tokens": args.max_turn_tokens * args.max_turns}
+    counted = count_denominator(token_mask(rollouts, "cpu"), completed, **how).item()
+    denominator = sft.over_ranks([counted], policy.device)[0]
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
     largest = [0.0]
     if not denominator:
         return sums, 0.0, None
-    advantage_of = {id(r): a for r, a in every}
+    mine = deal([r for r in rollouts if r.advantage], args.prompts_per_step)
+    micros = list(sft.micro_batches(mine, args.tokens))
+    batches = sft.one_ahead(partial(encode_rollouts, policy), micros)
 
     def loss_of(micro):
-        new, old, mask = score_rollouts(policy, micro)                                               # (B, T)
-        advantages = torch.tensor([advantage_of[id(r)] for r in micro], dtype=old.dtype, device=old.device)
-        done = torch.ones(len(micro), dtype=torch.bool, device=old.device)                           # A' != 0 implies M = 1
+        new, old, mask = score_rollouts(policy, micro, next(batches))                       # (B, T)
+        advantages = new.new_tensor([r.advantage for r in micro])                           # (B,)
+        done = torch.ones(len(micro), dtype=torch.bool, device=policy.device)   # A' != 0 implies M = 1
         loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
                          clip_dual=args.clip_dual, denominator=denominator, **how)
-        gap = (new.detach() - old)[mask]                                                             # (N,)
+        gap = (new.detach() - old)[mask]                                                    # (N,)
+        ratio = gap.exp()
         largest.append(gap.abs().max().item())
         sums["loss"] += loss.item()
         sums["mismatch"] += gap.abs().sum().item()
-        sums["clipped"] += ((gap.exp() < 1 - args.clip_low) | (gap.exp() > 1 + args.clip_high)).sum().item()
+        sums["clipped"] += ((ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)).sum().item()
         sums["tokens"] += len(gap)
         sums["responses"] += len(micro)
         return loss
 
-    optimizer.backward(sft.micro_batches([r for r, a in every if a != 0], args.tokens), loss_of)
+    optimizer.backward(micros, loss_of)
     healthy = math.isfinite(sft.over_ranks([sums["loss"]], policy.device)[0])
     return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
@@ -326,40 +354,75 @@ def measure(played, sums, largest, norms, unsignalled, seconds, args, device, co
 # Memory on paper
 
 
-def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointing=True, freeze_vision=False, chunk=4096):
-    """Bytes on each of `ranks` processes, from a model whose tensors may be on the meta device. Returns {part: bytes}.
+def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointing=True,
+                freeze_vision=False, chunk=4096):
+    """Bytes on each of `ranks` processes, from a model whose tensors may be on the meta device.
+    Returns {part: bytes}.
 
-    With N parameters of w bytes (N' of them trained), W ranks, T tokens per micro-batch, L layers (width D, queries Q, keys K,
-    MLP ff), V ids in the vocabulary and F = 4 bytes (8 in float64):
+    With N parameters of w bytes (N' of them trained), W ranks, T tokens per micro-batch, L layers
+    (width D, queries Q, keys K, MLP ff), V ids in the vocabulary and F = 4 bytes (8 in float64):
         weights       w N
         gradients     F N' / W and three buckets under way; not sharded: w N' + F N'
         optimizer     2 F N' and, if w < F, F N' for master weights; / W if sharded
-        activations   checkpointing: w T D L + one layer's own; without: L layers' own. One layer's own: w T times
-                      7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K more where queries and keys are normalised (Qwen3-VL)
+        activations   checkpointing: w T D L + one layer's own; without: L layers' own. One layer's
+                      own: w T times 7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K more where queries and
+                      keys are normalised (Qwen3-VL)
         logits        min(T, chunk) V (w + 3 F): projected, widened, without banned ids, normalised
+        vision        what the tower needs beyond that, see vision_memory
         KV cache      2 w L K slots max_context, given back before the update
-    The vision tower's activations are left out: it runs image by image in every layer and is small beside the text's.
+        prefill       a forward pass over max_context tokens (Engine feeds no more images at once),
+                      w times max(3 D + 3 Q + 4 K, 5 D + 3 ff) each, or the tower's if that is more
     """
     text, head = model.config.text_config, model.lm_head.weight
-    trained = [p for p in model.parameters() if not freeze_vision or all(p is not q for q in model.model.visual.parameters())]
-    N, own, w = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), head.element_size()
+    frozen = set(model.model.visual.parameters()) if freeze_vision else set()
+    trained = [p for p in model.parameters() if p not in frozen]
+    N, own = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
+    w = head.element_size()
     F, W = max(4, w), ranks if shard else 1
-    L, D, d = text.num_hidden_layers, text.hidden_size, sft.head_size(text)
+    L, D, ff, d = text.num_hidden_layers, text.hidden_size, text.intermediate_size, sft.head_size(text)
     Q, K = d * text.num_attention_heads, d * text.num_key_value_heads
     norms = 2 * hasattr(model.model.language_model.layers[0].self_attn, "q_norm")
-    layer = w * tokens * (7 * D + (3 + norms) * Q + (2 + norms) * K + 4 * text.intermediate_size)
+    layer = w * tokens * (7 * D + (3 + norms) * Q + (2 + norms) * K + 4 * ff)
     flying = 3 * F * max(sum(p.numel() for p in bucket) for bucket in sft.buckets(trained[::-1]))
+    activations = w * tokens * D * L + layer if checkpointing else L * layer
+    logits = min(tokens, chunk) * head.shape[0] * (w + 3 * F)
+    kept, peak = vision_memory(model, tokens, checkpointing, freeze_vision)
+    prefill = w * max_context * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
     return {"weights": w * N,
             "gradients": F * own // W + (flying if shard and ranks > 1 else w * own),
             "optimizer": (2 * F + (F if w < F else 0)) * own // W,
-            "activations": w * tokens * D * L + layer if checkpointing else L * layer,
-            "logits": min(tokens, chunk) * head.shape[0] * (w + 3 * F),
-            "KV cache": 2 * w * L * K * slots * max_context}
+            "activations": activations,
+            "logits": logits,
+            "vision": max(kept, peak - activations - logits),
+            "KV cache": 2 * w * L * K * slots * max_context,
+            "prefill": max(prefill, vision_memory(model, max_context, checkpointing, True)[1])}
+
+
+def vision_memory(model, tokens, checkpointing, frozen):
+    """Bytes of the vision tower's activations if all tokens are of images: (what is kept while the
+    text's are there, what there is at the most before or after that).
+
+    P = 4 patches a token, width V, layers L, MLPs of n matrices and width ff, m mergers:
+        trained       kept: w P V (L + 5 m), checkpointing; after the text's backward, one layer's
+                      own: w P (V L + 12 V + 2 n ff). Without, both: w P L (12 V + (n + 1) ff)
+        frozen        nothing is kept. A forward pass takes P max(10 w V + 4 F V, 3 w V + 3 w ff)
+    """
+    visual, config = model.model.visual, model.config.vision_config
+    w, patches = model.lm_head.weight.element_size(), tokens * config.spatial_merge_size**2
+    V, L, ff = config.hidden_size, config.depth, config.intermediate_size
+    if frozen:
+        return 0, patches * max((10 * w + 4 * max(4, w)) * V, 3 * w * (V + ff))
+    n = sum(isinstance(part, torch.nn.Linear) for part in visual.blocks[0].mlp.modules())
+    mergers = 1 + len(getattr(visual, "deepstack_merger_list", []))
+    if checkpointing:
+        return w * patches * V * (L + 5 * mergers), w * patches * (V * L + 12 * V + 2 * n * ff)
+    return (w * patches * L * (12 * V + (n + 1) * ff),) * 2
 
 
 def phases(plan):
     """Bytes held during rollouts and during an update."""
-    return (plan["weights"] + plan["optimizer"] + plan["KV cache"], sum(plan.values()) - plan["KV cache"])
+    rollout = plan["KV cache"] + plan["prefill"]
+    return plan["weights"] + plan["optimizer"] + rollout, sum(plan.values()) - rollout
 
 
 def print_plan(args, gigabytes=80.0):
@@ -370,23 +433,45 @@ def print_plan(args, gigabytes=80.0):
             model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise tools.InputError(f"--plan: cannot read the configuration of {args.model}: {str(error).splitlines()[0]}") from None
-    flags = {"tokens": args.tokens, "slots": args.slots, "max_context": args.max_context, "freeze_vision": args.freeze_vision}
-    parts, advice = None, []
-    for ranks in (1, 2, 4, 8, 64):
-        plan = plan_memory(model, ranks, shard=args.shard_optimizer, checkpointing=args.checkpointing, **flags)
-        if parts is None:
-            parts = list(plan)
-            print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} slots of "
-                  f"{args.max_context}\n| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |")
-            print("|---" * (len(parts) + 4) + "|")
-        rollout, update = phases(plan)
-        fits = 1.1 * max(rollout, update) < gigabytes * 1e9     # a tenth for the allocator's gaps and the libraries
-        print(f"| {ranks} | {' | '.join(f'{plan[k] / 1e9:.1f}' for k in parts)} | {rollout / 1e9:.1f} | {update / 1e9:.1f} | "
+    flags = {"tokens": args.tokens, "slots": args.slots, "max_context": args.max_context,
+             "freeze_vision": args.freeze_vision}
+    have = {"shard": args.shard_optimizer, "checkpointing": args.checkpointing, **flags}
+    plans = {ranks: plan_memory(model, ranks, **have) for ranks in (1, 2, 4, 8, 64)}
+    parts, advice = list(plans[1]), []
+    print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} slots of "
+          f"{args.max_context}\n| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |")
+    print("|---" * (len(parts) + 4) + "|")
+    for ranks, plan in plans.items():
+        columns = [*plan.values(), *phases(plan)]
+        fits = 1.1 * max(phases(plan)) < gigabytes * 1e9     # a tenth for the allocator's gaps and the libraries
+        print(f"| {ranks} | {' | '.join(f'{size / 1e9:.1f}' for size in columns)} | "
               f"{'yes' if fits else 'no'} |")
         if not fits:
             advice.append((ranks, cheaper(model, ranks, args, flags, gigabytes)))
     for ranks, flag in advice:
         print(f"{ranks} GPU(s): {f'fits with {flag}' if flag else 'does not fit with any of these flags: use more GPUs'}")
+    print(f"disk: {plans[1]['optimizer'] / 1e9:.1f} GB a checkpoint, {args.keep + 1} of them during a save "
+          f"(--keep {args.keep}); {plans[1]['weights'] / 1e9:.1f} GB for the model in --out")
+    seconds = plan_seconds(model, args, 8)
+    print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, {seconds * args.steps * 8 / 3600:.0f} "
+          f"GPU-hours for --steps {args.steps}, if a conversation has {args.max_context // 2} tokens (half of "
+          "--max_context) and an eighth of them is sampled")
+
+
+def plan_seconds(model, args, ranks):
+    """Seconds of one RL step on H100s, by counting: matrix products at 40% of 989 TFLOP/s, memory at
+    60% of 3.35 TB/s. Every token (an image: 4 patches a token) goes through the model once when it is
+    fed; the update takes 4 forward passes, 3 without --checkpointing, but 1 of a frozen tower. A pass
+    of decoding reads the weights and the cache of all slots."""
+    tokens, tower = args.max_context / 2, sum(p.numel() for p in model.model.visual.parameters())
+    text = sum(p.numel() for p in model.parameters()) - tower
+    passes = 1 + (4 if args.checkpointing else 3)
+    each = 2 * tokens * (passes * text + 4 * (2 if args.freeze_vision else passes) * tower)   # FLOPs
+    cache = plan_memory(model, 1, tokens=1, slots=1, max_context=1, shard=False)["KV cache"]
+    read = 2 * (text + tower) + args.slots * cache * tokens / 2                         # bytes a pass
+    mine = args.prompts_per_step * args.group / ranks
+    decoding = mine / args.slots * tokens / 8 * read / (0.6 * 3.35e12)
+    return mine * each / (0.4 * 989e12) + decoding
 
 
 def cheaper(model, ranks, args, flags, gigabytes):
@@ -423,7 +508,7 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
     totals, largest, norms = {}, 0.0, []
     lr = learning_rate(step, args)
     for places in minibatches(groups, args, policy.device):
-        share = [groups[place] for place in places if place in groups]
+        share = [r for place in places for r in groups.get(place, [])]
         sums, gap, norm = update_policy(policy, optimizer, share, args, lr)
         largest = max(largest, gap)
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
@@ -436,8 +521,7 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
 
 def dump(out, step, groups, count=8):
     """A few whole conversations of a step as trajectory rows, with their advantages: read them, they say what is learned."""
-    rows = [{**r.as_row(), "advantage": a} for place in sorted(groups)
-            for r, a in zip(groups[place][0], groups[place][1].tolist())]
+    rows = [{**r.as_row(), "advantage": r.advantage} for place in sorted(groups) for r in groups[place]]
     tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:count])
 
 

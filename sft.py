@@ -29,6 +29,7 @@ Commands:
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
@@ -144,6 +146,16 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
     if world_size() > 1:
         dist.all_reduce(total, op=op)
     return total.tolist()
+
+
+def gather(items):
+    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank must
+    call this."""
+    lists = [items]
+    if world_size() > 1:
+        lists = [None] * world_size()
+        dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def broadcast_weights(model):
@@ -285,7 +297,8 @@ class Optimizer:
     def step(self, lr, max_norm, healthy=True):
         """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
         healthy is False, on all ranks alike) nothing changes and the step is counted in `skipped`."""
-        squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64)**2 for bucket in self.buckets)
+        squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
+                      for bucket in self.buckets)
         norm = math.sqrt(over_ranks([squares], squares.device)[0]) if self.shard else squares.sqrt().item()
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
@@ -384,9 +397,10 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
     """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns ((B, T, H, D), None).
 
     lengths (training): conversations of these lengths lie end to end in one row; each is a causal call of its own.
-    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. The
-    H / K query heads that share a key head are laid along the query axis, so that keys are neither
-    repeated nor read twice. Without either: the library's own attention.
+    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. A long
+    piece needs no mask. Of short ones the H / K query heads that share a key head are laid along the
+    query axis, so that keys are neither repeated nor read twice. Without either: the library's own
+    attention.
     """
     if lengths is not None:
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
@@ -396,10 +410,16 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
         (padded, back, parts), heads, out = spans, key.shape[1], []
         rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
         for (first, last, width), slots, length, mask in parts:
+            k, v = key[slots, :, :length], value[slots, :, :length]
+            if mask is None:
+                q = rows[first:last].flatten(1, 2).transpose(0, 1)[None]  # (1, H, w, D)
+                part = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling, enable_gqa=True)
+                out.append(part[0].transpose(0, 1))  # (w, H, D)
+                continue
             q = rows[first:last].unflatten(0, (-1, width)).transpose(1, 2)  # (b, K, w, H / K, D)
             q = q.flatten(2, 3)  # (b, K, w * H / K, D)
-            part = F.scaled_dot_product_attention(q, key[slots, :, :length], value[slots, :, :length],
-                                                  attn_mask=mask, scale=scaling)
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             part = part.unflatten(2, (width, -1)).transpose(1, 2)  # (b, w, K, H / K, D)
             out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
         return torch.cat(out)[back][None], None  # (1, N, H, D)
@@ -413,7 +433,7 @@ AttentionInterface.register("conversations", conversations)
 AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate` on a policy's model
 
 
-@dataclass
+@dataclass(eq=False)
 class Policy:
     """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that end a turn."""
     model: torch.nn.Module
@@ -449,20 +469,13 @@ class Policy:
 
     def pixels(self, views):
         """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
-        return self.patches([self.resize(view) for view in views])
-
-    def patches(self, small):
-        """The same for views that resize() has made small already."""
-        if not small:
+        if not views:
             return []
+        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor) for view in views]
         out = self.processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
-
-    def resize(self, view):
-        """The copy that the model sees."""
-        return tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
 
     def grid(self, view):
         """The grid that pixels() gives a view, without making its pixels."""
@@ -654,6 +667,17 @@ def micro_batches(sequences, tokens):
         yield batch
 
 
+def one_ahead(function, items):
+    """function(item) of each item in turn; the next one is computed in a thread meanwhile."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = collections.deque(thread.submit(function, item) for item in itertools.islice(items, 1))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+
+
 def project(policy, hidden):
     """Log-probabilities over the vocabulary, in at least float32, without the banned ids. (N, D) -> (N, V)."""
     logits = policy.model.lm_head(hidden)
@@ -806,6 +830,15 @@ def finite(value):
     return value if math.isfinite(value) else None
 
 
+def enable_checkpointing(model):
+    """Recompute the layers' activations in backward. The library (whose newer versions call it by
+    another name) also makes the embeddings ask for a gradient, as adapters need it: a frozen vision
+    tower would then keep its activations, and run a backward pass, for nothing."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    model.disable_input_require_grads()
+
+
 def start_training(policy, args, freeze_vision, total):
     """What every trainer does first: the same weights on all ranks, an optimizer, the state of an earlier run. Returns
     (optimizer, steps done before)."""
@@ -813,7 +846,7 @@ def start_training(policy, args, freeze_vision, total):
     broadcast_weights(policy.model)
     optimizer = Optimizer(trainable(policy, freeze_vision), args.lr, args.weight_decay, args.shard_optimizer)
     if args.checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        enable_checkpointing(policy.model)
     policy.model.train()
     return optimizer, load_state(args.out, optimizer, args.resume, total)
 
@@ -862,12 +895,10 @@ def train(policy, rows, root, args, rank, world):
     log = open_log(args.out, start) if rank == 0 else None
     bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
                          desc=f"sft {args.out.name}")
-    loader = ThreadPoolExecutor(1)  # images of the next batch are opened and cut while the model trains on this one
-    load = partial(loader.submit, load_batch, policy, rows, root, args, rank, world)
-    ahead = load(start)
-    for step in bar:
+    # images of the next batch are opened and cut while the model trains on this one
+    batches = one_ahead(partial(load_batch, policy, rows, root, args, rank, world), range(start, total))
+    for step, sequences in zip(bar, batches):
         lr = learning_rate(step, total, args.lr, args.warmup)
-        sequences, ahead = ahead.result(), load(step + 1) if step + 1 < total else None
         longest = max((len(s.ids) for s in sequences), default=0)
         if longest > args.max_tokens:
             raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "

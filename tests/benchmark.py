@@ -9,6 +9,8 @@ ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend
     cached      the same against `generate` with its cache carried over turns, one conversation at a time
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
+    images      seconds of an update in which the model waits for images of two megapixels, as rl.py
+                prepares them, against one conversation after the other on the main thread
     ddp         our data parallel against torch's around the same forward pass and update (under torchrun)
     fsdp        our sharded optimizer against torch's fully_shard: time and memory (under torchrun)
     rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
@@ -29,13 +31,18 @@ Commands:
 import argparse
 import contextlib
 import copy
+import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor
@@ -437,10 +444,14 @@ def case_grpo(args):
     rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(rows, args.group, args.data.parent)
     parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
     rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)                # (P, G)
-    completed = torch.tensor([[rl.is_completed(r) for r in part] for part in parts])
+    settings = argparse.Namespace(
+        overturn_mask=True, mask_void=False, unfinished_value="group", divisor="completed",
+        aggregation="response", max_turn_tokens=96, max_turns=6, tokens=args.tokens, clip_low=0.2,
+        clip_high=0.3, clip_dual=0.0, max_norm=1.0, prompts_per_step=len(parts))
+    completed = torch.tensor([[rl.is_completed(r, settings) for r in part] for part in parts])
     advantages = rl.group_advantages(rewards, completed)
-    settings = argparse.Namespace(overturn_mask=True, divisor="completed", aggregation="response", max_turn_tokens=96,
-                                  max_turns=6, tokens=args.tokens, clip_low=0.2, clip_high=0.3, max_norm=1.0)
+    for r, a in zip(rollouts, advantages.flatten().tolist()):
+        r.advantage = a
     optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
     policy.model.train()
 
@@ -461,7 +472,42 @@ def case_grpo(args):
 
     used = int((advantages != 0).sum())
     alternate(f"grpo: {len(rollouts)} conversations, {used} with signal", lambda: rl.update_policy(
-        policy, optimizer, list(zip(parts, advantages)), settings, 1e-5), step_of_peer, args.repeats)
+        policy, optimizer, rollouts, settings, 1e-5), step_of_peer, args.repeats)
+
+
+def case_images(args, pixels=2_000_000):
+    """One group whose image, and first crop, have two megapixels; a conversation per micro-batch. The
+    peer opens the image once, and encodes it again for every conversation."""
+    policy = load(args)
+    policy.max_pixels, place = pixels, "noise.jpg"
+    zoom = json.dumps({"bbox_2d": [0.1, 0.1, 0.8, 0.8], "source": "original_image"})
+    turns = [{"text": f"<think></think><grounding>{zoom}</grounding>"}, {"text": "<answer>red</answer>"}]
+    row = {"id": "0", "image": place, "question": "Which colour?", "answer": "red"}
+    with tempfile.TemporaryDirectory() as folder:
+        Image.effect_noise((2000, 1500), 60).convert("RGB").save(Path(folder) / place, quality=95)
+        image = tools.open_image(Path(folder) / place)
+        turns[0], *_ = tools.take_turn([image], turns[0]["text"], 1, 6, 6)
+        sequence = sft.encode(policy, {**row, "turns": turns}, folder)
+        written = sum(sequence.mask)
+        rollouts = [evaluate.Rollout(sequence.ids, sequence.mask, row=row, root=folder, turns=turns,
+                                     logprobs=[-1.0] * written) for _ in range(args.group)]
+        alone = ([replace(r, images=policy.pixels(tools.replay(r.as_row(), image)))] for r in rollouts)
+        sides = {"the peer": (sft.collate(policy, sequences) for sequences in alone),
+                 "ours": sft.one_ahead(partial(rl.encode_rollouts, policy), [[r] for r in rollouts])}
+        policy.model.train()
+        sft.trainable(policy, freeze_vision=True)
+        for name, batches in sides.items():
+            waited, begin, ready = 0.0, time.perf_counter(), None
+            for r in rollouts:
+                start = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - start
+                ready = ready or waited     # the first batch has nothing to hide behind
+                rl.score_rollouts(policy, [r], batch)[0].sum().backward()
+            policy.model.zero_grad()
+            say(f"images: {args.group} conversations of {len(sequence.ids)} tokens, {name}: "
+                f"{time.perf_counter() - begin:.2f} s, of which the model waits {waited:.2f} s "
+                f"({ready:.2f} s for the first)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,7 +586,7 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
 
 
 CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft,
-         "grpo": case_grpo, "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth, "paper": case_paper}
+         "grpo": case_grpo, "images": case_images, "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
 def main():

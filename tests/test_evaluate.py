@@ -23,7 +23,7 @@ import crash
 import evaluate
 import sft
 import tools
-from conftest import ChatServer, engine_behind_a_server, library_attention, run_script
+from conftest import ChatServer, LiveBytes, engine_behind_a_server, library_attention, run_script
 
 LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_turn_tokens=48, max_context=1200)
 
@@ -328,6 +328,67 @@ def test_draft_table_by_hand():
     for token in range(100):
         drafts.learn([token, token, token], 2)
         assert len(drafts.guesses) <= 20 + 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention over slots
+
+
+def attend_over(policy, fed, pieces, seed=0):
+    """Random keys and values in a cache, random queries for pieces behind fed old tokens: (what
+    sft.conversations gives with SlotCache.at, the same by an explicit softmax), (N, H, D) each."""
+    text, g = policy.model.config.text_config, torch.Generator().manual_seed(seed)
+    cache = evaluate.SlotCache(text, len(fed), torch.float64, "cpu", 4096)
+    spans, N = cache.at(range(len(fed)), fed, pieces, "cpu"), sum(pieces)
+    H, K, D = text.num_attention_heads, text.num_key_value_heads, sft.head_size(text)
+    for store in cache.layers[0]:
+        store.normal_(generator=g)
+    new = [torch.randn(1, K, N, D, dtype=torch.float64, generator=g) for _ in "kv"]
+    query = torch.randn(1, H, N, D, dtype=torch.float64, generator=g)
+    keys, values = cache.update(*new, 0)
+    ours = sft.conversations(None, query, keys, values, None, scaling=D**-0.5, spans=spans)[0][0]
+    theirs, at = [], 0
+    for slot, (old, count) in enumerate(zip(fed, pieces)):
+        for t in range(count):
+            k, v = (x[slot, :, :old + t + 1].repeat_interleave(H // K, 0) for x in (keys, values))
+            weights = (k @ query[0, :, at, :, None]).mul(D**-0.5).softmax(1)                # (H, S, 1)
+            theirs.append((weights * v).sum(1))
+            at += 1
+    return ours, torch.stack(theirs)
+
+
+@pytest.mark.parametrize("fed, pieces", [
+    ([0], [70]), ([90], [70]), ([5, 300, 0, 40], [1, 50, 33, 4]), ([9] * 11, [3] * 11),
+    ([7, 7, 50, 50, 1], [32, 31, 40, 40, 0])], ids=str)
+def test_attention_over_slots_equals_a_softmax(every, fed, pieces):
+    """Prompts, observations behind a conversation and short pieces, of slots side by side."""
+    ours, theirs = attend_over(every, fed, pieces)
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_a_long_piece_builds_no_mask(trained):
+    """3,000 new tokens behind 1,000: masks of (heads, new, all) would take 190 MB, and more at 32k."""
+    cache = evaluate.SlotCache(trained.model.config.text_config, 2, torch.float64, "cpu", 4096)
+    cache.grow(4096)
+    with LiveBytes() as memory:
+        cache.at([0, 1], [1000, 30], [3000, 4], "cpu")
+    assert memory.peak < 1e6
+
+
+def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
+    """As many conversations wait for an image as there are slots: their pieces are fed one after the
+    other when together they are longer than --max_context, and results are the same."""
+    limits = replace(LIMITS, max_context=420)
+    expected, fed = play(trained, world, samples=6, slots=1, limits=limits), []
+
+    class Counting(evaluate.Engine):
+        def forward(self, slots, pieces, images, draws=None):
+            fed.append(sum(len(p) for p, image in zip(pieces, images) if image))
+            return super().forward(slots, pieces, images, draws)
+
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    again = Counting(trained, limits, 16).run(rows, 6, world)
+    assert same(again, expected) and max(fed) <= 420 < 18 * min(n for n in fed if n)
 
 
 def row(ident, reward, turns):

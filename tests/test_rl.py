@@ -4,7 +4,10 @@ real runs on one and two processes."""
 import argparse
 import json
 import math
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -331,9 +334,66 @@ def test_trainer_agrees_with_sampler(trained, world):
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     with torch.no_grad():
-        new, old, mask = rl.score_rollouts(trained, rollouts)
+        new, old, mask = rl.score_rollouts(trained, rollouts, rl.encode_rollouts(trained, rollouts))
     assert ((new - old)[mask]).abs().max() < 1e-9 and (new[~mask] == 0).all() and (old[~mask] == 0).all()
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
+
+
+def shares(monkeypatch, lengths, world):
+    """How deal cuts conversations of these lengths, which rank 0 holds in another order: (place,
+    sample) of each rank."""
+    rollouts = [evaluate.Rollout(ids=[0] * n, prompt=40 + i // 4, sample=i % 4) for i, n in enumerate(lengths)]
+    monkeypatch.setattr(sft, "gather", lambda own: rollouts[::-1])
+    monkeypatch.setattr(sft, "world_size", lambda: world)
+    cut = []
+    for rank in range(world):
+        monkeypatch.setattr(sft, "my_rank", lambda: rank)
+        cut.append([(r.prompt, r.sample, len(r.ids)) for r in rl.deal([], 40)])
+    return cut
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_conversations_are_dealt_out_by_length(monkeypatch, world):
+    """Everyone to exactly one rank, in order; a rank's tokens are its share to within the longest."""
+    lengths = np.random.default_rng(0).integers(100, 900, 96).tolist()
+    cut = shares(monkeypatch, lengths, world)
+    assert sum(cut, []) == [(40 + i // 4, i % 4, n) for i, n in enumerate(lengths)]
+    assert all(abs(sum(n for *_, n in part) - sum(lengths) / world) <= max(lengths) for part in cut)
+
+
+def test_dealing_by_hand(monkeypatch):
+    """3 + 3 + 6 tokens and 12: the middles 1.5, 4.5, 9 and 18 of 24 are on rank 0, 0, 0 and 1 of two."""
+    assert [len(part) for part in shares(monkeypatch, [3, 3, 6, 12], 2)] == [3, 1]
+    assert shares(monkeypatch, [], 2) == [[], []]
+    assert [len(part) for part in shares(monkeypatch, [5], 3)] == [0, 1, 0]
+
+
+def update_args(**flags):
+    return argparse.Namespace(**{
+        "overturn_mask": True, "mask_void": False, "unfinished_value": "group", "divisor": "completed",
+        "aggregation": "response", "max_turn_tokens": 80, "max_turns": 6, "tokens": 700, "clip_low": 0.2,
+        "clip_high": 0.3, "clip_dual": 0.0, "max_norm": 1.0, "prompts_per_step": 2, **flags})
+
+
+def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, world, monkeypatch):
+    """Two groups of five: each original is opened and encoded once, each crop once per conversation,
+    and the main thread, which trains, does none of it."""
+    policy = sft.load_policy(str(trained_folder), "cpu", "float64", prompts)
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 5, world)
+    for i, r in enumerate(rollouts):
+        r.advantage = (-1.0) ** i
+    opened, encoded, pixels, open_image = [], [], sft.Policy.pixels, tools.open_image
+    monkeypatch.setattr(tools, "open_image", lambda path: opened.append(path.name) or open_image(path))
+    monkeypatch.setattr(sft.Policy, "pixels", lambda policy, views: encoded.extend(
+        [threading.current_thread()] * len(views)) or pixels(policy, views))
+    evaluate.open_shown.cache_clear()
+    optimizer = sft.Optimizer(sft.trainable(policy, True), 1e-5, 0.0)
+    sums, _, norm = rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
+    assert sums["responses"] == 10 and norm > 0
+    assert opened == [Path(row["image"]).name for row in rows]
+    crops = sum(r.ids.count(policy.vision_ids[0]) - 1 for r in rollouts)
+    assert len(encoded) == 2 + crops and crops > 5 and threading.main_thread() not in encoded
 
 
 COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
@@ -413,25 +473,37 @@ def test_resume_is_exact(runs, nproc, whole):
     assert [m["step"] for m in read(out / f"cut{nproc}")] == [1, 2, 3]
 
 
-def test_a_rank_without_a_valid_group_waits_for_nobody(runs, trained_folder, world):
-    """Two questions for two ranks; the wrong answer to one of them is never given, so that its rank has nothing to train on."""
+def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
+    """Three questions, one that is sometimes answered right and two whose answer is never given, so
+    that one group has signal: one, two and three processes train the same on it. The ranks that did
+    not play it have their part of the update, too."""
     out, _ = runs
-    rows = tools.read_jsonl(world / "seen.jsonl")[:2]
-    tools.write_jsonl(world / "half.jsonl", [rows[0], {**rows[1], "answer": "no such answer"}])
+    rows = [tools.read_jsonl(world / "train.jsonl")[i] for i in (0, 2, 4)]
+    tools.write_jsonl(world / "half.jsonl", [rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl", "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 2, "--group", 8, "--resample", 0, "--steps", 2]
-    run_script(*common, "--out", out / "half1")
-    run_script(*common, "--out", out / "half2", nproc=2)
-    assert all(m["groups_without_signal"] >= 1 for m in read(out / "half1"))
-    assert largest_difference(out / "half1", out / "half2") < 1e-10
+              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2, "--unfinished_value", "group"]
+    for nproc in (1, 2, 3):
+        run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
+    assert all(m["groups_without_signal"] >= 2 for m in read(out / "half1"))
+    assert all(m["trained_responses"] > 3 for m in read(out / "half1"))
+    for nproc in (2, 3):
+        assert largest_difference(out / "half1", out / f"half{nproc}") < 1e-10
+        assert [m["trained_responses"] for m in read(out / "half1")] == [
+            m["trained_responses"] for m in read(out / f"half{nproc}")]
     assert largest_difference(out / "half1", trained_folder) > 1e-6
 
 
-def test_plan_is_what_the_tiny_model_allocates(trained, world):
-    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the cache exactly."""
-    policy = sft.load_policy(trained.model.config._name_or_path, "cpu", "float32", trained.prompts)
-    policy.model.gradient_checkpointing_enable()
+def planned(folder, **flags):
+    """A policy with checkpointing, ready to train."""
+    policy = sft.load_policy(str(folder), "cpu", "float32", **flags)
+    sft.enable_checkpointing(policy.model)
     policy.model.train()
+    return policy
+
+
+def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
+    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the cache exactly."""
+    policy = planned(trained_folder, prompts=prompts)
     rows = tools.read_jsonl(world / "coldstart.jsonl") * 3     # so long that the text's activations dominate
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
@@ -451,6 +523,37 @@ def test_plan_is_what_the_tiny_model_allocates(trained, world):
     assert used == pytest.approx(plan["activations"] + plan["logits"] + plan["gradients"], rel=0.15)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "Qwen3-VL-8B"])
+def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, name, frozen):
+    """A conversation that is all image but for some words, so that the tower dominates: the peak of
+    forward and backward, to 15%; a frozen tower takes no part in backward and keeps nothing. The
+    tower dominates prefill, too (2,400 tokens in one forward pass): to 20%."""
+    policy = planned(trained_folder if name == "tiny" else released_folder(name))
+    visual, grid = policy.model.model.visual, (1, 96, 100)
+    tokens = policy.image_tokens(grid)
+    patches = torch.randn(96 * 100, visual.patch_embed.proj.weight[0].numel())
+    s = sft.Sequence()
+    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False, (patches, grid))
+    s.add(policy.text("red square"), True)
+    batch = sft.collate(policy, [s])
+    sft.trainable(policy, frozen)
+    for table in (policy.model.lm_head, policy.model.get_input_embeddings()):   # dominates all else
+        table.requires_grad_(False)
+    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens, shard=False,
+                          freeze_vision=frozen, chunk=1)
+    gradients = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
+    with LiveBytes() as memory:
+        sft.token_logprobs(policy, batch, chunk=1).sum().backward()
+    expected = plan["activations"] + plan["logits"] + plan["vision"]
+    assert max(rl.vision_memory(policy.model, tokens, True, frozen)) > 0.6 * expected
+    assert memory.peak == pytest.approx(expected + gradients, rel=0.15)
+    assert (visual.patch_embed.proj.weight.grad is None) == frozen
+    with torch.inference_mode(), LiveBytes() as memory:
+        visual(patches, grid_thw=torch.tensor([grid]))
+    assert memory.peak == pytest.approx(plan["prefill"], rel=0.2)
+
+
 @pytest.mark.parametrize("name, billions, cache", [     # published; key and value, layers x key heads x 128, 2 bytes each
     ("Qwen2.5-VL-7B", 8.292, 2 * 28 * 4 * 128 * 2), ("Qwen2.5-VL-3B", 3.755, 2 * 36 * 2 * 128 * 2),
     ("Qwen3-VL-8B", 8.767, 2 * 36 * 8 * 128 * 2), ("Qwen3-VL-4B", 4.438, 2 * 36 * 8 * 128 * 2)])
@@ -459,10 +562,14 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
     plans, plan_memory = [], rl.plan_memory
     monkeypatch.setattr(rl, "plan_memory", lambda *args, **flags: plans.append(plan_memory(*args, **flags)) or plans[-1])
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
-    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16", "--max_context", "1000"])
+    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16",
+                                     "--max_context", "1000", "--no-freeze_vision"])
     rl.main()
     assert plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4) and plans[0]["KV cache"] == cache * 16 * 1000
-    assert f"| 1 | {2 * billions:.1f} | " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"| 1 | {2 * billions:.1f} | " in out
+    # float32 master weights and two moments: 12 bytes a parameter, 99.5 GB for 7B
+    assert f"disk: {12 * billions:.1f} GB a checkpoint, 3 of them during a save" in out
 
 
 def test_plan_refuses_other_families(monkeypatch, tmp_path):
@@ -507,7 +614,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
         assert rl.score_held_out(engine, held_out, args, 0, 1)[0] is None
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish == "answer" and r.prediction for r in unscored)
-    assert not any(r.reward is None for part, _ in groups.values() for r in part)
+    assert not any(r.reward is None for part in groups.values() for r in part)
     assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
     metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), args, "cpu", engine.counts)

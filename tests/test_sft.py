@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy
@@ -187,10 +188,47 @@ def test_batched_vision_windows_equal_the_library(every):
         assert (a - b).abs().max() < 1e-12
 
 
+def test_patch_embedding_equals_the_library(every):
+    """A convolution whose stride is its kernel, as a matrix product: values and gradients, with and
+    without a bias (Qwen3-VL, Qwen2.5-VL); no convolution is run."""
+    embed, g = every.model.model.visual.patch_embed, torch.Generator().manual_seed(0)
+    patches = torch.rand(7, embed.proj.weight[0].numel(), dtype=torch.float64, generator=g)
+    found = []
+    for forward in (embed.forward, functools.partial(type(embed).forward, embed)):
+        convolved = []
+        watch = embed.proj.register_forward_hook(lambda *_: convolved.append(1))
+        out = forward(patches)
+        watch.remove()
+        gradients = torch.autograd.grad(out.sin().sum(), [*embed.proj.parameters()])
+        found.append([convolved, out, *gradients])
+    (ours, *mine), (theirs, *library) = found
+    assert ours == [] and theirs == [1]
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(mine, library, strict=True))
+
+
 def test_micro_batches_keep_every_conversation_within_the_budget():
     sequences = [sft.Sequence(ids=[0] * n) for n in (5, 30, 7, 12, 1, 12)]
     batches = list(sft.micro_batches(sequences, 24))
     assert [[len(s.ids) for s in b] for b in batches] == [[5], [30], [7, 12, 1], [12]]
+
+
+def test_one_ahead():
+    """In order; while one result is in use the next is made, in a thread, and no more than that."""
+    started, second = [], threading.Event()
+
+    def square(i):
+        started.append((i, threading.current_thread() is not threading.main_thread()))
+        if i == 1:
+            second.set()
+        return 1 / 0 if i == 3 else i * i
+
+    results = sft.one_ahead(square, range(9))
+    assert next(results) == 0 and second.wait(60)
+    assert [next(results), next(results)] == [1, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert started == [(0, True), (1, True), (2, True), (3, True)]
+    assert list(sft.one_ahead(square, [])) == [] and list(sft.one_ahead(square, [1, 2])) == [1, 4]
 
 
 def test_learning_rate_by_hand():
