@@ -782,7 +782,8 @@ def draw_trajectory(row, root, path, side=560, size=110, pad=10):
     scene = image.resize((side, round(side * image.height / image.width)))
     draw, seen = ImageDraw.Draw(scene), image
     for number, turn in enumerate(row["turns"], 1):
-        tiles.append((seen, textwrap.fill(f"turn {number}  {turn['text']}", 75)))
+        text = f"turn {number}  {turn['text']}"
+        tiles.append((seen, textwrap.fill(text, 78, break_on_hyphens=False)))
         seen = None
         if "zoom" in turn and number < len(row["turns"]):
             a, b, c, d = boxes[tools.source_index(turn["zoom"]["source"])]
