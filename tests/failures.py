@@ -1,8 +1,9 @@
 """How an agent is debugged: what became of every conversation of an evaluation, by kind, and which
 plan it began with.
 
-An accuracy says how often a policy fails, not how. In the default world a thought says what is seen,
-what is wanted and what follows, so each failure can be put down to the step at which it happened:
+An accuracy says how often a policy fails, not how. In the default world a thought says what is
+seen, what is wanted and what follows, so each failure can be put down to the step at which it
+happened:
 
     guess           the answer is called a guess
     tag             the answer is not the one that the thought arrives at

@@ -1,7 +1,8 @@
 """Specification of the scripted teacher and of the collection around it.
 
-What the student learns from is true, legal and leads to the answer; deliberate mistakes are context only. A killed
-collection goes on where it was, and its result is that of an undisturbed one, byte for byte.
+What the student learns from is true, legal and leads to the answer; deliberate mistakes are context
+only. A killed collection goes on where it was, and its result is that of an undisturbed one, byte
+for byte.
 """
 
 import argparse
@@ -45,13 +46,14 @@ def lessons(pattern, count=30):
 
 
 def follow(row, texts):
-    """Play the calls on the layout. Yields (text, kind, view): the view that the text speaks about, (part, place) with None
-    for "all of it", or "refused" after a call that the tool refuses; kind is parse_turn's, "error" for any refused call."""
+    """Play the calls on the layout. Yields (text, kind, view): the view that the text speaks about,
+    (part, place) with None for "all of it", or "refused" after a call that the tool refuses; kind
+    is parse_turn's, "error" for any refused call."""
     views, view = [(None, None)], (None, None)
     for text in texts:
         kind, value = tools.parse_turn(text)
         if kind == "zoom":
-            index = int(value["source"].removeprefix("observation_")) if value["source"] != "original_image" else 0
+            index = int(value["source"].replace("original_image", "0").removeprefix("observation_"))
             kind = "zoom" if index < len(views) else "error"
         yield text, kind, view
         view = "refused"
@@ -82,7 +84,8 @@ def later(text):
 
 
 def visits(row, turns):
-    """The views that a search asked for, wrong guesses left out, one list per scan: "Scan again" begins another."""
+    """The views that a search asked for, wrong guesses left out, one list per scan: "Scan again"
+    begins another."""
     scans = [[]]
     for text, _, view in follow(row, [text for text, _ in turns]):
         if view not in ("refused", (None, None)) and truth(row, view) != PHRASES["empty"]:
@@ -93,10 +96,11 @@ def visits(row, turns):
 
 
 def tour(row, parts):
-    """The views of a search through these parts: every part, then at once each place that holds the colour, in reading order.
-    It does not stop at the target."""
+    """The views of a search through these parts: every part, then at once each place that holds the
+    colour, in reading order. It does not stop at the target."""
     def candidates(part):
-        return [(part, PLACES.index(place)) for place in places_with(row["objects"], part, row["colour"])]
+        return [(part, PLACES.index(place))
+                for place in places_with(row["objects"], part, row["colour"])]
 
     return [view for part in parts for view in [(part, None), *candidates(part)]]
 
@@ -116,7 +120,7 @@ def hinted(row):
     return [part for part in range(9) if row["walls"][part] == row["colour"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The teacher
 
 
@@ -142,12 +146,15 @@ def test_every_taught_call_is_legal_and_goes_where_the_thought_says(pattern):
 
 @pytest.mark.parametrize("pattern", SEARCHES)
 def test_mistakes_and_only_mistakes_are_not_learned(pattern):
-    """A mistake is a call that the tool refuses, a false word about the view, or a zoom at a place with nothing on it."""
+    """A mistake is a call that the tool refuses, a false word about the view, or a zoom at a place
+    with nothing on it."""
     found = collections.Counter()
     for row, turns in lessons(pattern):
         steps = list(follow(row, [text for text, _ in turns]))
-        for (text, learn), (_, kind, view), after in zip(turns, steps, [*(s[2] for s in steps[1:]), None]):
-            empty = kind == "zoom" and after[1] is not None and truth(row, after) == PHRASES["empty"]
+        for (text, learn), (_, kind, view), after in zip(turns, steps,
+                                                         [*(s[2] for s in steps[1:]), None]):
+            at_place = kind == "zoom" and after[1] is not None
+            empty = at_place and truth(row, after) == PHRASES["empty"]
             false = not text.startswith("<think>" + truth(row, view))
             assert learn == (kind != "error" and not empty and not false), text
             found.update({"error": kind == "error", "empty": empty, "false": false})
@@ -157,14 +164,17 @@ def test_mistakes_and_only_mistakes_are_not_learned(pattern):
 
 @pytest.mark.parametrize("pattern", SEARCHES)
 def test_verdicts_are_true(pattern):
-    """ "Want square. Yes." is said in front of the target and nowhere else, "No." in front of every other object."""
+    """ "Want square. Yes." is said in front of the target and nowhere else, "No." in front of every
+    other object."""
     for row, turns in lessons(pattern, 10):
         for text, _, view in follow(row, [text for text, _ in turns]):
-            at_object = view != "refused" and view[1] is not None and truth(row, view) != PHRASES["empty"]
+            at_place = view != "refused" and view[1] is not None
+            at_object = at_place and truth(row, view) != PHRASES["empty"]
             verdict = re.search(r" Want (\w+)\. (Yes|No)\.", text)
             assert (verdict is not None) == at_object
             if verdict:
-                assert verdict[1] == row["wanted"] and (verdict[2] == "Yes") == (view == tuple(row["objects"][0][:2]))
+                assert verdict[1] == row["wanted"]
+                assert (verdict[2] == "Yes") == (view == tuple(row["objects"][0][:2]))
 
 
 def plan_of(text):
@@ -175,8 +185,9 @@ def plan_of(text):
 
 @pytest.mark.parametrize("pattern", SEARCHES)
 def test_a_search_looks_where_its_first_turn_says(pattern):
-    """Mistakes apart, it looks at the parts in the announced order, at every candidate once, and at nothing else, up to the
-    target. Not found: the announced parts were too few, or the target was overlooked; then it scans all nine in a ring."""
+    """Mistakes apart, it looks at the parts in the announced order, at every candidate once, and at
+    nothing else, up to the target. Not found: the announced parts were too few, or the target was
+    overlooked; then it scans all nine in a ring."""
     plans = set()
     for row, turns in lessons(pattern):
         plan, target = plan_of(turns[0][0]), tuple(row["objects"][0][:2])
@@ -199,8 +210,8 @@ def test_a_search_looks_where_its_first_turn_says(pattern):
 
 @pytest.mark.parametrize("pattern", SEARCHES)
 def test_plans_cover_all_nine_parts_in_their_own_order(pattern):
-    """hint: the parts with the colour's wallpaper, then the others; scan: in reading order from a random start; depth first:
-    at random."""
+    """hint: the parts with the colour's wallpaper, then the others; scan: in reading order from a
+    random start; depth first: at random."""
     starts, orders = set(), set()
     for row, turns in lessons(pattern):
         plan, parts, walls = plan_of(turns[0][0]), later(turns[0][0]), hinted(row)
@@ -213,13 +224,16 @@ def test_plans_cover_all_nine_parts_in_their_own_order(pattern):
         if plan == "shuffle":
             orders.add(tuple(parts))
     assert pattern != "scan" or starts == set(range(9))
-    assert pattern != "depth_first" or len(orders) > 25  # the teacher's dice are the same for each level
+    # the teacher's dice are the same for each level
+    assert pattern != "depth_first" or len(orders) > 25
 
 
 @pytest.mark.parametrize("pattern", SEARCHES)
 def test_scenes_without_a_hint_are_solved_too(pattern):
-    """No part has the colour's wallpaper (seldom, unless there are many other objects): the hint is plain reading order."""
-    drawn = (build_data.make_scene(np.random.default_rng([9, index]), "easy", lookalikes=1, others=20) for index in range(60))
+    """No part has the colour's wallpaper (seldom, unless there are many other objects): the hint is
+    plain reading order."""
+    drawn = (build_data.make_scene(np.random.default_rng([9, index]), "easy", lookalikes=1,
+                                   others=20) for index in range(60))
     rows = [row for row in drawn if not hinted(row)]
     assert len(rows) > 10
     for index, row in enumerate(rows):
@@ -238,11 +252,12 @@ def test_the_hint_saves_turns():
 
 @pytest.mark.parametrize("pattern", ["scan", "depth_first", "hint"])
 def test_the_last_turn_holds_all_that_is_left_to_do(pattern):
-    """Its thought lists the parts not yet looked at and, by the observation they were seen in, the candidates not yet looked
-    at, so that nothing older has to be remembered."""
+    """Its thought lists the parts not yet looked at and, by the observation they were seen in, the
+    candidates not yet looked at, so that nothing older has to be remembered."""
     for row, turns in lessons(pattern):
         parts, left = later(turns[0][0]), {}
-        for number, (text, kind, (part, place)) in enumerate(follow(row, [text for text, _ in turns])):
+        steps = follow(row, [text for text, _ in turns])
+        for number, (text, kind, (part, place)) in enumerate(steps):
             if part is not None and place is None:
                 assert parts.pop(0) == part
                 left[f"observation_{number}"] = places_with(row["objects"], part, row["colour"])
@@ -253,7 +268,8 @@ def test_the_last_turn_holds_all_that_is_left_to_do(pattern):
                 parts = later(text)
             if kind == "zoom":
                 assert later(text) == parts
-                said = re.findall(PHRASES["here"].format(source=r"(\w+)", places="([a-z -]+)"), text)
+                said = re.findall(PHRASES["here"].format(source=r"(\w+)", places="([a-z -]+)"),
+                                  text)
                 assert {s: p.split() for s, p in said} == {s: p for s, p in left.items() if p}
                 source = tools.parse_turn(text)[1]["source"]
 
@@ -271,9 +287,11 @@ def test_recover_mends_its_call_in_the_next_turn():
 
 
 def test_bad_calls_are_refused_in_several_ways():
-    """Malformed JSON, a box out of range, swapped corners, three numbers, an observation that does not exist."""
+    """Malformed JSON, a box out of range, swapped corners, three numbers, an observation that does
+    not exist."""
     rng, said = np.random.default_rng(0), collections.Counter()
-    call, image = {"bbox_2d": place_box("center"), "source": "observation_1"}, Image.new("RGB", (90, 90))
+    call = {"bbox_2d": place_box("center"), "source": "observation_1"}
+    image = Image.new("RGB", (90, 90))
     for _ in range(200):
         text = f"<grounding>{collect_coldstart.bad_call(rng, call, 1)}</grounding>"
         turn, finish, _ = tools.take_turn([image, image], text, 1, 9, 9)
@@ -287,7 +305,8 @@ def test_search_again_overlooks_the_target_once():
         texts = [text for text, _ in turns]
         assert sum(PHRASES["again"] in text for text in texts) == 1
         before = [part for part, place in visits(row, turns)[0] if place is None]
-        assert before == later(texts[0]) and len(before) == 9  # all nine parts, the overlooked target's too
+        # all nine parts, the overlooked target's too
+        assert before == later(texts[0]) and len(before) == 9
         looks = [view for _, _, view in follow(row, texts)].count((row["objects"][0][0], None))
         assert looks == 2  # at the target's part: overlooked, then seen
 
@@ -311,7 +330,8 @@ def test_backtrack_says_so_and_returns_to_its_candidates():
 
 
 def test_a_guess_comes_after_one_to_four_turns_and_says_so():
-    """Unless the search has ended before; what is guessed is a digit or a shape, as the question asks, and evenly spread."""
+    """Unless the search has ended before; what is guessed is a digit or a shape, as the question
+    asks, and evenly spread."""
     after, guessed = collections.Counter(), collections.Counter()
     for row, turns in lessons("guess", 100):
         text, learn = turns[-1]
@@ -321,19 +341,21 @@ def test_a_guess_comes_after_one_to_four_turns_and_says_so():
             assert answer == row["answer"] and len(turns) <= 4
             continue
         assert text.endswith(f" Guess {answer}.</think><answer>{answer}</answer>")
-        assert answer in build_data.SHAPES if row["answer"] in build_data.SHAPES else answer in set("0123456789")
+        shapes = row["answer"] in build_data.SHAPES
+        assert answer in (build_data.SHAPES if shapes else set("0123456789"))
         after[len(turns)] += 1
         guessed[answer] += 1
     assert set(after) == {1, 2, 3, 4} and min(after.values()) > 40
     assert len(guessed) == 14 and min(guessed.values()) > 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Trajectories
 
 
 def test_trajectories_are_played_through_the_real_tool(world, prompts):
-    """Every pattern, with images: rows are complete, correct, and replay to the views that the turns speak about."""
+    """Every pattern, with images: rows are complete, correct, and replay to the views that the
+    turns speak about."""
     rows, seen = tools.read_jsonl(world / "train.jsonl"), set()
     for index in range(160):
         row = rows[index % len(rows)]
@@ -342,10 +364,13 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
             continue
         tools.check_trajectory(solved)
         seen.add(solved["pattern"])
-        assert (solved["finish"], solved["prediction"], solved["reward"]) == ("answer", row["answer"], 1.0)
+        assert (solved["finish"], solved["reward"]) == ("answer", 1.0)
+        assert solved["prediction"] == row["answer"]
         assert solved["system"] == prompts["system"] and solved["teacher"] == "scripted"
-        assert {k: v for k, v in solved.items() if k in row} == {k: v for k, v in row.items() if k not in ("objects", "walls")}
-        for turn, (_, kind, _) in zip(solved["turns"], follow(row, [t["text"] for t in solved["turns"]])):
+        kept = {k: v for k, v in row.items() if k not in ("objects", "walls")}
+        assert {k: v for k, v in solved.items() if k in row} == kept
+        for turn, (_, kind, _) in zip(solved["turns"],
+                                      follow(row, [t["text"] for t in solved["turns"]])):
             assert kind == ("zoom" if "zoom" in turn else "error" if "error" in turn else "answer")
         image = tools.open_image(world / row["image"])
         views = tools.replay(solved, image)
@@ -355,27 +380,32 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
 
 
 def test_a_guess_is_asked_again_until_it_is_right(world, prompts, monkeypatch):
-    """Rejection sampling: with ten attempts 1 - 0.9^10 = 65% of digits and 94% of shapes are guessed right in the end; wrong
-    ones stay wrong rows, which the collection leaves out. Searches are never asked again."""
+    """Rejection sampling: with ten attempts 1 - 0.9^10 = 65% of digits and 94% of shapes are
+    guessed right in the end; wrong ones stay wrong rows, which the collection leaves out. Searches
+    are never asked again."""
     monkeypatch.setattr(collect_coldstart, "PATTERNS", {"guess": 1.0})
     rows = tools.read_jsonl(world / "train.jsonl")
-    solved = [collect_coldstart.solve(rows[i % len(rows)], i, world, prompts, 32, 0) for i in range(60)]
+    solved = [collect_coldstart.solve(rows[i % len(rows)], i, world, prompts, 32, 0)
+              for i in range(60)]
     guesses = [row for row in solved if row["pattern"] == "guess"]
-    assert all(row["reward"] == 1.0 or row["attempts"] == collect_coldstart.ATTEMPTS for row in guesses)
+    assert all(row["reward"] == 1.0 or row["attempts"] == collect_coldstart.ATTEMPTS
+               for row in guesses)
     assert 0.5 < sum(row["reward"] for row in guesses) / len(guesses) < 1.0
     assert max(row["attempts"] for row in guesses if row["reward"] == 1.0) > 3
     monkeypatch.setattr(collect_coldstart, "PATTERNS", {"scan": 1.0})
-    assert collect_coldstart.solve({**rows[0], "answer": "none"}, 0, world, prompts, 32, 0)["attempts"] == 1
+    solved = collect_coldstart.solve({**rows[0], "answer": "none"}, 0, world, prompts, 32, 0)
+    assert solved["attempts"] == 1
 
 
 def test_a_trajectory_depends_on_seed_and_index_only(world, prompts):
     row = tools.read_jsonl(world / "train.jsonl")[0]
     jobs = list(itertools.product(range(4), range(2)))
-    once, again = ([collect_coldstart.solve(row, index, world, prompts, 32, seed) for index, seed in jobs] for _ in range(2))
+    once, again = ([collect_coldstart.solve(row, index, world, prompts, 32, seed)
+                    for index, seed in jobs] for _ in range(2))
     assert once == again and len({str(solved["turns"]) for solved in once}) > 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -386,7 +416,8 @@ def collect(folder, out, *flags, check=True):
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
-    """160 questions about twelve images, and the result of an undisturbed collection in whole.jsonl."""
+    """160 questions about twelve images, and the result of an undisturbed collection in
+    whole.jsonl."""
     out = tmp_path_factory.mktemp("collect")
     (out / "images").symlink_to(world / "images")
     rows = tools.read_jsonl(world / "train.jsonl")
@@ -398,9 +429,11 @@ def folder(world, tmp_path_factory):
 def test_the_command_keeps_correct_trajectories_and_counts(folder):
     rows = tools.read_jsonl(folder / "whole.jsonl", tools.check_trajectory)
     said = (folder / "whole.txt").read_text()
-    assert all(r["reward"] == 1.0 and r["finish"] == "answer" and len(r["turns"]) <= 32 for r in rows)
+    assert all(r["reward"] == 1.0 and r["finish"] == "answer" and len(r["turns"]) <= 32
+               for r in rows)
     assert not any({"objects", "walls"} & set(r) for r in rows)  # what only the teacher reads
-    assert f"160 trajectories, {len(rows)} correct and kept, {160 - len(rows)} left out" in said and "finished in" in said
+    assert f"160 trajectories, {len(rows)} correct and kept, {160 - len(rows)} left out" in said
+    assert "finished in" in said
     for key, value in (("pattern", lambda r: r["pattern"]), ("turns", lambda r: len(r["turns"]))):
         counts = collections.Counter(map(value, rows))
         assert f"per {key}: " + ", ".join(f"{k}: {counts[k]}" for k in sorted(counts)) in said
@@ -410,7 +443,8 @@ def test_the_command_keeps_correct_trajectories_and_counts(folder):
 
 
 def test_long_solutions_are_left_out_and_counted(folder, world):
-    """With a cap of 5 turns some solutions are too long: they are wrong answers as far as the file is concerned."""
+    """With a cap of 5 turns some solutions are too long: they are wrong answers as far as the file
+    is concerned."""
     tools.write_jsonl(folder / "odd.jsonl", tools.read_jsonl(folder / "train.jsonl")[:40])
     said = collect(folder, "short.jsonl", "--data", folder / "odd.jsonl", "--max_turns", 5).stdout
     kept = tools.read_jsonl(folder / "short.jsonl")
@@ -423,13 +457,17 @@ def test_long_solutions_are_left_out_and_counted(folder, world):
 
 @pytest.fixture(scope="module")
 def killed(folder):
-    """The complete lines that a collection into killed.jsonl had finished when it was killed, and the path they were at."""
+    """The complete lines that a collection into killed.jsonl had finished when it was killed, and
+    the path they were at."""
     def partial():
-        return [path for path in folder.glob("killed.jsonl*partial") if path.read_bytes().count(b"\n") >= 3]
+        return [path for path in folder.glob("killed.jsonl*partial")
+                if path.read_bytes().count(b"\n") >= 3]
 
-    command = [sys.executable, str(ROOT / "collect_coldstart.py"), "--data", str(folder / "train.jsonl"),
+    command = [sys.executable, str(ROOT / "collect_coldstart.py"), "--data",
+               str(folder / "train.jsonl"),
                "--out", str(folder / "killed.jsonl"), "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     while process.poll() is None and not partial():
         time.sleep(0.005)
     assert process.poll() is None, "it ended before it could be killed"
@@ -443,7 +481,8 @@ def killed(folder):
 
 
 def test_a_killed_collection_goes_on_where_it_was(folder, killed):
-    """The kill came in the middle of a line. What was finished is not solved again: a mark in it is still there."""
+    """The kill came in the middle of a line. What was finished is not solved again: a mark in it is
+    still there."""
     path, lines = killed
     path.write_bytes(b"\n".join(lines)[:-len(lines[-1]) // 2])
     collect(folder, "killed.jsonl")
@@ -458,7 +497,8 @@ def test_a_killed_collection_goes_on_where_it_was(folder, killed):
 
 @pytest.mark.parametrize("change", ["questions", "ids", "max_turns", "prompts"])
 def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change):
-    """Either it is refused by name, or it is not used: every row kept belongs to this collection."""
+    """Either it is refused by name, or it is not used: every row kept belongs to this
+    collection."""
     path, lines = killed
     path.write_bytes(b"\n".join(lines) + b"\n")
     rows = tools.read_jsonl(folder / "train.jsonl")[:80]
@@ -467,7 +507,8 @@ def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change)
     if change == "ids":
         rows = [{**row, "id": "x" + row["id"]} for row in rows]
     tools.write_jsonl(folder / "other.jsonl", rows)
-    (folder / "prompts.json").write_text(json.dumps({"system": "Look."} if change == "prompts" else {}))
+    words = {"system": "Look."} if change == "prompts" else {}
+    (folder / "prompts.json").write_text(json.dumps(words))
     cap = 5 if change == "max_turns" else 32
     done = collect(folder, "killed.jsonl", "--data", folder / "other.jsonl", "--max_turns", cap,
                    "--prompts", folder / "prompts.json", check=False)
@@ -478,7 +519,8 @@ def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change)
     asked = {row["id"]: row for row in rows}
     for row in tools.read_jsonl(folder / "killed.jsonl"):
         assert all(row[key] == asked[row["id"]][key] for key in ("image", "question", "answer"))
-        assert len(row["turns"]) <= cap and row["system"] == tools.load_prompts(folder / "prompts.json")["system"]
+        assert len(row["turns"]) <= cap
+        assert row["system"] == tools.load_prompts(folder / "prompts.json")["system"]
 
 
 @pytest.fixture
@@ -491,26 +533,32 @@ def small(folder, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--workers", 0], "--workers"), (["--seed", -1], "--seed"), (["--limit", -1], "--limit"),
-    (["--max_turns", 0], "--max_turns"), (["--out", "elsewhere.jsonl"], "folder"), (["--prompts", "no.json"], "no.json"),
-    (["--data", "nowhere/train.jsonl", "--out", "nowhere/x.jsonl"], "python build_data.py")], ids=str)
+    (["--max_turns", 0], "--max_turns"), (["--out", "elsewhere.jsonl"], "folder"),
+    (["--prompts", "no.json"], "no.json"),
+    (["--data", "nowhere/train.jsonl", "--out", "nowhere/x.jsonl"],
+     "python build_data.py")], ids=str)
 def test_a_bad_flag_is_one_line_and_exit_code_1(small, flags, words):
     done = collect(small, "bad.jsonl", *flags, check=False)
-    assert done.returncode == 1 and re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
+    assert done.returncode == 1
+    assert re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
     assert not list(small.glob("bad*"))
 
 
 @pytest.mark.parametrize("wrong", ["none", "unsolvable"])
 def test_a_collection_without_any_trajectory_leaves_the_old_file(small, wrong):
-    """Nothing to solve, or nothing solved within two turns: one line, and what was collected before is still there."""
+    """Nothing to solve, or nothing solved within two turns: one line, and what was collected before
+    is still there."""
     (small / "old.jsonl").write_text("kept")
     if wrong == "none":
         tools.write_jsonl(small / "train.jsonl", [])
     done = collect(small, "old.jsonl", "--max_turns", 2, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and (small / "old.jsonl").read_text() == "kept"
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (small / "old.jsonl").read_text() == "kept"
 
 
 @pytest.mark.parametrize("objects", [
-    [["x"]], [[0, 9, "red", "star", 1]], [[0, 1, "red", "star"]], [[0, 1, "red", "star", "1"]], "x"])
+    [["x"]], [[0, 9, "red", "star", 1]], [[0, 1, "red", "star"]], [[0, 1, "red", "star", "1"]],
+    "x"])
 def test_a_damaged_layout_is_refused_by_line(small, objects):
     rows = tools.read_jsonl(small / "train.jsonl")
     tools.write_jsonl(small / "train.jsonl", [rows[0], {**rows[1], "objects": objects}])
@@ -538,21 +586,25 @@ def test_questions_without_a_layout_are_refused_by_line(small, key):
     assert done.returncode == 1 and "train.jsonl:2:" in done.stderr and done.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # A served teacher, on a real server on loopback
 
 
 class Oracle:
-    """behave() for ChatServer: knows the scripted teacher's turns for every question, and adds what models make up."""
+    """behave() for ChatServer: knows the scripted teacher's turns for every question, and adds what
+    models make up."""
 
     def __init__(self, world, prompts, wrong=(), failing=()):
         rows = tools.read_jsonl(world / "train.jsonl")
-        self.solved = {row["question"]: collect_coldstart.solve(row, i, world, prompts, 32, 5) for i, row in enumerate(rows)}
+        self.solved = {row["question"]: collect_coldstart.solve(row, i, world, prompts, 32, 5)
+                       for i, row in enumerate(rows)}
         self.wrong, self.failing = wrong, list(failing)
 
     def __call__(self, body):
-        at, row = max((i, self.solved[q]) for i, m in enumerate(body["messages"]) if m["role"] == "user"
-                      for q in [picture_of(m)[1][0].strip()] if isinstance(m["content"], list) and q in self.solved)
+        at, row = max((i, self.solved[q])
+                      for i, m in enumerate(body["messages"]) if m["role"] == "user"
+                      for q in [picture_of(m)[1][0].strip()]
+                      if isinstance(m["content"], list) and q in self.solved)
         if row["id"] in self.failing:
             return 503, {}, b""
         text = row["turns"][sum(m["role"] == "assistant" for m in body["messages"][at:])]["text"]
@@ -564,7 +616,8 @@ class Oracle:
 @pytest.fixture
 def questions(world, tmp_path):
     """Six questions that differ, with their images, in a folder of their own."""
-    rows = list({row["question"]: row for row in tools.read_jsonl(world / "train.jsonl")}.values())[:6]
+    rows = list({row["question"]: row
+                 for row in tools.read_jsonl(world / "train.jsonl")}.values())[:6]
     for row in rows:
         (tmp_path / row["image"]).parent.mkdir(exist_ok=True)
         (tmp_path / row["image"]).write_bytes((world / row["image"]).read_bytes())
@@ -573,12 +626,15 @@ def questions(world, tmp_path):
 
 
 def teach(folder, server, *flags, check=True):
-    return run_script("collect_coldstart.py", "--data", folder / "train.jsonl", "--out", folder / "out.jsonl", "--teacher",
-                      server.url, "--teacher_model", "big", "--requests", 2, "--min_pixels", 6000, "--max_pixels", 8000, *flags,
+    return run_script("collect_coldstart.py", "--data", folder / "train.jsonl",
+                      "--out", folder / "out.jsonl", "--teacher", server.url,
+                      "--teacher_model", "big", "--requests", 2, "--min_pixels", 6000,
+                      "--max_pixels", 8000, *flags,
                       check=check, env={"HF_HUB_OFFLINE": "0", "TEACHER_API_KEY": "sk-very-secret"})
 
 
-def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(world, prompts, questions, tmp_path):
+def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(world, prompts,
+                                                                            questions, tmp_path):
     oracle = Oracle(world, prompts, wrong={questions[1]["id"]})
     with ChatServer(oracle) as server:
         done = teach(tmp_path, server)
@@ -587,12 +643,16 @@ def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(worl
     assert [r["id"] for r in rows] == [q["id"] for q in questions if q["id"] != questions[1]["id"]]
     for row in rows:
         expected = oracle.solved[row["question"]]       # what it made up after its calls is cut off
-        assert [t["text"] for t in row["turns"]] == [t["text"] for t in expected["turns"]] and row["finish"] == "answer"
-        assert row["system"] == tools.PROMPTS["system"] and row["teacher"] == "big" and "objects" not in row
+        assert [t["text"] for t in row["turns"]] == [t["text"] for t in expected["turns"]]
+        assert row["finish"] == "answer"
+        assert row["system"] == tools.PROMPTS["system"] and row["teacher"] == "big"
+        assert "objects" not in row
     count = sum(len(oracle.solved[q["question"]]["turns"]) for q in questions)
-    assert f"teacher: {count} replies, 0 retries, {100 * count} prompt and {10 * count} completion tokens" in done.stdout
+    tokens = f"{100 * count} prompt and {10 * count} completion tokens"
+    assert f"teacher: {count} replies, 0 retries, {tokens}" in done.stdout
     assert "6 trajectories, 5 correct and kept, 1 left out ({'answer': 1})" in done.stdout
-    first = next(body["messages"] for _, _, body in requests if body["messages"][-2]["role"] == "assistant")
+    first = next(body["messages"]
+                 for _, _, body in requests if body["messages"][-2]["role"] == "assistant")
     asked = [m for m in first[:-1] if m["role"] == "user" and isinstance(m["content"], list)]
     shown = [m for m in asked if "observation" not in picture_of(m)[1][0]]
     assert len(shown) == 6 and first[0]["content"].startswith(tools.PROMPTS["system"])
@@ -602,23 +662,31 @@ def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(worl
     assert "secret" not in done.stdout + done.stderr
 
 
-def test_questions_without_a_usable_reply_stay_open_for_another_run(world, prompts, questions, tmp_path, monkeypatch):
+def test_questions_without_a_usable_reply_stay_open_for_another_run(world, prompts, questions,
+                                                                    tmp_path, monkeypatch):
     oracle = Oracle(world, prompts, failing=[questions[2]["id"]])
     with ChatServer(oracle) as server:
         rows = tools.read_jsonl(tmp_path / "train.jsonl")
         client = tools.ChatClient(server.url, "big", "teacher", attempts=2, pause=0.01)
-        args = argparse.Namespace(max_turns=32, seed=0, teacher="x", teacher_model="big", out=tmp_path / "out.jsonl", requests=2,
-                                  data=tmp_path / "train.jsonl", max_turn_tokens=99, min_pixels=1, max_pixels=2, image_bytes=3)
+        args = argparse.Namespace(max_turns=32, seed=0, teacher="x", teacher_model="big",
+                                  out=tmp_path / "out.jsonl", requests=2,
+                                  data=tmp_path / "train.jsonl", max_turn_tokens=99, min_pixels=1,
+                                  max_pixels=2, image_bytes=3)
         done, kept = collect_coldstart.collect(rows, args, tools.PROMPTS, client)
-        assert len(done) == len(kept) == 5 and client.used["retries"] == 1 and client.failures() == "1 x HTTP 503:"
+        assert len(done) == len(kept) == 5 and client.used["retries"] == 1
+        assert client.failures() == "1 x HTTP 503:"
         oracle.failing.clear()
         before = len(server.requests)
-        other = collect_coldstart.collect(rows, args, tools.PROMPTS, client, [{"role": "system", "content": "other examples"}])[0]
+        other = collect_coldstart.collect(rows, args, tools.PROMPTS, client,
+                                          [{"role": "system", "content": "other examples"}])[0]
         count = sum(len(row["turns"]) for row in other)
-        assert len(other) == 6 and len(server.requests) - before == count      # another collection: nothing is taken over
+        # another collection: nothing is taken over
+        assert len(other) == 6 and len(server.requests) - before == count
         done, kept = collect_coldstart.collect(rows, args, tools.PROMPTS, client)
-        assert len(server.requests) - before - count == len(oracle.solved[questions[2]["question"]]["turns"])
-    assert [r["id"] for r in kept] == [q["id"] for q in questions] == [r["id"] for r in tools.read_jsonl(tmp_path / "out.jsonl")]
+        left = oracle.solved[questions[2]["question"]]
+        assert len(server.requests) - before - count == len(left["turns"])
+    assert [r["id"] for r in kept] == [q["id"] for q in questions]
+    assert tools.read_jsonl(tmp_path / "out.jsonl") == kept
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -630,18 +698,21 @@ def test_ctrl_c_ends_a_served_collection_at_once(world, prompts, questions, tmp_
         return oracle(body)
 
     with ChatServer(behave) as server:
-        process = crash.launch(["collect_coldstart.py", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out.jsonl",
-                                "--teacher", server.url, "--requests", 2], env={"HF_HUB_OFFLINE": "0"})
+        process = crash.launch(["collect_coldstart.py", "--data", tmp_path / "train.jsonl",
+                                "--out", tmp_path / "out.jsonl", "--teacher", server.url,
+                                "--requests", 2], env={"HF_HUB_OFFLINE": "0"})
         crash.wait_until(process, lambda: len(server.requests) >= 6)
         process.send_signal(signal.SIGINT)
         code, _, err = crash.finish(process, 20)
-        assert code == 130 and "interrupted; what was finished is kept" in err and "Traceback" not in err
+        assert code == 130 and "interrupted; what was finished is kept" in err
+        assert "Traceback" not in err
         gate.release(100)
         time.sleep(0.3)
         assert len(server.requests) <= 7    # the two that were waited for
 
 
-def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, prompts, questions, tmp_path):
+def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, prompts, questions,
+                                                                         tmp_path):
     gate = threading.Semaphore(12)      # requests that are answered before the kill
     oracle = Oracle(world, prompts)
 
@@ -650,10 +721,12 @@ def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, 
         return oracle(body)
 
     with ChatServer(behave) as server:
-        flags = ["collect_coldstart.py", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out.jsonl", "--teacher",
+        flags = ["collect_coldstart.py", "--data", tmp_path / "train.jsonl", "--out",
+                 tmp_path / "out.jsonl", "--teacher",
                  server.url, "--requests", 1]
         process = crash.launch(flags, env={"HF_HUB_OFFLINE": "0"})
-        crash.wait_until(process, lambda: any(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.partial")))
+        crash.wait_until(process, lambda: any(p.read_bytes().count(b"\n")
+                                              for p in tmp_path.glob("*.partial")))
         crash.kill(process)
         finished = sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("*.partial"))
         gate.release(1000)
@@ -661,14 +734,19 @@ def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, 
         before = len(server.requests)
         run_script(*flags, env={"HF_HUB_OFFLINE": "0"})
         left = [oracle.solved[q["question"]] for q in questions[finished:]]
-        assert finished >= 1 and len(server.requests) - before == sum(len(row["turns"]) for row in left)
-    assert [r["id"] for r in tools.read_jsonl(tmp_path / "out.jsonl")] == [q["id"] for q in questions]
+        assert finished >= 1
+        assert len(server.requests) - before == sum(len(row["turns"]) for row in left)
+    rows = tools.read_jsonl(tmp_path / "out.jsonl")
+    assert [r["id"] for r in rows] == [q["id"] for q in questions]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--teacher", "nonsense"], "must be a URL"), (["--teacher", "http://h", "--exemplars", "/dev/null"], "/dev/null"),
+    (["--teacher", "nonsense"], "must be a URL"),
+    (["--teacher", "http://h", "--exemplars", "/dev/null"], "/dev/null"),
     (["--teacher", "http://127.0.0.1:9", "--requests", 0], "--requests 0"),
-    (["--teacher", "http://127.0.0.1:9", "--exemplars", "/nowhere.jsonl"], "/nowhere.jsonl does not exist")])
+    (["--teacher", "http://127.0.0.1:9", "--exemplars", "/nowhere.jsonl"],
+     "/nowhere.jsonl does not exist")])
 def test_bad_flags_of_a_served_teacher_are_one_line(small, flags, words):
     done = collect(small, "bad.jsonl", *flags, check=False)
-    assert done.returncode == 1 and re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
+    assert done.returncode == 1
+    assert re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr

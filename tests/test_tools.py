@@ -1,7 +1,8 @@
-"""Specification of the agent's world: what a turn means, which pixels a zoom returns, when a conversation ends, how rows
-are read and written, and when an answer counts as right.
+"""Specification of the agent's world: what a turn means, which pixels a zoom returns, when a
+conversation ends, how rows are read and written, and when an answer counts as right.
 
-Whatever a model writes ends in a crop, an answer or one sentence that it can act on; nothing it writes raises.
+Whatever a model writes ends in a crop, an answer or one sentence that it can act on; nothing it
+writes raises.
 """
 
 import json
@@ -32,7 +33,8 @@ def picture(width, height):
 
 
 def corners(crop):
-    """(left, top, right, bottom) in pixels of the `picture` that a crop was cut from, right and bottom exclusive."""
+    """(left, top, right, bottom) in pixels of the `picture` that a crop was cut from, right and
+    bottom exclusive."""
     pixels = np.asarray(crop)
     (left, top), (right, bottom) = pixels[0, 0, :2].tolist(), pixels[-1, -1, :2].tolist()
     assert crop.size == (right - left + 1, bottom - top + 1)
@@ -40,16 +42,18 @@ def corners(crop):
 
 
 def is_sentence(error):
-    return isinstance(error, str) and len(error) < 200 and error.endswith(".") and ". " not in error and "\n" not in error
+    short = isinstance(error, str) and len(error) < 200 and error.endswith(".")
+    return short and ". " not in error and "\n" not in error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # parse_turn
 
 
 def test_the_four_kinds_of_turn():
     zoom = {"bbox_2d": [0.25, 0.0, 0.5, 1.0], "source": "observation_3"}
-    assert tools.parse_turn("<think>there</think>" + call_text([0.25, 0, 0.5, 1], "observation_3")) == ("zoom", zoom)
+    assert tools.parse_turn("<think>there</think>"
+                            + call_text([0.25, 0, 0.5, 1], "observation_3")) == ("zoom", zoom)
     assert tools.parse_turn("<think>seen</think><answer> red \n</answer>") == ("answer", "red")
     assert tools.parse_turn("I do not know.") == ("void", None)
     kind, sentence = tools.parse_turn("<grounding>zoom in!</grounding>")
@@ -60,7 +64,7 @@ def test_the_four_kinds_of_turn():
     ("<think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
     ("<think>a</think><think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
     ("<answer>2</answer><think>too late", ("answer", "2")),
-    ("<think><answer>1</answer>", ("void", None)),                            # an unclosed thought runs to the end
+    ("<think><answer>1</answer>", ("void", None)),  # an unclosed thought runs to the end
     ("<think>a</think> b <think><answer>1</answer>", ("void", None)),
     ("</think><answer>2</answer>", ("answer", "2")),                          # thinking is optional
     ("<think>two\nlines</think>\n<answer>2\n3</answer>", ("answer", "2\n3")),
@@ -74,67 +78,83 @@ def test_the_first_complete_tag_wins():
     assert tools.parse_turn(call_text(WHOLE) + "<answer>7</answer>") == zoom
     assert tools.parse_turn("<answer>7</answer>" + call_text(WHOLE)) == ("answer", "7")
     assert tools.parse_turn("<answer>7</answer><answer>8</answer>") == ("answer", "7")
-    assert tools.parse_turn("<grounding>{<answer>7</answer>") == ("answer", "7")  # the call is never closed
+    # the call is never closed
+    assert tools.parse_turn("<grounding>{<answer>7</answer>") == ("answer", "7")
     assert tools.parse_turn("<answer>7</grounding>") == ("void", None)
     assert tools.parse_turn("</answer><answer>") == ("void", None)
     assert tools.parse_turn("<answer></answer>") == ("answer", "")
 
 
 @pytest.mark.parametrize("box", [
-    "[NaN, 0, 1, 1]", "[0, 0, NaN, 1]", "[0, 0, Infinity, 1]", "[0, -Infinity, 1, 1]", "[0, 0, 1e999, 1]",
-    "[false, 0, 1, 1]", "[0, 0, true, true]", '["0", "0", "1", "1"]', "[null, 0, 1, 1]", "[[0], 0, 1, 1]",
+    "[NaN, 0, 1, 1]", "[0, 0, NaN, 1]", "[0, 0, Infinity, 1]", "[0, -Infinity, 1, 1]",
+    "[0, 0, 1e999, 1]",
+    "[false, 0, 1, 1]", "[0, 0, true, true]", '["0", "0", "1", "1"]', "[null, 0, 1, 1]",
+    "[[0], 0, 1, 1]",
     "[0, 0, 1]", "[0, 0, 1, 1, 1]", "[]", "{}", '"0011"', "null", "1",
-    "[0.5, 0, 0.5, 1]", "[0, 0.5, 1, 0.5]", "[0.6, 0, 0.4, 1]", "[0, 0, 1, 1.0001]", "[-0.1, 0, 1, 1]", "[1, 1, 1, 1]",
-    "[0, 0, 1" + "0" * 400 + ", 1]", "[0, 0, " + "9" * 5000 + ", 1]", "[-" + "9" * 4000 + ", 0, 1, 1]",
+    "[0.5, 0, 0.5, 1]", "[0, 0.5, 1, 0.5]", "[0.6, 0, 0.4, 1]", "[0, 0, 1, 1.0001]",
+    "[-0.1, 0, 1, 1]", "[1, 1, 1, 1]",
+    "[0, 0, 1" + "0" * 400 + ", 1]", "[0, 0, " + "9" * 5000 + ", 1]",
+    "[-" + "9" * 4000 + ", 0, 1, 1]",
     "[" * 100_000, "[" * 100_000 + "]" * 100_000,
 ], ids=lambda box: box[:24])
 def test_boxes_that_are_refused(box):
-    kind, sentence = tools.parse_turn('<grounding>{"bbox_2d": %s, "source": "original_image"}</grounding>' % box)
+    call = '{"bbox_2d": %s, "source": "original_image"}' % box
+    kind, sentence = tools.parse_turn(f"<grounding>{call}</grounding>")
     assert kind == "error" and is_sentence(sentence)
 
 
-@pytest.mark.parametrize("source", ["observation_0", "observation_01", "observation_", "observation_-1", "observation_1.0",
-                                    "observation_1234567", "Original_image", "original_image ", "observation_٣", "", "🦊",
-                                    "observation_1\n", 1, None, True, ["original_image"], {"original_image": 0}])
+@pytest.mark.parametrize("source", ["observation_0", "observation_01", "observation_",
+                                    "observation_-1", "observation_1.0",
+                                    "observation_1234567", "Original_image", "original_image ",
+                                    "observation_٣", "", "🦊",
+                                    "observation_1\n", 1, None, True, ["original_image"],
+                                    {"original_image": 0}])
 def test_sources_that_are_refused(source):
     kind, sentence = tools.parse_turn(call_text(WHOLE, source))
     assert kind == "error" and is_sentence(sentence) and "source" in sentence
 
 
-@pytest.mark.parametrize("body", ["", " ", "[]", "7", "null", "[0, 0, 1, 1]", '{"bbox_2d": [0, 0, 1, 1]}',
-                                  '{"source": "original_image"}', "{'bbox_2d': [0, 0, 1, 1], 'source': 'original_image'}",
+@pytest.mark.parametrize("body",
+                         ["", " ", "[]", "7", "null", "[0, 0, 1, 1]", '{"bbox_2d": [0, 0, 1, 1]}',
+                                  '{"source": "original_image"}',
+                                  "{'bbox_2d': [0, 0, 1, 1], 'source': 'original_image'}",
                                   '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"',
-                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"} {}', "\ud800", "\x00"])
+                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"} {}',
+                                  "\ud800", "\x00"])
 def test_calls_that_are_refused(body):
     kind, sentence = tools.parse_turn(f"<grounding>{body}</grounding>")
     assert kind == "error" and is_sentence(sentence)
 
 
 def test_calls_that_are_accepted():
-    """JSON is JSON: white space, further keys and integers are no mistakes, and the result is four plain floats."""
-    kind, call = tools.parse_turn('<grounding>\n{"label": "a fox", "bbox_2d": [0, 0.5, 1, 1], "source": "observation_12"}\n'
-                                  "</grounding>")
+    """JSON is JSON: white space, further keys and integers are no mistakes, and the result is four
+    plain floats."""
+    kind, call = tools.parse_turn('<grounding>\n{"label": "a fox", "bbox_2d": [0, 0.5, 1, 1], '
+                                  '"source": "observation_12"}\n</grounding>')
     assert (kind, call) == ("zoom", {"bbox_2d": [0.0, 0.5, 1.0, 1.0], "source": "observation_12"})
     assert all(type(v) is float for v in call["bbox_2d"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # zoom
 
 
 @pytest.mark.parametrize("size, box, expected", [
     ((100, 50), [0, 0, 1, 1], (0, 0, 100, 50)),
-    ((100, 50), [0.25, 0.5, 0.5, 0.75], (25, 25, 50, 38)),        # 0.75 x 50 = 37.5: the far corner is ceiled
+    # 0.75 x 50 = 37.5: the far corner is ceiled
+    ((100, 50), [0.25, 0.5, 0.5, 0.75], (25, 25, 50, 38)),
     ((10, 10), [0.19, 0.11, 0.21, 0.99], (1, 1, 3, 10)),          # the near corner is floored
-    ((10, 10), [0.55, 0.55, 0.56, 0.56], (5, 5, 6, 6)),           # less than a pixel: the pixel it lies in
-    ((3, 3), [0.333, 0.333, 0.667, 0.667], (0, 0, 3, 3)),         # a box never loses a pixel that it touches
+    ((10, 10), [0.55, 0.55, 0.56, 0.56], (5, 5, 6, 6)),  # less than a pixel: the pixel it lies in
+    # a box never loses a pixel that it touches
+    ((3, 3), [0.333, 0.333, 0.667, 0.667], (0, 0, 3, 3)),
     ((90, 90), [0.333, 0.0, 0.667, 0.333], (29, 0, 61, 30)),      # 29.97 and 60.03
     ((1, 1), [0.4, 0.4, 0.6, 0.6], (0, 0, 1, 1)),
-    ((200, 1), [0, 0, 1, 1], (0, 0, 200, 1)),                     # an aspect ratio of 200 is still allowed
+    ((200, 1), [0, 0, 1, 1], (0, 0, 200, 1)),  # an aspect ratio of 200 is still allowed
     ((250, 250), [5e-324, 0, 1 - 2**-53, 1], (0, 0, 250, 250)),
 ])
 def test_zoom_returns_exactly_these_pixels(size, box, expected):
-    assert corners(tools.zoom([picture(*size)], {"bbox_2d": box, "source": "original_image"})) == expected
+    assert corners(tools.zoom([picture(*size)],
+                              {"bbox_2d": box, "source": "original_image"})) == expected
 
 
 def test_zoom_into_an_observation_uses_its_native_pixels():
@@ -144,14 +164,17 @@ def test_zoom_into_an_observation_uses_its_native_pixels():
     views.append(tools.zoom(views, {"bbox_2d": [0.1, 0.2, 0.3, 0.4], "source": "observation_1"}))
     views.append(tools.zoom(views, {"bbox_2d": [0.5, 0.5, 1.0, 1.0], "source": "observation_2"}))
     views.append(tools.zoom(views, {"bbox_2d": [0.0, 0.0, 0.1, 0.1], "source": "original_image"}))
-    assert [corners(v) for v in views] == [(0, 0, 200, 100), (100, 50, 200, 100), (110, 60, 130, 70), (120, 65, 130, 70),
+    assert [corners(v) for v in views] == [(0, 0, 200, 100), (100, 50, 200, 100),
+                                           (110, 60, 130, 70), (120, 65, 130, 70),
                                            (0, 0, 20, 10)]
 
 
 def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
-    """1/3 and the next float both round to pixel 1 of 3: the crop must not be empty in either direction."""
+    """1/3 and the next float both round to pixel 1 of 3: the crop must not be empty in either
+    direction."""
     thin = [0.3333333333333333, 0.33333333333333337]
-    crop = tools.zoom([picture(3, 3)], {"bbox_2d": [thin[0], thin[0], thin[1], thin[1]], "source": "original_image"})
+    crop = tools.zoom([picture(3, 3)],
+                      {"bbox_2d": [thin[0], thin[0], thin[1], thin[1]], "source": "original_image"})
     assert min(crop.size) >= 1
 
 
@@ -164,14 +187,16 @@ def test_zoom_refuses_with_one_sentence(box, source, word):
     assert is_sentence(str(error.value)) and word in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # One hundred thousand turns that a confused model might write
 
 
 def strange_number(rng):
     edge = rng.randrange(1, 39) / 39
-    return rng.choice([0, 1, 0.5, rng.random(), rng.random(), rng.random(), -rng.random(), 1 + rng.random(), -0.0, 5e-324,
-                       edge, math.nextafter(edge, 1), 1 - 2**-53, math.nan, math.inf, -math.inf, 10**400, -10**20,
+    return rng.choice([0, 1, 0.5, rng.random(), rng.random(), rng.random(), -rng.random(),
+                       1 + rng.random(), -0.0, 5e-324,
+                       edge, math.nextafter(edge, 1), 1 - 2**-53, math.nan, math.inf, -math.inf,
+                       10**400, -10**20,
                        True, None, "0.5", "１", [0.5], [[0.1]], {"x": 0.1}, "🦊"])
 
 
@@ -191,13 +216,16 @@ def strange_box(rng):
 
 def strange_turn(rng):
     source = rng.choice(["original_image"] * 4 + ["observation_1", "observation_2"] * 2
-                        + ["observation_0", "observation_3", "observation_99", "image", "ｏbservation_1", 1, None])
-    call = json.dumps({"bbox_2d": strange_box(rng), "source": source}, ensure_ascii=rng.random() < 0.5)
+                        + ["observation_0", "observation_3", "observation_99", "image",
+                           "ｏbservation_1", 1, None])
+    call = json.dumps({"bbox_2d": strange_box(rng), "source": source},
+                      ensure_ascii=rng.random() < 0.5)
     if rng.random() < 0.15:  # spoil a character, or cut the call
         at = rng.randrange(len(call))
         spoilt = rng.choice(["", "}", "]", "\\", "\x00", "é", "<", "</think>"])
         call = call[:at] + spoilt + call[at + rng.choice([0, 1, 200]):]
-    parts = ["<answer>7</answer>", "<answer>", "</answer>", "<grounding>", "<think>", "</think>", "<think>x</think>",
+    parts = ["<answer>7</answer>", "<answer>", "</answer>", "<grounding>", "<think>", "</think>",
+             "<think>x</think>",
              "🦊\u2028\ud800", ""] + [f"<grounding>{call}</grounding>"] * 6
     return "".join(rng.choice(parts) for _ in range(rng.choice([1, 1, 1, 2, 3])))
 
@@ -211,11 +239,13 @@ def test_whatever_a_model_writes_ends_in_a_crop_an_answer_or_a_sentence():
         turn, finish, prediction = tools.take_turn(now, text, 1, 9, 9)
         assert turn["text"] == text
         if finish is not None:
-            assert kind == finish and now == views and turn == {"text": text} and (finish == "void") == (prediction is None)
+            assert kind == finish and now == views and turn == {"text": text}
+            assert (finish == "void") == (prediction is None)
             counts[finish] += 1
         elif "zoom" in turn:
             assert kind == "zoom" and len(now) == 4 and "error" not in turn
-            assert min(now[3].size) >= 1 and all(a <= b for a, b in zip(now[3].size, views[0].size)), text
+            assert min(now[3].size) >= 1 and all(a <= b
+                                                 for a, b in zip(now[3].size, views[0].size)), text
             counts["crop"] += 1
         else:
             assert now == views and is_sentence(turn["error"]), (text, turn)
@@ -223,7 +253,7 @@ def test_whatever_a_model_writes_ends_in_a_crop_an_answer_or_a_sentence():
     assert min(counts.values()) > 4000  # every way out was taken
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # take_turn and replay
 
 
@@ -231,30 +261,36 @@ def test_a_conversation_until_its_answer():
     views = [picture(90, 90)]
     first, finish, _ = tools.take_turn(views, call_text([0, 0, 0.5, 0.5]), 1, 3, 3)
     assert finish is None and first == {"text": call_text([0, 0, 0.5, 0.5]),
-                                        "zoom": {"bbox_2d": [0.0, 0.0, 0.5, 0.5], "source": "original_image"}}
+                                        "zoom": {"bbox_2d": [0.0, 0.0, 0.5, 0.5],
+                                                 "source": "original_image"}}
     assert corners(views[1]) == (0, 0, 45, 45)
     second, finish, _ = tools.take_turn(views, call_text(WHOLE, "observation_2"), 2, 3, 3)
-    assert finish is None and second["error"] == "There is no observation_2 yet." and "zoom" not in second
-    assert len(views) == 2                                             # a refused call shows nothing
-    third = tools.take_turn(views, "<answer>7</answer>", 3, 3, 3)      # answering on the last turn is in time
+    assert finish is None and second["error"] == "There is no observation_2 yet."
+    assert "zoom" not in second
+    assert len(views) == 2  # a refused call shows nothing
+    # answering on the last turn is in time
+    third = tools.take_turn(views, "<answer>7</answer>", 3, 3, 3)
     assert third == ({"text": "<answer>7</answer>"}, "answer", "7")
 
 
 def test_void_ends_the_conversation():
     assert tools.take_turn([picture(9, 9)], "hm", 1, 3, 3) == ({"text": "hm"}, "void", None)
-    assert tools.take_turn([picture(9, 9)], "hm", 3, 3, 3)[1] == "void"  # void, not over_turn: it asked for nothing
+    # void, not over_turn: it asked for nothing
+    assert tools.take_turn([picture(9, 9)], "hm", 3, 3, 3)[1] == "void"
 
 
 def test_a_turn_at_the_turn_cap_keeps_its_refused_zoom():
     views = [picture(9, 9)]
     turn, finish, prediction = tools.take_turn(views, call_text(WHOLE), 3, 3, 99)
-    assert turn["zoom"]["bbox_2d"] == WHOLE and (finish, prediction) == ("over_turn", None) and len(views) == 1
+    assert turn["zoom"]["bbox_2d"] == WHOLE and (finish, prediction) == ("over_turn", None)
+    assert len(views) == 1
     turn, finish, _ = tools.take_turn(views, call_text([0, 0, 0, 0]), 3, 3, 99)
     assert finish == "over_turn" and is_sentence(turn["error"])
 
 
 def test_a_turn_at_the_image_cap_keeps_its_refused_zoom():
-    """The cap counts the original: with 2 images there is one zoom. A refused call needs no image and goes on."""
+    """The cap counts the original: with 2 images there is one zoom. A refused call needs no image
+    and goes on."""
     views = [picture(9, 9)]
     assert tools.take_turn(views, call_text(WHOLE), 1, 99, 2)[1] is None and len(views) == 2
     turn, finish, _ = tools.take_turn(views, call_text(WHOLE, "observation_1"), 2, 99, 2)
@@ -264,14 +300,17 @@ def test_a_turn_at_the_image_cap_keeps_its_refused_zoom():
 
 def test_replay_shows_what_the_model_was_shown():
     views, turns = [picture(90, 60)], []
-    texts = [call_text([0, 0, 0.5, 0.5]), call_text(WHOLE, "observation_7"), call_text([0.5, 0.5, 1, 1], "observation_1"),
+    texts = [call_text([0, 0, 0.5, 0.5]), call_text(WHOLE, "observation_7"),
+             call_text([0.5, 0.5, 1, 1], "observation_1"),
              call_text(WHOLE)]
     for number, text in enumerate(texts, 1):
         turn, finish, _ = tools.take_turn(views, text, number, 4, 99)
         turns.append(turn)
     assert finish == "over_turn"
     again = tools.replay({"id": "x", "turns": turns}, picture(90, 60))
-    assert [corners(v) for v in again] == [corners(v) for v in views] == [(0, 0, 90, 60), (0, 0, 45, 30), (22, 15, 45, 30)]
+    assert [corners(v) for v in again] == [corners(v) for v in views] == [(0, 0, 90, 60),
+                                                                          (0, 0, 45, 30), (22, 15,
+                                                                                           45, 30)]
 
 
 def test_replay_of_an_impossible_zoom_names_the_trajectory():
@@ -280,7 +319,7 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
         tools.replay({"id": "fox", "turns": turns}, picture(9, 9))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -292,15 +331,15 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
     ((1000, 500), (3136, 1_000_000), (1008, 504)),
     ((2000, 1000), (3136, 1_000_000), (1400, 700)),
     ((100, 20), (6272, 1_000_000), (196, 56)),    # 177.1 x 35.4
-    ((5000, 30), (784, 10_000), (336, 28)),       # 1290.99 x 7.7: 28 high, so 10000 / 28 = 357.1 wide
+    ((5000, 30), (784, 10_000), (336, 28)),  # 1290.99 x 7.7: 28 high, so 10000 / 28 = 357.1 wide
 ])
 def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
     assert tools.resize_for_model(Image.new("RGB", size), *limits).size == expected
 
 
 def test_sizes_agree_with_qwens_own_processor():
-    """For sides of 17 pixels and more, where Qwen's rounding does not give a side of 0. A strip that would exceed the limit
-    there, since its short side cannot shrink, keeps it here."""
+    """For sides of 17 pixels and more, where Qwen's rounding does not give a side of 0. A strip
+    that would exceed the limit there, since its short side cannot shrink, keeps it here."""
     rng = random.Random(0)
     for _ in range(400):
         width = int(17 * 100 ** rng.random())
@@ -312,7 +351,8 @@ def test_sizes_agree_with_qwens_own_processor():
         if min(theirs) > factor or theirs[0] * theirs[1] <= limits[1]:
             assert ours.size == theirs[::-1], (width, height, limits, factor)
         else:
-            assert min(ours.size) == factor and limits[1] - factor**2 < ours.width * ours.height <= limits[1]
+            assert min(ours.size) == factor
+            assert limits[1] - factor**2 < ours.width * ours.height <= limits[1]
 
 
 def test_resizing_keeps_a_fitting_image_and_repeats_nothing():
@@ -332,7 +372,8 @@ def test_an_unreadable_image_is_one_line(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(tools.InputError, match="fox.png") as error:
         tools.open_image(path)
-    assert "\n" not in str(error.value) and ("missing" if content is None else "not a readable image") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ("missing" if content is None else "not a readable image") in str(error.value)
 
 
 def test_every_image_becomes_rgb(tmp_path):
@@ -365,18 +406,20 @@ def test_an_image_is_opened_as_a_viewer_shows_it(tmp_path):
     assert tools.open_image(tmp_path / "x.gif").getpixel((1, 1)) == (255, 255, 255)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # JSONL
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    rows = [{"id": "1", "text": "🦊 é\n\u2028 \"quoted\"", "box": [0.1, 1 / 3], "none": None}, {"id": "2"}]
+    rows = [{"id": "1", "text": "🦊 é\n\u2028 \"quoted\"", "box": [0.1, 1 / 3], "none": None},
+            {"id": "2"}]
     tools.write_jsonl(tmp_path / "deep" / "rows.jsonl", rows)
     assert tools.read_jsonl(tmp_path / "deep" / "rows.jsonl") == rows
     assert (tmp_path / "deep" / "rows.jsonl").read_text(encoding="utf-8").count("\n") == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", "null", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1} {"b": 2}', "\ufeff{}",
+@pytest.mark.parametrize("line", ["{", "[1]", "7", "null", '{"a": NaN}', '{"a": -Infinity}',
+                                  '{"a": 1} {"b": 2}', "\ufeff{}",
                                   "[" * 100_000], ids=lambda line: line[:12])
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "rows.jsonl"
@@ -393,19 +436,23 @@ def test_a_row_that_fails_its_check_is_named(tmp_path):
 
 
 def test_a_missing_file_says_which_command_makes_it(tmp_path):
-    with pytest.raises(tools.InputError, match="rows.jsonl does not exist; make it with: python fox.py"):
+    with pytest.raises(tools.InputError,
+                       match="rows.jsonl does not exist; make it with: python fox.py"):
         tools.read_jsonl(tmp_path / "rows.jsonl", hint="python fox.py")
 
 
 def test_writing_is_all_or_nothing(tmp_path):
-    """A writer that fails half-way, at a row that cannot be stored or by itself, leaves the old file and nothing else."""
+    """A writer that fails half-way, at a row that cannot be stored or by itself, leaves the old
+    file and nothing else."""
     def interrupted():
         yield {"id": "1"}
         raise KeyboardInterrupt
     path = tmp_path / "rows.jsonl"
     tools.write_jsonl(path, [{"id": "old"}])
-    for rows, error in [([{"id": "1"}, {"x": math.nan}], ValueError), ([{"x": math.inf}], ValueError),
-                        ([{"id": "1"}, {"x": object()}], TypeError), (interrupted(), KeyboardInterrupt)]:
+    for rows, error in [([{"id": "1"}, {"x": math.nan}], ValueError),
+                        ([{"x": math.inf}], ValueError),
+                        ([{"id": "1"}, {"x": object()}], TypeError),
+                        (interrupted(), KeyboardInterrupt)]:
         with pytest.raises(error):
             tools.write_jsonl(path, rows)
         assert tools.read_jsonl(path) == [{"id": "old"}]
@@ -414,7 +461,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert tools.read_jsonl(path) == [{"id": "new"}] and list(tmp_path.iterdir()) == [path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -427,18 +474,23 @@ def trajectory(*turns):
     return question(turns=list(turns))
 
 
-@pytest.mark.parametrize("changes", [{}, {"options": ["7", "8"]}, {"options": ["red", "blue"], "answer": "B"},
-                                     {"system": None}, {"system": ""}, {"level": "hard"}, {"level": None},
+@pytest.mark.parametrize("changes",
+                         [{}, {"options": ["7", "8"]}, {"options": ["red", "blue"], "answer": "B"},
+                                     {"system": None}, {"system": ""}, {"level": "hard"},
+                                     {"level": None},
                                      {"image": "..jpg"}, {"image": "a..b/c.jpg"}, {"unknown": 1}])
 def test_good_questions(changes):
     tools.check_question(question(**changes))
 
 
 @pytest.mark.parametrize("changes", [
-    *({key: bad} for key in ("id", "image", "question", "answer") for bad in (KeyError, "", " ", 7, None)),
-    *({"image": path} for path in ("/etc/passwd", "../secret.jpg", "images/../../secret.jpg", "..")),
+    *({key: bad} for key in ("id", "image", "question", "answer")
+      for bad in (KeyError, "", " ", 7, None)),
+    *({"image": path} for path in ("/etc/passwd", "../secret.jpg", "images/../../secret.jpg",
+                                   "..")),
     {"options": []}, {"options": "red"}, {"options": [1, 2]},
-    {"options": ["red", "blue"]}, {"system": 5}, {"system": ["a"]}, {"level": "extreme"}, {"level": 1}])
+    {"options": ["red", "blue"]}, {"system": 5}, {"system": ["a"]}, {"level": "extreme"},
+    {"level": 1}])
 def test_bad_questions(changes):
     with pytest.raises(tools.InputError) as error:
         tools.check_question(question(**changes))
@@ -450,17 +502,23 @@ ERROR = {"text": "b", "error": "Too narrow."}
 LAST = {"text": "c"}
 
 
-@pytest.mark.parametrize("turns", [[LAST], [ZOOM], [ERROR], [ZOOM, ERROR, LAST], [ZOOM, {**ZOOM, "learn": False}]])
+@pytest.mark.parametrize("turns", [[LAST], [ZOOM], [ERROR], [ZOOM, ERROR, LAST],
+                                   [ZOOM, {**ZOOM, "learn": False}]])
 def test_good_trajectories(turns):
     tools.check_trajectory(trajectory(*turns))
 
 
 @pytest.mark.parametrize("turns, words", [
-    ([], "'turns'"), ([LAST, ZOOM], "turn 1"), ([ZOOM, LAST, ZOOM], "turn 2"), (["text"], "turn 1"), ([{}], "turn 1"),
-    ([{"text": 7}], "turn 1"), ([ZOOM, {"text": "", "error": 7}], "turn 2"), ([{"text": "", "zoom": None}], "turn 1"),
-    ([{"text": "", "zoom": {"bbox_2d": [1, 0, 0, 1], "source": "original_image"}}, LAST], "turn 1: The box"),
-    ([{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_0"}}, LAST], "turn 1: The source"),
-    ([ZOOM, {"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_2"}}, LAST], "turn 2: there is no observation_2 yet"),
+    ([], "'turns'"), ([LAST, ZOOM], "turn 1"), ([ZOOM, LAST, ZOOM], "turn 2"),
+    (["text"], "turn 1"), ([{}], "turn 1"),
+    ([{"text": 7}], "turn 1"), ([ZOOM, {"text": "", "error": 7}], "turn 2"),
+    ([{"text": "", "zoom": None}], "turn 1"),
+    ([{"text": "", "zoom": {"bbox_2d": [1, 0, 0, 1], "source": "original_image"}}, LAST],
+     "turn 1: The box"),
+    ([{"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_0"}}, LAST],
+     "turn 1: The source"),
+    ([ZOOM, {"text": "", "zoom": {"bbox_2d": WHOLE, "source": "observation_2"}}, LAST],
+     "turn 2: there is no observation_2 yet"),
     *(([{**LAST, "learn": bad}], "turn 1: 'learn'") for bad in (0, 1, None, "false", 0.5))])
 def test_bad_trajectories(turns, words):
     with pytest.raises(tools.InputError, match=words):
@@ -468,7 +526,8 @@ def test_bad_trajectories(turns, words):
 
 
 @pytest.mark.parametrize("line, words", [
-    (b'{"id": "\xe9"}', "utf-8"), (b'{"x": 1e999}', "too large"), (b'{"x": -Infinity}', "not JSON"),
+    (b'{"id": "\xe9"}', "utf-8"), (b'{"x": 1e999}', "Out of range"),
+    (b'{"x": -Infinity}', "not JSON"),
     (b'{"x": "\\ud800"}', "surrogates"), (b"\xef\xbb\xbf{}", "BOM")])
 def test_rows_that_could_not_be_written_again_are_refused_by_line(tmp_path, line, words):
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n\n" + line + b"\n")
@@ -489,39 +548,52 @@ def test_a_trajectory_is_a_question():
         tools.check_trajectory(question(turns="none"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Answers
 
 
 @pytest.mark.parametrize("prediction, answer, expected", [
-    ("7", "7", True), ("7", "8", False), (" Red. ", "red", True), ("the red", "Red", True), ("**red**", "red", True),
-    ("a red fox", "red fox", True), ("The 'red' fox!", "red fox", True), ('"The red fox"', "a red fox", True),
-    ("red  fox", "red fox", True), ("redfox", "red fox", False), ("red", "dark red", False), ("it is red", "red", False),
-    ("White.", "white", True), ("ＲＥＤ", "red", True), ("é", "e\u0301", True), ("", "7", False), (None, "7", False),
-    ("-5", "5", False), ("+5", "-5", False), ("3.5", "35", False), (".5", "5", False), ("$5", "5", True), ("5%", "5", True),
-    ("B+", "B-", False), ("C++", "C", False), ("-", "-", True), ("-", "?", False), ("?", "?", True), ("", "?", False),
-    ("A", "a", True), ("A.", "A", True), ("(A)", "A", True), ("(B)", "B", True), ("A", "the", False), ("B", "A", False),
+    ("7", "7", True), ("7", "8", False), (" Red. ", "red", True), ("the red", "Red", True),
+    ("**red**", "red", True),
+    ("a red fox", "red fox", True), ("The 'red' fox!", "red fox", True),
+    ('"The red fox"', "a red fox", True),
+    ("red  fox", "red fox", True), ("redfox", "red fox", False), ("red", "dark red", False),
+    ("it is red", "red", False),
+    ("White.", "white", True), ("ＲＥＤ", "red", True), ("é", "e\u0301", True), ("", "7", False),
+    (None, "7", False),
+    ("-5", "5", False), ("+5", "-5", False), ("3.5", "35", False), (".5", "5", False),
+    ("$5", "5", True), ("5%", "5", True),
+    ("B+", "B-", False), ("C++", "C", False), ("-", "-", True), ("-", "?", False),
+    ("?", "?", True), ("", "?", False),
+    ("A", "a", True), ("A.", "A", True), ("(A)", "A", True), ("(B)", "B", True),
+    ("A", "the", False), ("B", "A", False),
     ("vitamin A", "vitamin", False)])
 def test_open_answers(prediction, answer, expected):
     assert tools.match_answer(prediction, answer) is expected
 
 
 RIGHT = ["B", "b", "(B)", "B.", "B)", "(b) Red.", "B. red", "B: the red", "Red", "the red", " b \n"]
-WRONG = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red", "(A) red", "cat or red"]
+WRONG = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red", "(A) red",
+         "cat or red"]
 
 
 @pytest.mark.parametrize("prediction, answer, options, expected", [
-    *((text, "B", ["cat", "red"], True) for text in RIGHT), *((text, "B", ["cat", "red"], False) for text in WRONG),
-    ("B", "red", ["cat", "red"], True), ("A", "red", ["cat", "red"], False), ("red", "(B) red", ["cat", "red"], True),
-    ("A", "A", ["B", "A"], True), ("B", "A", ["B", "A"], False),      # an option's own words come before its letter
-    ("B", "B", ["cat", "?"], True), ("A", "B", ["cat", "?"], False),  # an option that is punctuation only
+    *((text, "B", ["cat", "red"], True) for text in RIGHT),
+    *((text, "B", ["cat", "red"], False) for text in WRONG),
+    ("B", "red", ["cat", "red"], True), ("A", "red", ["cat", "red"], False),
+    ("red", "(B) red", ["cat", "red"], True),
+    # an option's own words come before its letter
+    ("A", "A", ["B", "A"], True), ("B", "A", ["B", "A"], False),
+    # an option that is punctuation only
+    ("B", "B", ["cat", "?"], True), ("A", "B", ["cat", "?"], False),
     ("?", "B", ["cat", "?"], True), ("-", "B", ["+", "-"], True), ("+", "B", ["+", "-"], False),
-    ("a", "B", ["+", "-"], False), ("7", "7", ["8", "9"], False), (None, "B", ["cat", "red"], False)])
+    ("a", "B", ["+", "-"], False), ("7", "7", ["8", "9"], False),
+    (None, "B", ["cat", "red"], False)])
 def test_multiple_choice(prediction, answer, options, expected):
     assert tools.match_answer(prediction, answer, options) is expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -530,13 +602,16 @@ def test_prompts_from_a_file_replace_some_of_the_defaults(tmp_path):
     path.write_text(json.dumps({"question": "<image>\n{question} {braces}"}))
     prompts = tools.load_prompts(path)
     assert prompts == {**tools.PROMPTS, "question": "<image>\n{question} {braces}"}
-    assert tools.load_prompts(None) == tools.PROMPTS and tools.load_prompts(None) is not tools.PROMPTS
+    assert tools.load_prompts(None) == tools.PROMPTS
+    assert tools.load_prompts(None) is not tools.PROMPTS
 
 
 def test_all_prompts_can_be_replaced(tmp_path):
-    """The default ones fit their own rules; a name is optional, and the system prompt may say anything, even nothing."""
+    """The default ones fit their own rules; a name is optional, and the system prompt may say
+    anything, even nothing."""
     path = tmp_path / "prompts.json"
-    others = {"system": "", "question": "<image>{question}", "observation": "<image>", "error": "{error}"}
+    others = {"system": "", "question": "<image>{question}", "observation": "<image>",
+              "error": "{error}"}
     assert set(others) == set(tools.PROMPTS)
     for prompts in (others, tools.PROMPTS, {**others, "system": "<image> {question} {error}"}):
         path.write_text(json.dumps(prompts))
@@ -544,20 +619,26 @@ def test_all_prompts_can_be_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("key, text", [
-    ("question", "<image>"), ("question", "{question}"), ("question", ""), ("question", "{question}<image><image>"),
-    ("question", "{question}{question}<image>"), ("question", "{ question }<image>"), ("observation", "{name}:"),
-    ("observation", ""), ("observation", "{name}<image><image>"), ("error", "No."), ("error", "{Error}"),
+    ("question", "<image>"), ("question", "{question}"), ("question", ""),
+    ("question", "{question}<image><image>"),
+    ("question", "{question}{question}<image>"), ("question", "{ question }<image>"),
+    ("observation", "{name}:"),
+    ("observation", ""), ("observation", "{name}<image><image>"), ("error", "No."),
+    ("error", "{Error}"),
     ("error", "{error}{error}"), ("error", "")])
 def test_a_prompt_must_have_its_placeholders(tmp_path, key, text):
-    """Exactly once each: otherwise the model would not be told the question, the picture or its mistake."""
+    """Exactly once each: otherwise the model would not be told the question, the picture or its
+    mistake."""
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({key: text}))
-    with pytest.raises(tools.InputError, match=f"prompts.json: '{key}' must contain .* exactly once") as error:
+    with pytest.raises(tools.InputError,
+                       match=f"prompts.json: '{key}' must contain .* exactly once") as error:
         tools.load_prompts(path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '"question"', '{"sistem": "x"}', '{"system": 7}', '{"question": null}',
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '"question"', '{"sistem": "x"}',
+                                  '{"system": 7}', '{"question": null}',
                                   '{"question": ["{question}", "<image>"]}', "\udcff"])
 def test_bad_prompts_are_one_line(tmp_path, text):
     path = tmp_path / "prompts.json"
@@ -568,7 +649,7 @@ def test_bad_prompts_are_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Served models, against a real server on loopback that misbehaves
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -576,10 +657,12 @@ OK = json.dumps({"choices": [{"message": {"content": "hi"}}]}).encode()
 
 
 def ask(answers, attempts=4, timeout=5.0, **more):
-    """Let a client ask a server that answers so, one after the other. Returns (reply or the error, requests, client)."""
+    """Let a client ask a server that answers so, one after the other. Returns (reply or the error,
+    requests, client)."""
     answers = iter(answers)
     with ChatServer(lambda body: next(answers)) as server:
-        client = tools.ChatClient(server.url, "m", "teacher", attempts=attempts, pause=0.01, timeout=timeout, **more)
+        client = tools.ChatClient(server.url, "m", "teacher", attempts=attempts, pause=0.01,
+                                  timeout=timeout, **more)
         try:
             return client.reply(HELLO, 16), server.requests, client
         except (tools.ServerError, tools.InputError) as error:
@@ -587,13 +670,17 @@ def ask(answers, attempts=4, timeout=5.0, **more):
 
 
 @pytest.mark.parametrize("bad", [
-    (429, {}, b"slow down"), (429, {"retry-after": "0.01"}, b""), (408, {}, b""), (500, {}, b"oops"), (502, {}, b"<html>"),
-    (503, {}, b""), "drop", (200, {}, b"not json"), (200, {}, b"[]"), (200, {}, b"null"), (200, {}, b"{}"),
+    (429, {}, b"slow down"), (429, {"retry-after": "0.01"}, b""), (408, {}, b""),
+    (500, {}, b"oops"), (502, {}, b"<html>"),
+    (503, {}, b""), "drop", (200, {}, b"not json"), (200, {}, b"[]"), (200, {}, b"null"),
+    (200, {}, b"{}"),
     (200, {}, b'{"choices": []}'),
     (200, {}, b'{"choices": 5}'), (200, {}, b'{"choices": [{"message": null}]}'),
     (200, {}, b'{"choices": [{"message": {"content": 5}}]}'),
-    (200, {}, b'{"choices": [{"message": {"content": null}}]}'), (200, {"content-length": "500"}, b'{"choices"'),
-    (200, {}, b"\xff\xfe"), (200, {"content-encoding": "gzip"}, b"no gzip"), (200, {}, b"[" * 200_000)])
+    (200, {}, b'{"choices": [{"message": {"content": null}}]}'),
+    (200, {"content-length": "500"}, b'{"choices"'),
+    (200, {}, b"\xff\xfe"), (200, {"content-encoding": "gzip"}, b"no gzip"),
+    (200, {}, b"[" * 200_000)])
 def test_a_request_is_sent_again_until_it_is_answered(bad):
     answer, requests, client = ask([bad, bad, "hi"])
     assert answer == ("hi", False) and len(requests) == 3 and client.used["retries"] == 2
@@ -610,7 +697,8 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again():
     with ChatServer(behave) as server:
         client = tools.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3)
         assert client.reply(HELLO, 16) == ("hi", False) and client.used["retries"] == 1
-    with pytest.raises(tools.ServerError, match="refused|connect|closed"):      # nobody listens there any more
+    # nobody listens there any more
+    with pytest.raises(tools.ServerError, match="refused|connect|closed"):
         tools.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3).reply(HELLO, 16)
 
 
@@ -622,7 +710,8 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again():
 def test_a_refusal_is_not_repeated(monkeypatch, status, body, kind, words):
     monkeypatch.setenv("TEACHER_API_KEY", "sk-secret-key")
     error, requests, _ = ask([(status, {}, body)])
-    assert type(error) is kind and len(requests) == 1 and words in str(error) and "secret" not in str(error)
+    assert type(error) is kind and len(requests) == 1 and words in str(error)
+    assert "secret" not in str(error)
     assert requests[0][1]["authorization"] == "Bearer sk-secret-key"
 
 
@@ -635,8 +724,10 @@ def test_without_a_key_no_other_token_is_sent(monkeypatch):
     assert requests[0][1]["authorization"] == "Bearer none"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://", "http://user:key@host/v1", "http://host/v1?key=1", "",
-                                 "http://[::1/v1", "http://localhost:abc/v1", "http://lo\x01cal/v1", "HTTP://localhost/v1"])
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://",
+                                 "http://user:key@host/v1", "http://host/v1?key=1", "",
+                                 "http://[::1/v1", "http://localhost:abc/v1",
+                                 "http://lo\x01cal/v1", "HTTP://localhost/v1"])
 def test_a_url_that_is_none_is_one_line(url):
     with pytest.raises(tools.InputError, match="must be a URL .* TEACHER_API_KEY"):
         tools.ChatClient(url, role="teacher")
@@ -652,19 +743,24 @@ def test_a_broken_key_is_refused_without_showing_it(monkeypatch):
 def test_a_thought_that_the_server_keeps_apart_is_put_back():
     for field in ("reasoning", "reasoning_content"):
         message = {"content": "<answer>7</answer>", field: "I see 7."}
-        answer, _, client = ask([(200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "length"}],
-                                                       "usage": {"prompt_tokens": 5, "completion_tokens": None}}).encode())])
+        completion = {"choices": [{"message": message, "finish_reason": "length"}],
+                      "usage": {"prompt_tokens": 5, "completion_tokens": None}}
+        answer, _, client = ask([(200, {}, json.dumps(completion).encode())])
         assert answer == ("<think>I see 7.</think><answer>7</answer>", True)
-        assert (client.used["prompt_tokens"], client.used["completion_tokens"], client.used["requests"]) == (5, 0, 1)
+        assert (client.used["prompt_tokens"], client.used["completion_tokens"],
+                client.used["requests"]) == (5, 0, 1)
 
 
 def test_pictures_are_sent_whole_or_smaller_but_never_too_large():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 600, 3), dtype=np.uint8))
-    for most, kind, size in ((10**6, "png", (600, 400)), (300_000, "jpeg", (600, 400)), (30_000, "jpeg", None)):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 600, 3),
+                                                              dtype=np.uint8))
+    for most, kind, size in ((10**6, "png", (600, 400)), (300_000, "jpeg", (600, 400)),
+                             (30_000, "jpeg", None)):
         url = tools.data_url(noise, most)
         assert len(url) <= most and url.startswith(f"data:image/{kind};base64,")
         view, _ = picture_of({"content": [{"type": "image_url", "image_url": {"url": url}}]})
-        assert view.size == size or (size is None and view.width < 600 and abs(view.width / view.height - 1.5) < 0.05)
+        assert view.size == size or (size is None and view.width < 600
+                                     and abs(view.width / view.height - 1.5) < 0.05)
         assert kind == "jpeg" or (np.asarray(view) == np.asarray(noise)).all()
 
 
@@ -673,11 +769,13 @@ def test_what_the_server_asks_for_is_a_pause_at_least_and_half_a_character_does_
     answer, _, client = ask([(429, {"retry-after": "0"}, b""), (429, {"retry-after": "0.2"}, b""),
                              (200, {}, b'{"choices": [{"message": {"content": "\\ud800 7"}}]}')])
     assert answer == ("? 7", False) and client.used["retries"] == 2
-    assert time.time() - start > 0.02 * 0.8 + 0.2 * 0.8     # pauses of 0.01 s doubled, then of 0.2 s, less a fifth
+    # pauses of 0.01 s doubled, then of 0.2 s, less a fifth
+    assert time.time() - start > 0.02 * 0.8 + 0.2 * 0.8
 
 
 def test_threads_that_wait_for_a_server(monkeypatch):
-    """Failures are counted by reason; after GIVE_UP in a row the rest is left and nothing more is sent."""
+    """Failures are counted by reason; after GIVE_UP in a row the rest is left and nothing more is
+    sent."""
     monkeypatch.setattr(tools, "GIVE_UP", 3)
 
     def play(wrong):
@@ -687,10 +785,12 @@ def test_threads_that_wait_for_a_server(monkeypatch):
             return job
 
         client = tools.ChatClient("http://localhost:9", pause=0.01)
-        return sorted((job, out) for job, out in tools.in_threads(client, work, range(60), 1)), client
+        return sorted((job, out)
+                      for job, out in tools.in_threads(client, work, range(60), 1)), client
 
     played, client = play(lambda job: job % 3 == 0)
-    assert played == [(job, job if job % 3 else None) for job in range(60)] and not client.stopped.is_set()
+    assert played == [(job, job if job % 3 else None) for job in range(60)]
+    assert not client.stopped.is_set()
     assert sorted(client.failures().split("; ")) == ["10 x HTTP 500", "10 x HTTP 501"]
     played, client = play(lambda job: job >= 2)
     assert played[:2] == [(0, 0), (1, 1)] and len(played) == 5 and client.stopped.is_set()
@@ -706,7 +806,8 @@ class Limits:
 
 
 def test_a_conversation_is_played_through_the_tool():
-    """Zoom, a refused call, a zoom into the observation, the answer: every message as it goes over the wire."""
+    """Zoom, a refused call, a zoom into the observation, the answer: every message as it goes over
+    the wire."""
     texts = [f"<think>a</think>{call_text([0.5, 0.5, 1, 1])} and then?", call_text([1, 0, 0, 1]),
              call_text([0, 0, 0.5, 0.5], "observation_1"), "<answer>7</answer>"]
     for cut in (False, True):
@@ -714,30 +815,40 @@ def test_a_conversation_is_played_through_the_tool():
         with ChatServer(lambda body: next(answers)) as server:
             client = tools.ChatClient(server.url, "m", min_pixels=1, max_pixels=10**6, pause=0.01)
             row = {"question": "What <image> is it?", "answer": "7"}
-            turns, finish, prediction = tools.play(client, row, picture(224, 224), tools.PROMPTS, Limits, seed=3, cut=cut)
+            turns, finish, prediction = tools.play(client, row, picture(224, 224), tools.PROMPTS,
+                                                   Limits, seed=3, cut=cut)
         said = texts[0][:-10] if cut else texts[0]
-        assert (finish, prediction) == ("answer", "7") and [t["text"] for t in turns] == [said, *texts[1:]]
-        assert [("zoom" in t, "error" in t) for t in turns] == [(True, False), (False, True), (True, False), (False, False)]
+        assert (finish, prediction) == ("answer", "7")
+        assert [t["text"] for t in turns] == [said, *texts[1:]]
+        assert [("zoom" in t, "error" in t) for t in turns] == [(True, False), (False, True),
+                                                                (True, False), (False, False)]
         sent = server.requests[-1][2]
-        assert (sent["model"], sent["max_tokens"], sent["seed"], sent["temperature"]) == ("m", 50, 3, 1.0)
-        assert [m["role"] for m in sent["messages"]] == ["system"] + ["user", "assistant"] * 3 + ["user"]
+        assert (sent["model"], sent["max_tokens"], sent["seed"], sent["temperature"]) == ("m", 50,
+                                                                                          3, 1.0)
+        assert [m["role"] for m in sent["messages"]] == ["system"] + ["user",
+                                                                      "assistant"] * 3 + ["user"]
         views = [picture_of(m) for m in sent["messages"] if m["role"] == "user"]
-        assert [text for _, text in views] == [("What <image> is it?\n", ""), ("observation_1:\n", ""),
-                                               "Error: " + turns[1]["error"], ("observation_2:\n", "")]
+        assert [text for _, text in views] == [("What <image> is it?\n", ""),
+                                               ("observation_1:\n", ""),
+                                               "Error: " + turns[1]["error"],
+                                               ("observation_2:\n", "")]
         assert [v and v.size for v, _ in views] == [(224, 224), (112, 112), None, (56, 56)]
-        assert views[1][0].getpixel((0, 0))[:2] == (112, 112) and views[3][0].getpixel((55, 55))[:2] == (167, 167)
+        assert views[1][0].getpixel((0, 0))[:2] == (112, 112)
+        assert views[3][0].getpixel((55, 55))[:2] == (167, 167)
 
 
 @pytest.mark.parametrize("answers, finish, count", [
     (["<think>no call"], "void", 1),
-    ([(200, {}, b'{"choices": [{"message": {"content": "too lo"}, "finish_reason": "length"}]}')], "void", 1),
+    ([(200, {}, b'{"choices": [{"message": {"content": "too lo"}, "finish_reason": "length"}]}')],
+     "void", 1),
     ([call_text(WHOLE)] * 4, "over_turn", 4),
     ([call_text(WHOLE), (400, {}, b"maximum context length")], "over_context", 1)])
 def test_how_a_served_conversation_ends(answers, finish, count):
     answers = iter(answers)
     with ChatServer(lambda body: next(answers)) as server:
         client = tools.ChatClient(server.url, "m", pause=0.01)
-        turns, ended, _ = tools.play(client, {"question": "?"}, picture(100, 100), tools.PROMPTS, Limits)
+        turns, ended, _ = tools.play(client, {"question": "?"}, picture(100, 100), tools.PROMPTS,
+                                     Limits)
     assert ended == finish and len(turns) == count
 
 
