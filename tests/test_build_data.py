@@ -1277,8 +1277,8 @@ NO_RATE = "rates.jsonl:2: a row of rates has an 'id' and a 'pass_rate' from 0 to
 @pytest.mark.parametrize("line, message", [
     ('{"id": "q2", "pass_rate": 0.4}',
      "rates.jsonl:2: id 'q2' has another pass_rate, 0.5, in an earlier line or file"),
-    ('{"id": "q3", "pass_rate": NaN}', "rates.jsonl:2: NaN is not JSON"),
-    ('{"id": "q3", "pass_rate": 1e999}', "rates.jsonl:2: 1e999 is too large a number"),
+    ('{"id": "q3", "pass_rate": NaN}', "rates.jsonl:2: Out of range float values are not JSON"),
+    ('{"id": "q3", "pass_rate": 1e999}', "rates.jsonl:2: Out of range float values are not JSON"),
     ('{"id": "q3", "pass_rate": -0.1}', NO_RATE), ('{"id": "q3", "pass_rate": true}', NO_RATE),
     ('{"pass_rate": 1}', NO_RATE), ('{"id": "q2"}', NO_RATE)])
 def test_bad_rates_are_one_line(tmp_path, line, message):
