@@ -136,7 +136,7 @@ def open_shown(policy, path):
 
 
 CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
-LONG = 32   # a piece of more new tokens (a prompt, an observation) attends alone, and needs no mask
+LONG = 64   # a piece of more new tokens (a prompt, an observation) attends alone, and needs no mask
 
 
 def neighbours(pieces):
@@ -157,6 +157,15 @@ def count_off(counts):
     [0, 1, 0]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+
+
+def to_device(device, *arrays):
+    """Arrays of integers as tensors on the device, in one copy: on a GPU every small one would cost
+    as much as a layer."""
+    arrays = [np.asarray(array) for array in arrays]
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays)]
 
 
 class SlotCache:
@@ -190,7 +199,7 @@ class SlotCache:
         slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
         self.grow((fed + pieces).max())
         owner, offset = count_off(pieces)  # (N,) each
-        self.where = torch.from_numpy(np.stack([slots[owner], fed[owner] + offset])).to(device)  # (2, N)
+        where = np.stack([slots[owner], fed[owner] + offset])  # (2, N)
         cuts, widths = list(neighbours(pieces.tolist())), np.zeros_like(pieces)
         for first, last in cuts:
             widths[first:last] = pieces[first:last].max()
@@ -198,20 +207,19 @@ class SlotCache:
         real, padded = offset < pieces[owner], np.zeros_like(owner)
         padded[real] = np.arange(real.sum())
         # a place has a row for each of the H / K queries that share a key head
-        seen = torch.from_numpy(np.repeat(fed[owner] + offset, self.share)).to(device)[:, None]
+        seen = np.repeat(fed[owner] + offset, self.share)
+        self.where, padded, back, seen = to_device(device, where, padded, real.nonzero()[0], seen)
         keys = torch.arange((fed + pieces).max(), device=device)
         zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
         spans, place = [], 0
         for first, last in cuts:
             width, length = int(widths[first]), int((fed + pieces)[first:last].max())
-            end = place + (last - first) * width
-            mask = None
+            end, mask = place + (last - first) * width, None
             if width <= LONG:
                 rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
                 mask = torch.where(keys[:length] > rows, -math.inf, zero)
             spans.append(((place, end, width), slice(slots[first], slots[last - 1] + 1), length, mask))
             place = end
-        padded, back = (torch.from_numpy(x).to(device) for x in (padded, real.nonzero()[0]))
         return padded, back, spans
 
     def grow(self, need):
@@ -408,9 +416,8 @@ class Engine:
         are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
         behind each piece)."""
         rollouts, device = [self.slots[i] for i in slots], self.policy.device
-        ids = torch.tensor([sum(pieces, [])], device=device)  # (1, N)
-        where = torch.tensor([r.next_position + i for r, piece in zip(rollouts, pieces)
-                              for i in range(len(piece))]).repeat(3, 1, 1)  # (3, 1, N)
+        where = np.tile([r.next_position + i for r, piece in zip(rollouts, pieces)
+                         for i in range(len(piece))], (3, 1, 1))  # (3, 1, N)
         after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
         ends, pixels = list(itertools.accumulate(map(len, pieces))), {}
         for j, image in enumerate(images):
@@ -422,12 +429,12 @@ class Engine:
             pixels = {"pixel_values": torch.cat([i[0] for i in images if i]).to(device),
                       "image_grid_thw": torch.tensor([i[1] for i in images if i], device=device)}
         spans = self.cache.at(slots, [r.fed for r in rollouts], list(map(len, pieces)), device)
-        hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
-            input_ids=ids, position_ids=where.to(device), attention_mask=torch.zeros(1, 1, 1, 1),
-            use_cache=True, spans=spans, **{self.cache_name: self.cache},
-            **pixels).last_hidden_state[0]
         drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
-        return sft.project(self.policy, hidden[torch.tensor(drawn, device=device)]), after
+        ids, where, drawn = to_device(device, [sum(pieces, [])], where, drawn)  # (1, N), (3, 1, N), (M,)
+        hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
+            input_ids=ids, position_ids=where, attention_mask=torch.zeros(1, 1, 1, 1), use_cache=True,
+            spans=spans, **{self.cache_name: self.cache}, **pixels).last_hidden_state[0]
+        return sft.project(self.policy, hidden[drawn]), after
 
     def draw(self, logprobs, numbers):
         """A token from each row of log-probs (M, V), by inverting its cumulative distribution at the
@@ -439,7 +446,9 @@ class Engine:
             total = logprobs.exp().cumsum(-1, dtype=torch.float64)  # (M, V)
             # the first id whose cumulative mass exceeds u: never a banned one
             ids = (total <= u * total[:, -1:]).sum(-1)
-        return ids.tolist(), logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+        scores = logprobs.gather(-1, ids[:, None])[:, 0]
+        ids, scores = torch.stack([ids.double(), scores.double()]).tolist()
+        return list(map(int, ids)), scores
 
     def keep(self, r, draft, ids, scores, after):
         """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn before

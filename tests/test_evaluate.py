@@ -179,6 +179,35 @@ def test_draw_follows_the_distribution(make_tiny):
     assert ids == expected and scores == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
 
 
+def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
+    """Between host and device, each way: what is fed and where, where it attends, random numbers; ids
+    with their log-probs. A step without images builds no other tensor from Python numbers."""
+    moved, steps = [], []
+
+    class Counted(evaluate.Engine):
+        def forward(self, slots, pieces, images, draws=None):
+            moved.clear()
+            self.quiet = draws is not None and not any(images)
+            return super().forward(slots, pieces, images, draws)
+
+        def draw(self, logprobs, numbers):
+            drawn = super().draw(logprobs, numbers)
+            steps.extend([sorted(moved)] * self.quiet)
+            return drawn
+
+    def watch(where, name):
+        inner = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **more: moved.append(name) or inner(*args, **more))
+
+    for name in ("tensor", "from_numpy"):
+        watch(torch, name)
+    for name in ("tolist", "item", "numpy"):
+        watch(torch.Tensor, name)
+    Counted(trained, LIMITS, 8).run(tools.read_jsonl(world / "train.jsonl")[:3], 2, world)
+    assert len(steps) > 20
+    assert all(names == ["from_numpy", "from_numpy", "tensor", "tolist"] for names in steps), steps[0]
+
+
 def test_random_numbers_are_indexed_by_position():
     """The n-th token of a conversation gets the n-th number of its stream, however often it is drawn."""
     one = np.random.default_rng([0, 0, 1, 2])
