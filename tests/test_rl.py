@@ -591,6 +591,20 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
     assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
 
 
+def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
+    """In processes of their own, with checkpointing: what a stage prints is its own lines only."""
+    coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch", 2]
+    step = ["rl.py", "--data", world / "train.jsonl", "--prompts_per_step", 2, "--group", 2, "--slots", 4,
+            "--max_turn_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
+            "--eval_turns", 2]
+    for stage, *flags in (coldstart, step):
+        done = run_script(stage, "--model", trained_folder, *flags, "--steps", 1, "--checkpointing",
+                          "--out", tmp_path / stage, env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
+        ours = (f"{stage}: ", f"{stage[:-3]} ", f"{stage[:-3]}: ", f"{trained_folder}: ", "12 questions")
+        assert lines and all(line.startswith(ours) for line in lines), lines
+
+
 def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
     data = ["--data", world / "train.jsonl", "--eval_every", 0]
     done = run_script("rl.py", "--model", trained_folder, *data, "--prompts_per_step", 1, nproc=2, check=False)
