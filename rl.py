@@ -36,15 +36,12 @@ Commands:
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
                        --minibatch 4 --checkpointing --max_turn_tokens 1024 \\
                        --max_context 16384 --slots 16
-    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b \\
-                       --data data/visualprobe/rl.jsonl --eval_data data/visualprobe/val.jsonl \\
-                       --lr 1e-6 --no-decay --warmup_steps 0 --steps 200 \\
-                       --prompts_per_step 256 --minibatch 32 --group 16 --resample 3 \\
-                       --max_turn_tokens 2048 --max_context 32768 --max_images 12 --slots 16 \\
-                       --tokens 32768 --shard_optimizer --checkpointing
-    memory needed  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 --slots 16 \\
-                       --checkpointing --shard_optimizer
-    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 rl.py ...
+    8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b ...
+                       (the paper's run: docs/large.md)
+    memory, hours  python rl.py --plan --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 \\
+                       --max_context 32768 --slots 16 --checkpointing --shard_optimizer
+    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                       --rdzv_endpoint=HOST:29500 rl.py ...
 """
 
 import argparse
@@ -331,7 +328,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
 
 
 def measure(played, sums, largest, norms, unsignalled, seconds, args, device, counts):
-    """One row of metrics.jsonl, over all ranks (every metric is explained in the README)."""
+    """One row of metrics.jsonl, over all ranks (docs/metrics.md explains every metric)."""
     right = [r for r in played if r.reward == 1.0]
     local = [len(played), sum(r.reward is None for r in played), len(right), sum(len(r.turns) for r in played),
              sum(len(r.turns) for r in right), *(sum(r.finish == f for r in played) for f in evaluate.FINISHES),
