@@ -564,7 +564,8 @@ def load(image, whole=True):
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(io.BytesIO(data), formats=list(SUFFIXES))
             if whole:
-                image.convert("RGB")
+                kind, image = image.format, tools.as_shown(image)
+                image.format = kind     # the new image has none
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("image has too many pixels") from None
     except Exception:  # PIL's decoders raise nearly anything on broken data

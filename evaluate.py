@@ -1040,7 +1040,7 @@ def gather_objects(items):
 def play_level(engine, path, rows, settings, args, rank, world):
     """All questions of one file, `samples` times each, shared out over ranks. What an interrupted
     run with the same settings has finished is not played again, whatever its number of processes.
-    Returns all trajectory rows in order."""
+    Returns (all trajectory rows in order, pattern of the names of its partial files)."""
     digest = hashlib.sha256(json.dumps([path.stem, settings, rows]).encode()).hexdigest()[:8]
     journal = tools.Journal(args.out / f"partial.{digest}.{rank}.jsonl",
                             args.out.glob(f"partial.{digest}.*.jsonl"))
@@ -1056,8 +1056,11 @@ def play_level(engine, path, rows, settings, args, rank, world):
             done = engine.run([rows[i] for i in part], args.samples, path.parent, part, bar)
             new += [r.as_row() for r in done]
             journal.add(*new[-len(done):])
-    played.update({(r["id"], r["sample"]): r for r in gather_objects(new)})
-    return [played[row["id"], sample] for row in rows for sample in range(args.samples)]
+    for row in gather_objects(new):
+        if row["reward"] is not None or (row["id"], row["sample"]) not in played:
+            played[row["id"], row["sample"]] = row
+    every = [played[row["id"], sample] for row in rows for sample in range(args.samples)]
+    return every, f"partial.{digest}.*.jsonl"
 
 
 def add_draft_flag(group):
@@ -1181,8 +1184,9 @@ def main():
                  for path in args.data}
     for path, rows in questions.items():
         tools.need(rows, f"{path} has no rows")
-    levels = {path.stem: play_level(engine, path, rows, settings, args, rank, world)
-              for path, rows in questions.items()}
+    found = {path.stem: play_level(engine, path, rows, settings, args, rank, world)
+             for path, rows in questions.items()}
+    levels = {level: rows for level, (rows, _) in found.items()}
     if rank == 0:
         write_results(levels, engine, args)
     if args.served:
@@ -1190,9 +1194,10 @@ def main():
     if engine.judge:
         report_cost(engine.judge.client, device, rank)
     sft.barrier()  # the table is written: nothing is left to go on with, but what has no score
-    if rank == 0 and all(row["reward"] is not None for rows in levels.values() for row in rows):
-        for path in args.out.glob("partial.*.jsonl"):
-            path.unlink()
+    for rows, pattern in found.values() if rank == 0 else ():
+        if all(row["reward"] is not None for row in rows):
+            for path in args.out.glob(pattern):
+                path.unlink()
     sft.close_distributed()
 
 

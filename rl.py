@@ -236,6 +236,7 @@ def score_held_out(engine, held_out, args, rank, world):
     played = [(len(r.turns) > args.max_turns, math.nan if r.reward is None else r.reward)
               for r in engine.run(rows, 1, roots, mine)]
     engine.limits, engine.key = training
+    engine.cache = None  # the update and saving need the memory
     late = [reward for longer, reward in played if longer]
     right, count, late_right = sft.over_ranks(
         [sum(reward for _, reward in played), len(late), sum(late)], engine.policy.device)
@@ -538,7 +539,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
         if held_out and step == 0:
             scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
         paid = args.unfinished_value
-        if paid == "outcome" or paid == "estimate" and value is None:   # nothing masked, or nothing seen
+        # nothing is masked, or nothing seen yet: an ordinary baseline, the group's mean
+        if not args.overturn_mask or paid == "outcome" or paid == "estimate" and value is None:
             paid = "group"
         elif paid == "estimate":
             paid = value
@@ -570,7 +572,10 @@ def history(out):
     """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the last
     value of an unfinished conversation). All ranks wait until the file has been cut."""
     sft.barrier()
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_bytes().splitlines()]
+    path = Path(out) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    tools.need(lines, f"{path} is gone: without it --resume does not know the best model so far; start "
+               "again without --resume")
     scores = [line["eval"] for line in lines if line.get("eval") is not None]
     return max(scores, default=-1.0), lines[-1]["value"]
 
@@ -612,7 +617,8 @@ def parse_args():
     group.add_argument("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
                        help="the baseline, which is what the mask pays for an unfinished "
                        "conversation: a number, group (released code), completed, estimate (accuracy "
-                       "of such conversations among the held-out ones) or outcome (play on)")
+                       "of such conversations among the held-out ones) or outcome (play on); without "
+                       "the mask nothing is paid, and the baseline is the group's mean")
     group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn "
                        "broke off, too; without: they count as wrong answers")
     group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of "

@@ -750,6 +750,8 @@ def load_state(out, optimizer, resume, total):
         if folder.exists() and rank == 0:
             shutil.rmtree(folder.with_name("old_state"), ignore_errors=True)
             os.replace(folder, folder.with_name("old_state"))
+            print(f"starting anew; the checkpoints of an earlier run are set aside in {out}/old_state "
+                  "(to go on with it: --resume)", flush=True)
         barrier()
         return 0
     path = folder / "latest.json"
@@ -797,6 +799,7 @@ def export(policy, out):
     server = {"processor_class": FAMILIES[policy.model.config.model_type]}
     (aside / "processor_config.json").write_text(json.dumps(server, indent=2) + "\n")
     for path in sorted(aside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+        path.chmod(0o644)   # weights come as 0600
         os.replace(path, out / path.name)
     aside.rmdir()
 

@@ -74,7 +74,7 @@ def run(main):
         sys.exit(f"{name}: rank {rank} stops because another process has ended ({said})")
     except KeyboardInterrupt:  # at once: threads that wait for a server would hold up an exit
         sys.stdout.flush()
-        print(f"{name}: interrupted; what was finished is kept", file=sys.stderr, flush=True)
+        print(f"{name}: interrupted; what was saved is kept", file=sys.stderr, flush=True)
         os._exit(130)
     except OSError as error:  # disk full, no permission; no file is half-written, see write_atomic
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -209,7 +209,7 @@ def open_image(path):
             return as_shown(image)
     except FileNotFoundError:
         wrong = "image is missing; run the stage that wrote this data again"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise nearly anything on broken data
         wrong = f"not a readable image ({error}); replace it or remove its rows"
     raise InputError(f"{path}: {wrong}")
 
@@ -671,15 +671,17 @@ class Journal:
         self.path, self.lock = Path(path), threading.Lock()
         rows = {file: self.read(file) for file in sorted({self.path, *others})}
         self.rows = [row for part in rows.values() for row in part]
-        write_jsonl(self.path, rows[self.path])  # without a line that was cut
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8")
+        # without a line that was cut; in place, since another process may be writing too
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     @staticmethod
     def read(path):
         """Complete lines only: a kill may have cut the last."""
         try:
             lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-            return [json.loads(line) for line in lines]
+            return [parse_json(line.decode("utf-8")) for line in lines]
         except ValueError as error:
             raise InputError(f"{path}: damaged ({error}); delete it") from None
 

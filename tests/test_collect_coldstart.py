@@ -704,7 +704,7 @@ def test_ctrl_c_ends_a_served_collection_at_once(world, prompts, questions, tmp_
         crash.wait_until(process, lambda: len(server.requests) >= 6)
         process.send_signal(signal.SIGINT)
         code, _, err = crash.finish(process, 20)
-        assert code == 130 and "interrupted; what was finished is kept" in err
+        assert code == 130 and "interrupted; what was saved is kept" in err
         assert "Traceback" not in err
         gate.release(100)
         time.sleep(0.3)

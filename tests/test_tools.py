@@ -400,6 +400,38 @@ def test_an_image_is_opened_as_a_viewer_shows_it(tmp_path):
     for mode, hidden in (("RGBA", (9, 9, 9, 0)), ("LA", (9, 0))):
         Image.new(mode, (3, 3), hidden).save(tmp_path / "x.png")
         assert tools.open_image(tmp_path / "x.png").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_a_photo_whose_orientation_cannot_be_read_is_one_line(tmp_path):
+    """The pixels are fine, but the type of the first EXIF entry is 0."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "x.jpg", exif=exif)
+    data = bytearray((tmp_path / "x.jpg").read_bytes())
+    data[data.index(b"Exif\0\0") + 6 + 11] = 0
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(tools.InputError, match="x.jpg: not a readable image"):
+        tools.open_image(tmp_path / "x.jpg")
+
+
+def test_a_journal_keeps_every_whole_line(tmp_path):
+    """A line that was cut goes; two processes that write the same file lose nothing; damage is
+    named."""
+    path = tmp_path / "new" / "a.jsonl"
+    first = tools.Journal(path)
+    first.add({"n": 1}, {"n": 2})
+    with path.open("a") as file:
+        file.write('{"n": 3')
+    second = tools.Journal(path)
+    assert first.rows == [] and second.rows == [{"n": 1}, {"n": 2}]
+    first.add({"n": 4})
+    second.add({"n": 5})
+    other = tools.Journal(tmp_path / "b.jsonl", [path])
+    assert other.rows == [{"n": n} for n in (1, 2, 4, 5)]
+    for damaged in (b"{\n", b"[" * 100_000 + b"\n", b"\xff\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(tools.InputError, match="a.jsonl: damaged"):
+            tools.Journal(path)
     half = Image.new("P", (3, 3), 1)
     half.putpalette([0, 0, 0, 200, 0, 0])
     half.save(tmp_path / "x.gif", transparency=1)
