@@ -497,6 +497,16 @@ def learning_rate(step, args):
     return rate * (1 - step / args.steps) if args.decay else rate
 
 
+def subtracted(args, value):
+    """The unfinished_value of group_advantages in this step; value: of score_held_out, if known."""
+    # nothing is masked, or nothing known yet: an ordinary baseline, the group's mean
+    if not args.overturn_mask or args.unfinished_value == "outcome":
+        return "group"
+    if args.unfinished_value == "estimate":
+        return "group" if value is None else value
+    return args.unfinished_value
+
+
 def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
     """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
     begin = time.time()
@@ -538,12 +548,7 @@ def train(policy, sets, weights, held_out, args, rank, world):
         scores = {}
         if held_out and step == 0:
             scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
-        paid = args.unfinished_value
-        # nothing is masked, or nothing seen yet: an ordinary baseline, the group's mean
-        if not args.overturn_mask or paid == "outcome" or paid == "estimate" and value is None:
-            paid = "group"
-        elif paid == "estimate":
-            paid = value
+        paid = subtracted(args, value)
         metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, paid,
                                      rank, world)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):

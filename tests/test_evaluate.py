@@ -471,11 +471,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained_folder, world, tmp_pat
     crash.wait_until(process, lambda: len(list((tmp_path / "cut").glob("partial.*"))) == 2)
     crash.kill(process)
     assert 4 in [len(p.read_bytes().splitlines()) for p in (tmp_path / "cut").glob("partial.*")]
+    other = tmp_path / "cut/partial.00000000.0.jsonl"   # of a run that is not finished yet
+    other.write_text("{}\n")
     again = run_script(*common, "--out", tmp_path / "cut")
     assert "a: 0/0 " in again.stderr  # nothing left to play in the first level
     for name in ("a.jsonl", "b.jsonl", "table.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    assert not list((tmp_path / "cut").glob("partial*"))
+    assert list((tmp_path / "cut").glob("partial*")) == [other]
 
 
 def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
@@ -488,22 +490,28 @@ def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
         def run(self, rows, samples, root, prompts, bar):
             played.extend(row["id"] for row in rows)
             return [evaluate.Rollout(row=row, sample=sample,
-                                     reward=scores[row["id"]] if sample else 1.0)
+                                     reward=scores[row["id"]] if sample == late else 1.0)
                     for row in rows for sample in range(samples)]
 
     def play(level="a", settings="x", idents="123"):
         played.clear()
         rows = [{"id": ident} for ident in idents]
         path = Path(f"{level}.jsonl")
-        done = evaluate.play_level(Player(), path, rows, settings, args, rank=0, world=1)
+        done, _ = evaluate.play_level(Player(), path, rows, settings, args, rank=0, world=1)
         assert [(r["id"], r["sample"]) for r in done] == [(i, s) for i in idents for s in range(2)]
         return "".join(played)
 
-    played = []
+    played, late = [], 1
     assert play() == "123" and play() == "2"
     assert play(level="b") == "123" and play(settings="y") == "123" and play(idents="12") == "12"
     scores["2"] = 1.0
     assert play() == "2"
+    scores["2"], late = None, 0         # its second sample is lost; now the first has no score,
+    for path in tmp_path.glob("partial.*"):     # which it had before, and keeps
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if (row := json.loads(line))["id"] != "2"
+                                or (row["sample"], row["reward"]) == (0, 1.0)))
+    assert play() == "2" and play() == ""
     for path in tmp_path.glob("partial.*.0.jsonl"):
         path.rename(path.with_name(path.name.replace(".0.", ".7.")))
     assert play() == ""

@@ -579,6 +579,26 @@ def test_plan_refuses_other_families(monkeypatch, tmp_path):
         rl.main()
 
 
+@pytest.mark.parametrize("flag, mask, value, expected", [
+    (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
+    ("estimate", True, 0.9, 0.9), ("estimate", True, None, "group"), ("outcome", True, 0.9, "group"),
+    (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
+def test_what_is_subtracted_in_a_step(flag, mask, value, expected):
+    """Where nothing is masked the baseline pays nothing, and is the group's mean."""
+    args = argparse.Namespace(unfinished_value=flag, overturn_mask=mask)
+    assert rl.subtracted(args, value) == expected
+
+
+def test_resuming_without_the_log_is_refused(tmp_path):
+    """The best score so far stands there only."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
+        rl.history(tmp_path)
+    rows = [{"eval": 0.5, "value": 0.7}, {"value": 0.8}, {"eval": None, "value": None}]
+    tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    assert rl.history(tmp_path) == (0.5, None)
+
+
 def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, world, tmp_path):
     """A random policy never finishes a turn: no group carries signal on any rank, every collective is still joined."""
     policy = make_tiny(torch.float64)
