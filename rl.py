@@ -330,24 +330,29 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
 
-def measure(played, sums, largest, norms, unsignalled, seconds, args, device, counts):
+def measure(played, sums, largest, norms, silent, seconds, args, device, counts):
     """One row of metrics.jsonl, over all ranks (every metric is explained in the README)."""
     right = [r for r in played if r.reward == 1.0]
-    local = [len(played), sum(r.reward is None for r in played), len(right), sum(len(r.turns) for r in played),
-             sum(len(r.turns) for r in right), *(sum(r.finish == f for r in played) for f in evaluate.FINISHES),
-             sum(sum(r.mask) for r in played), unsignalled, *(counts[k] for k in evaluate.COUNTS), *sums.values()]
-    total = sft.over_ranks(local, device)
-    n, unscored, correct, turns, right_turns, answer, void, over_turn, over_context, sampled, silent, *rest = total
-    (*drafted, loss, mismatch, clipped, tokens, responses) = rest
+    own = {"rollouts": len(played), "unscored": sum(r.reward is None for r in played),
+           "right": len(right), "turns": sum(len(r.turns) for r in played),
+           "turns_right": sum(len(r.turns) for r in right),
+           **{finish: sum(r.finish == finish for r in played) for finish in evaluate.FINISHES},
+           "sampled": sum(len(r.logprobs) for r in played), "silent": silent,
+           **{name: counts[name] for name in evaluate.COUNTS}, **sums}
+    total = dict(zip(own, sft.over_ranks(list(own.values()), device)))
     largest = sft.over_ranks([largest], device, torch.distributed.ReduceOp.MAX)[0]
-    return {"reward": correct / max(n - unscored, 1), "unscored": unscored / n, "rollouts": int(n), "turns": turns / n,
-            "turns_correct": right_turns / max(correct, 1), "answer": answer / n, "void": void / n, "over_turn": over_turn / n,
-            "over_context": over_context / n, "wrong": (answer - correct - unscored) / n, "sampled_tokens": int(sampled),
-            "groups_without_signal": int(silent), "trained_responses": int(responses), "loss": sft.finite(loss),
-            "mismatch": sft.finite(mismatch / max(tokens, 1)),
-            "largest_log_ratio": sft.finite(largest), "clip_fraction": clipped / max(tokens, 1),
+    n, tokens = total["rollouts"], max(total["tokens"], 1)
+    return {"reward": total["right"] / max(n - total["unscored"], 1), "unscored": total["unscored"] / n,
+            "rollouts": int(n), "turns": total["turns"] / n,
+            "turns_correct": total["turns_right"] / max(total["right"], 1),
+            **{finish: total[finish] / n for finish in evaluate.FINISHES},
+            "wrong": (total["answer"] - total["right"] - total["unscored"]) / n,
+            "sampled_tokens": int(total["sampled"]), "groups_without_signal": int(total["silent"]),
+            "trained_responses": int(total["responses"]), "loss": sft.finite(total["loss"]),
+            "mismatch": sft.finite(total["mismatch"] / tokens),
+            "largest_log_ratio": sft.finite(largest), "clip_fraction": total["clipped"] / tokens,
             "grad_norm": sft.finite(sum(norms) / max(len(norms), 1)), "seconds_rollout": seconds[0],
-            "seconds_update": seconds[1], **evaluate.drafting(dict(zip(evaluate.COUNTS, drafted)))}
+            "seconds_update": seconds[1], **evaluate.drafting(total)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
