@@ -1,40 +1,45 @@
 """Reinforcement learning: GRPO with over-turn masking.
 
-For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if the answer is right,
-else 0. The one new thing here is the loss (Mini-o3, section on reinforcement learning): with rewards r and the completion
-mask M of a group (M = 0 for a conversation that ran out of turns or context) and a baseline b,
+For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if
+the answer is right, else 0. The one new thing here is the loss (Mini-o3, section on reinforcement
+learning): with rewards r and the completion mask M of a group (M = 0 for a conversation that ran
+out of turns or context) and a baseline b,
 
     A'_i = M_i (r_i - b) / (s + eps)
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
-Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a wrong answer, and the
-policy learns to answer early instead of to search on; with it, a policy trained with 6 turns goes on searching at 32.
-Why: since E[grad log pi] = 0, the expected gradient is that of P(correct) + b P(unfinished). The mask
-pays b for an unfinished conversation, and a guess is worth its while only where its odds are above b
-(docs/mask.md).
+Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a
+wrong answer, and the policy learns to answer early instead of to search on; with it, a policy
+trained with 6 turns goes on searching at 32. Why: since E[grad log pi] = 0, the expected gradient
+is that of P(correct) + b P(unfinished). The mask pays b for an unfinished conversation, and a guess
+is worth its while only where its odds are above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is the
-   official code's choice. Default: 0.5 for every question. A guess at lower odds loses, and a faster
-   search gains. With "group" (1 - b) / s is largest where few conversations succeed, so that the
-   policy drifts towards search orders that are lucky on such questions; with 0.5 they weigh no more.
-3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official code).
-4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed. Nothing depends on how
-   micro-batches are cut or on the number of processes.
-5. Old log-probabilities come from the sampler, token by token; the mismatch to the trainer's own is logged.
-6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt, --resample times at most; what
-   is left over then is dropped from the update and counted ("groups_without_signal").
-   Mini-batches are cut from the groups with signal.
+2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is
+   the official code's choice. Default: 0.5 for every question. A guess at lower odds loses, and a
+   faster search gains. With "group" (1 - b) / s is largest where few conversations succeed, so that
+   the policy drifts towards search orders that are lucky on such questions; with 0.5 they weigh no
+   more.
+3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official
+   code).
+4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed.
+   Nothing depends on how micro-batches are cut or on the number of processes.
+5. Old log-probabilities come from the sampler, token by token; the mismatch to the trainer's own is
+   logged.
+6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt,
+   --resample times at most; what is left over then is dropped from the update and counted
+   ("groups_without_signal"). Mini-batches are cut from the groups with signal.
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
-8. The checkpoint that is kept is the best on held-out questions at the *large* budget (--eval_turns):
-   within the training cap a policy that guesses looks better than one that searches on.
+8. The checkpoint that is kept is the best on held-out questions at the *large* budget
+   (--eval_turns): within the training cap a policy that guesses looks better than one that searches
+   on.
 
 Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
-    1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 --group 8 \\
-                       --minibatch 4 --checkpointing --max_turn_tokens 1024 \\
+    1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 \\
+                       --group 8 --minibatch 4 --checkpointing --max_turn_tokens 1024 \\
                        --max_context 16384 --slots 16
     8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b ...
                        (the paper's run: docs/large.md)
@@ -61,15 +66,15 @@ import evaluate
 import sft
 import tools
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The algorithm
 
 
 def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
     """A'_i = M_i (r_i - b) / (s + eps), per group: the mask pays b for an unfinished response.
 
-    rewards (P, G) float, completed M (P, G) bool -> (P, G). unfinished_value says what b is and what
-    enters the unbiased deviation s:
+    rewards (P, G) float, completed M (P, G) bool -> (P, G). unfinished_value says what b is and
+    what enters the unbiased deviation s:
         "group"      b = mean(r) over all, unfinished ones with their reward, 0 (released code)
         "completed"  b = mean(r) over the completed ones
         a number     b = that number; s is of the rewards with b in the place of unfinished ones
@@ -79,22 +84,24 @@ def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
     weight = completed.to(rewards.dtype) if alone else torch.ones_like(rewards)          # (P, G)
     if not isinstance(unfinished_value, str):
         rewards = torch.where(completed, rewards, unfinished_value)                      # (P, G)
-    count = weight.sum(1, keepdim=True)                                                              # (P, 1)
+    count = weight.sum(1, keepdim=True)  # (P, 1)
     mean = (weight * rewards).sum(1, keepdim=True) / count.clamp(min=1)
     variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
     baseline = mean if isinstance(unfinished_value, str) else unfinished_value
     advantages = (rewards - baseline) / (variance.sqrt() + eps)                          # (P, G)
     advantages = torch.where((count >= 2) & (variance > 0), advantages, 0.0)
-    return advantages * completed                                                                    # (P, G)
+    return advantages * completed  # (P, G)
 
 
-def count_denominator(mask, completed, *, divisor="completed", aggregation="response", max_tokens=None):
-    """What the summed loss is divided by. mask (B, T) bool: sampled tokens; completed (B,) bool. Returns a float tensor.
+def count_denominator(mask, completed, *, divisor="completed", aggregation="response",
+                      max_tokens=None):
+    """What the summed loss is divided by. mask (B, T) bool: sampled tokens; completed (B,) bool.
+    Returns a float tensor.
 
-    response: number of responses; token: their sampled tokens; constant: max_tokens x number of responses; over completed
-    responses only (divisor "completed", the paper) or over all ("all").
+    response: number of responses; token: their sampled tokens; constant: max_tokens x number of
+    responses; over completed responses only (divisor "completed", the paper) or over all ("all").
     """
-    counted = completed if divisor == "completed" else torch.ones_like(completed)                    # (B,)
+    counted = completed if divisor == "completed" else torch.ones_like(completed)  # (B,)
     if aggregation == "token":
         return (mask.sum(1) * counted).sum().double()
     return counted.sum().double() * (max_tokens if aggregation == "constant" else 1)
@@ -105,11 +112,12 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
               max_tokens=None):
     """-J: clipped policy gradient with over-turn mask, a scalar to minimise.
 
-    logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy; advantages (B,);
-    mask (B, T) bool: 1 where the policy wrote the token; completed M (B,) bool. aggregation: "response" averages the tokens
-    of each response, then responses (paper); "token" averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO).
-    clip_dual c > 1: where A' < 0 the objective is not below c A' (0: no bound, as in the paper).
-    denominator: the count over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
+    logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy;
+    advantages (B,); mask (B, T) bool: 1 where the policy wrote the token; completed M (B,) bool.
+    aggregation: "response" averages the tokens of each response, then responses (paper); "token"
+    averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO). clip_dual c > 1: where
+    A' < 0 the objective is not below c A' (0: no bound, as in the paper). denominator: the count
+    over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
     that is still connected to logprobs. Raises ValueError for an unknown divisor or aggregation.
     """
     if divisor not in ("completed", "all") or aggregation not in ("response", "token", "constant"):
@@ -117,20 +125,24 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     if aggregation == "constant" and not max_tokens:
         raise ValueError("aggregation 'constant' needs max_tokens")
     if denominator is None:
-        denominator = count_denominator(mask, completed, divisor=divisor, aggregation=aggregation, max_tokens=max_tokens).item()
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()                                    # (B, T)
-    advantage = (advantages * completed)[:, None]                                                    # (B, 1)
-    objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)   # (B, T)
+        denominator = count_denominator(mask, completed, divisor=divisor, aggregation=aggregation,
+                                        max_tokens=max_tokens).item()
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (B, T)
+    advantage = (advantages * completed)[:, None]  # (B, 1)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
+    objective = torch.min(ratio * advantage, clipped * advantage)  # (B, T)
     if clip_dual:
         least = torch.where(advantage < 0, clip_dual * advantage, -math.inf)                # (B, 1)
         objective = torch.max(objective, least)                                             # (B, T)
-    objective = torch.where(mask, objective, 0.0).sum(1)                                             # (B,)
+    objective = torch.where(mask, objective, 0.0).sum(1)  # (B,)
     if aggregation == "response":
         objective = objective / mask.sum(1).clamp(min=1)
-    return -objective.sum() / denominator if denominator else torch.where(mask, logprobs, 0.0).sum() * 0.0
+    if not denominator:
+        return torch.where(mask, logprobs, 0.0).sum() * 0.0
+    return -objective.sum() / denominator
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rollouts
 
 
@@ -143,25 +155,30 @@ def is_unfinished(rollout, args):
 
 
 def is_completed(rollout, args):
-    """M_i: the conversation is not masked. Those that are played to their end (outcome) never are."""
+    """M_i: the conversation is not masked. Those that are played to their end (outcome) never
+    are."""
     masking = args.overturn_mask and args.unfinished_value != "outcome"
     return not (masking and is_unfinished(rollout, args))
 
 
 def read_sets(specs):
-    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a list
-    of (question row, folder of its images)."""
+    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a
+    list of (question row, folder of its images)."""
     sets, weights = [], []
     for spec in specs:
         name, _, weight = spec.rpartition(":")
-        path, weight = (Path(name), weight) if name and not Path(spec).exists() else (Path(spec), "1")
+        path = Path(name)
+        if not name or Path(spec).exists():
+            path, weight = Path(spec), "1"
         try:
             weights.append(float(weight))
         except ValueError:
-            raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or FILE:WEIGHT") from None
+            raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or "
+                                   "FILE:WEIGHT") from None
         if not 0 < weights[-1] < float("inf"):
             raise tools.InputError(f"--data {spec}: a weight is a positive number")
-        sets.append([(row, path.parent) for row in tools.read_questions(path, "python build_data.py")])
+        rows = tools.read_questions(path, "python build_data.py")
+        sets.append([(row, path.parent) for row in rows])
     return sets, weights
 
 
@@ -187,8 +204,8 @@ def cut_at(rollout, turns):
         return rollout
     ends = [t for t in range(1, len(rollout.ids)) if rollout.mask[t - 1] and not rollout.mask[t]]
     mask = rollout.mask[:ends[turns - 1]]       # ends: the first token that is not the policy's
-    return replace(rollout, ids=rollout.ids[:len(mask)], mask=mask, logprobs=rollout.logprobs[:sum(mask)],
-                   turns=rollout.turns[:turns])
+    return replace(rollout, ids=rollout.ids[:len(mask)], mask=mask, turns=rollout.turns[:turns],
+                   logprobs=rollout.logprobs[:sum(mask)])
 
 
 def collect_groups(engine, sets, weights, step, places, args, paid):
@@ -204,14 +221,16 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
             break
         picked = pick_rows([len(s) for s in sets], weights, places, total, args.seed, step, attempt)
         rows, roots = zip(*(sets[s][i] for s, i in picked))
-        rollouts = engine.run(rows, args.group, roots, [attempt * total + place for place in places])
+        prompts = [attempt * total + place for place in places]
+        rollouts = engine.run(rows, args.group, roots, prompts)
         played += rollouts
-        parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]            # P groups of G
-        rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part] for part in parts],
-                               dtype=torch.float64)     # (P, G); a sample that the judge could not score leaves no signal
-        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])  # (P, G)
+        parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]  # P of G
+        # a sample that the judge could not score leaves no signal
+        rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part]
+                                for part in parts], dtype=torch.float64)  # (P, G)
+        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])
         unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
-        rewards -= args.overturn_penalty * unfinished                                        # (P, G)
+        rewards -= args.overturn_penalty * unfinished  # (P, G)
         advantages = group_advantages(rewards, completed, unfinished_value=paid)
         for place, part, values in zip(places, parts, advantages.tolist()):
             if any(values):
@@ -225,8 +244,8 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
 def score_held_out(engine, held_out, args, rank, world):
     """Play the held-out questions once, with at most --eval_turns turns. The random numbers are the
     same at every evaluation, so that scores of two checkpoints differ by the policy only. Returns
-    (accuracy, accuracy of those conversations that were unfinished after --max_turns turns: what such
-    a conversation is worth). Each is None if there is nothing to count, or if a judge left any
+    (accuracy, accuracy of those conversations that were unfinished after --max_turns turns: what
+    such a conversation is worth). Each is None if there is nothing to count, or if a judge left any
     unscored: what is scored without it are exact matches, so that the score would be too high."""
     training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
     engine.limits = replace(engine.limits, max_turns=args.eval_turns,
@@ -243,7 +262,7 @@ def score_held_out(engine, held_out, args, rank, world):
     return sft.finite(right / len(held_out)), sft.finite(late_right / count) if count else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The update
 
 
@@ -273,7 +292,8 @@ def score_rollouts(policy, rollouts, batch):
 def deal(rollouts, places):
     """This rank's part of all ranks' conversations: about the same number of tokens on every rank,
     whoever played them, so that none waits long for the others. They are cut in the order of places
-    and samples: most of a group, which shares an image, stays together. Every rank must call this."""
+    and samples: most of a group, which shares an image, stays together. Every rank must call
+    this."""
     everybody = sorted(sft.gather(rollouts), key=lambda r: (r.prompt % places, r.sample))
     lengths = np.array([len(r.ids) for r in everybody])
     middles = lengths.cumsum() - lengths / 2
@@ -310,9 +330,10 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     def loss_of(micro):
         new, old, mask = score_rollouts(policy, micro, next(batches))                       # (B, T)
         advantages = new.new_tensor([r.advantage for r in micro])                           # (B,)
-        done = torch.ones(len(micro), dtype=torch.bool, device=policy.device)   # A' != 0 implies M = 1
-        loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low, clip_high=args.clip_high,
-                         clip_dual=args.clip_dual, denominator=denominator, **how)
+        done = torch.ones_like(advantages, dtype=torch.bool)  # A' != 0 implies M = 1
+        loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low,
+                         clip_high=args.clip_high, clip_dual=args.clip_dual,
+                         denominator=denominator, **how)
         gap = (new.detach() - old)[mask]                                                    # (N,)
         ratio = gap.exp()
         largest.append(gap.abs().max().item())
@@ -328,27 +349,32 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
 
-def measure(played, sums, largest, norms, unsignalled, seconds, args, device, counts):
+def measure(played, sums, largest, norms, silent, seconds, args, device, counts):
     """One row of metrics.jsonl, over all ranks (docs/metrics.md explains every metric)."""
     right = [r for r in played if r.reward == 1.0]
-    local = [len(played), sum(r.reward is None for r in played), len(right), sum(len(r.turns) for r in played),
-             sum(len(r.turns) for r in right), *(sum(r.finish == f for r in played) for f in evaluate.FINISHES),
-             sum(sum(r.mask) for r in played), unsignalled, *(counts[k] for k in evaluate.COUNTS), *sums.values()]
-    total = sft.over_ranks(local, device)
-    n, unscored, correct, turns, right_turns, answer, void, over_turn, over_context, sampled, silent, *rest = total
-    (*drafted, loss, mismatch, clipped, tokens, responses) = rest
+    own = {"rollouts": len(played), "unscored": sum(r.reward is None for r in played),
+           "right": len(right), "turns": sum(len(r.turns) for r in played),
+           "turns_right": sum(len(r.turns) for r in right),
+           **{finish: sum(r.finish == finish for r in played) for finish in evaluate.FINISHES},
+           "sampled": sum(len(r.logprobs) for r in played), "silent": silent,
+           **{name: counts[name] for name in evaluate.COUNTS}, **sums}
+    total = dict(zip(own, sft.over_ranks(list(own.values()), device)))
     largest = sft.over_ranks([largest], device, torch.distributed.ReduceOp.MAX)[0]
-    return {"reward": correct / max(n - unscored, 1), "unscored": unscored / n, "rollouts": int(n), "turns": turns / n,
-            "turns_correct": right_turns / max(correct, 1), "answer": answer / n, "void": void / n, "over_turn": over_turn / n,
-            "over_context": over_context / n, "wrong": (answer - correct - unscored) / n, "sampled_tokens": int(sampled),
-            "groups_without_signal": int(silent), "trained_responses": int(responses), "loss": sft.finite(loss),
-            "mismatch": sft.finite(mismatch / max(tokens, 1)),
-            "largest_log_ratio": sft.finite(largest), "clip_fraction": clipped / max(tokens, 1),
+    n, tokens = total["rollouts"], max(total["tokens"], 1)
+    return {"reward": total["right"] / max(n - total["unscored"], 1),
+            "unscored": total["unscored"] / n, "rollouts": int(n), "turns": total["turns"] / n,
+            "turns_correct": total["turns_right"] / max(total["right"], 1),
+            **{finish: total[finish] / n for finish in evaluate.FINISHES},
+            "wrong": (total["answer"] - total["right"] - total["unscored"]) / n,
+            "sampled_tokens": int(total["sampled"]), "groups_without_signal": int(total["silent"]),
+            "trained_responses": int(total["responses"]), "loss": sft.finite(total["loss"]),
+            "mismatch": sft.finite(total["mismatch"] / tokens),
+            "largest_log_ratio": sft.finite(largest), "clip_fraction": total["clipped"] / tokens,
             "grad_norm": sft.finite(sum(norms) / max(len(norms), 1)), "seconds_rollout": seconds[0],
-            "seconds_update": seconds[1], **evaluate.drafting(dict(zip(evaluate.COUNTS, drafted)))}
+            "seconds_update": seconds[1], **evaluate.drafting(total)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Memory on paper
 
 
@@ -377,7 +403,8 @@ def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointin
     N, own = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
     w = head.element_size()
     F, W = max(4, w), ranks if shard else 1
-    L, D, ff, d = text.num_hidden_layers, text.hidden_size, text.intermediate_size, sft.head_size(text)
+    L, D, ff = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    d = sft.head_size(text)
     Q, K = d * text.num_attention_heads, d * text.num_key_value_heads
     norms = 2 * hasattr(model.model.language_model.layers[0].self_attn, "q_norm")
     layer = w * tokens * (7 * D + (3 + norms) * Q + (2 + norms) * K + 4 * ff)
@@ -424,69 +451,80 @@ def phases(plan):
 
 
 def print_plan(args, gigabytes=80.0):
-    """What a run with these flags needs per GPU on 1, 2, 4, 8 and 64 of them, as a table, and what would make it fit."""
+    """What a run with these flags needs per GPU on 1, 2, 4, 8 and 64 of them, as a table, and what
+    would make it fit."""
     try:
         sft.check_family(args.model)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.bfloat16)
+            model = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(args.model), dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
-        raise tools.InputError(f"--plan: cannot read the configuration of {args.model}: {str(error).splitlines()[0]}") from None
+        raise tools.InputError(f"--plan: cannot read the configuration of {args.model}: "
+                               f"{str(error).splitlines()[0]}") from None
     flags = {"tokens": args.tokens, "slots": args.slots, "max_context": args.max_context,
              "freeze_vision": args.freeze_vision}
     have = {"shard": args.shard_optimizer, "checkpointing": args.checkpointing, **flags}
     plans = {ranks: plan_memory(model, ranks, **have) for ranks in (1, 2, 4, 8, 64)}
     parts, advice = list(plans[1]), []
-    print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} slots of "
-          f"{args.max_context}\n| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |")
+    print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} "
+          f"slots of {args.max_context}")
+    print(f"| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |")
     print("|---" * (len(parts) + 4) + "|")
     for ranks, plan in plans.items():
         columns = [*plan.values(), *phases(plan)]
-        fits = 1.1 * max(phases(plan)) < gigabytes * 1e9     # a tenth for the allocator's gaps and the libraries
+        # a tenth for the allocator's gaps and the libraries
+        fits = 1.1 * max(phases(plan)) < gigabytes * 1e9
         print(f"| {ranks} | {' | '.join(f'{size / 1e9:.1f}' for size in columns)} | "
               f"{'yes' if fits else 'no'} |")
         if not fits:
             advice.append((ranks, cheaper(model, ranks, args, flags, gigabytes)))
     for ranks, flag in advice:
-        print(f"{ranks} GPU(s): {f'fits with {flag}' if flag else 'does not fit with any of these flags: use more GPUs'}")
-    print(f"disk: {plans[1]['optimizer'] / 1e9:.1f} GB a checkpoint, {args.keep + 1} of them during a save "
-          f"(--keep {args.keep}); {plans[1]['weights'] / 1e9:.1f} GB for the model in --out")
+        print(f"{ranks} GPU(s): " + (f"fits with {flag}" if flag else
+                                     "does not fit with any of these flags: use more GPUs"))
+    print(f"disk: {plans[1]['optimizer'] / 1e9:.1f} GB a checkpoint, {args.keep + 1} of them "
+          f"during a save (--keep {args.keep}); {plans[1]['weights'] / 1e9:.1f} GB for the model "
+          "in --out")
     seconds = plan_seconds(model, args, 8)
-    print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, {seconds * args.steps * 8 / 3600:.0f} "
-          f"GPU-hours for --steps {args.steps}, if a conversation has {args.max_context // 2} tokens (half of "
-          "--max_context) and an eighth of them is sampled")
+    print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, "
+          f"{seconds * args.steps * 8 / 3600:.0f} GPU-hours for --steps {args.steps}, if a "
+          f"conversation has {args.max_context // 2} tokens (half of --max_context) and an eighth "
+          "of them is sampled")
 
 
 def plan_seconds(model, args, ranks):
-    """Seconds of one RL step on H100s, by counting: matrix products at 40% of 989 TFLOP/s, memory at
-    60% of 3.35 TB/s. Every token (an image: 4 patches a token) goes through the model once when it is
-    fed; the update takes 4 forward passes, 3 without --checkpointing, but 1 of a frozen tower. A pass
-    of decoding reads the weights and the cache of all slots."""
+    """Seconds of one RL step on H100s, by counting: matrix products at 40% of 989 TFLOP/s, memory
+    at 60% of 3.35 TB/s. Every token (an image: 4 patches a token) goes through the model once when
+    it is fed; the update takes 4 forward passes, 3 without --checkpointing, but 1 of a frozen
+    tower. A pass of decoding reads the weights and the cache of all slots."""
     tokens, tower = args.max_context / 2, sum(p.numel() for p in model.model.visual.parameters())
     text = sum(p.numel() for p in model.parameters()) - tower
     passes = 1 + (4 if args.checkpointing else 3)
-    each = 2 * tokens * (passes * text + 4 * (2 if args.freeze_vision else passes) * tower)   # FLOPs
+    each = 2 * tokens * (passes * text + 4 * (2 if args.freeze_vision else passes) * tower)  # FLOPs
     cache = plan_memory(model, 1, tokens=1, slots=1, max_context=1, shard=False)["KV cache"]
-    read = 2 * (text + tower) + args.slots * cache * tokens / 2                         # bytes a pass
+    read = 2 * (text + tower) + args.slots * cache * tokens / 2  # bytes a pass
     mine = args.prompts_per_step * args.group / ranks
     decoding = mine / args.slots * tokens / 8 * read / (0.6 * 3.35e12)
     return mine * each / (0.4 * 989e12) + decoding
 
 
 def cheaper(model, ranks, args, flags, gigabytes):
-    """The first of a few sets of flags, from mild to hard, with which it fits; None if there is none."""
+    """The first of a few sets of flags, from mild to hard, with which it fits; None if there is
+    none."""
     extra, have = [], dict(flags, shard=args.shard_optimizer, checkpointing=args.checkpointing)
-    for flag, value in (("checkpointing", True), ("shard", True), ("slots", max(1, args.slots // 4)),
-                        ("tokens", max(1, args.tokens // 4)), ("freeze_vision", True)):
+    for flag, value in (("checkpointing", True), ("shard", True),
+                        ("slots", max(1, args.slots // 4)), ("tokens", max(1, args.tokens // 4)),
+                        ("freeze_vision", True)):
         if have[flag] == value:
             continue
         have[flag] = value
-        extra.append({"shard": "--shard_optimizer"}.get(flag, f"--{flag}") + ("" if value is True else f" {value}"))
+        name = {"shard": "--shard_optimizer"}.get(flag, f"--{flag}")
+        extra.append(name if value is True else f"{name} {value}")
         if 1.1 * max(phases(plan_memory(model, ranks, **have))) < gigabytes * 1e9:
             return " ".join(extra)
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -508,7 +546,8 @@ def subtracted(args, value):
 
 
 def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
-    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this rank)."""
+    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this
+    rank)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
@@ -528,16 +567,20 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
 
 
 def dump(out, step, groups, count=8):
-    """A few whole conversations of a step as trajectory rows, with their advantages: read them, they say what is learned."""
-    rows = [{**r.as_row(), "advantage": r.advantage} for place in sorted(groups) for r in groups[place]]
+    """A few whole conversations of a step as trajectory rows, with their advantages: read them,
+    they say what is learned."""
+    rows = [{**r.as_row(), "advantage": r.advantage}
+            for place in sorted(groups) for r in groups[place]]
     tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:count])
 
 
 def train(policy, sets, weights, held_out, args, rank, world):
-    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is the best one evaluated."""
+    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is
+    the best one evaluated."""
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
     turns = args.eval_turns if args.unfinished_value == "outcome" else args.max_turns
-    limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens, args.max_context)
+    limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens,
+                             args.max_context)
     judge = evaluate.make_judge(args, rank)
     engine = evaluate.Engine(policy, limits, args.slots, judge=judge, draft=args.draft)
     log = sft.open_log(args.out, start) if rank == 0 else None
@@ -561,8 +604,9 @@ def train(policy, sets, weights, held_out, args, rank, world):
             metrics = {**metrics, **scores, "value": value}
             log.write(tools.json_line(metrics))
             log.flush()
-            shown = [k for k in ("reward", "over_turn", "wrong", "eval") if metrics.get(k) is not None]
-            bar.set_postfix_str(" ".join(f"{k} {metrics[k]:.3f}" for k in shown), refresh=False)
+            shown = {k: metrics.get(k) for k in ("reward", "over_turn", "wrong", "eval")}
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None),
+                                refresh=False)
             if (step + 1) % args.dump_every == 0:
                 dump(args.out, step + 1, groups)
         if sft.end_step(args, optimizer, step + 1, args.steps, policy.device):
@@ -574,13 +618,13 @@ def train(policy, sets, weights, held_out, args, rank, world):
 
 
 def history(out):
-    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the last
-    value of an unfinished conversation). All ranks wait until the file has been cut."""
+    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the
+    last value of an unfinished conversation). All ranks wait until the file has been cut."""
     sft.barrier()
     path = Path(out) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-    tools.need(lines, f"{path} is gone: without it --resume does not know the best model so far; start "
-               "again without --resume")
+    tools.need(lines, f"{path} is gone: without it --resume does not know the best model so far; "
+               "start again without --resume")
     scores = [line["eval"] for line in lines if line.get("eval") is not None]
     return max(scores, default=-1.0), lines[-1]["value"]
 
@@ -599,80 +643,103 @@ def value_flag(text):
 def parse_args():
     parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", default="checkpoints/sft", help="local folder or hub id of the policy to start from")
-    group.add_argument("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE[:WEIGHT]",
-                       help="question files; a question's file is drawn by weight (default 1)")
-    group.add_argument("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
+    add = group.add_argument
+    add("--model", default="checkpoints/sft",
+        help="local folder or hub id of the policy to start from")
+    add("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE[:WEIGHT]",
+        help="question files; a question's file is drawn by weight (default 1)")
+    add("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
     sft.add_policy_flags(group)
     group = parser.add_argument_group("rollouts")
-    group.add_argument("--steps", type=int, default=12, help="RL steps")
-    group.add_argument("--prompts_per_step", type=int, default=24, help="P: questions per step over all processes (paper: 256)")
-    group.add_argument("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
-    group.add_argument("--resample", type=int, default=1, help="how often a place without signal gets a fresh question")
-    group.add_argument("--max_turns", type=int, default=6, help="turns per conversation, the answer included (paper: 6)")
-    group.add_argument("--max_images", type=int, help="images per conversation, the original included (default: the turn cap)")
-    group.add_argument("--max_turn_tokens", type=int, default=96, help="tokens per turn; a longer turn ends as void")
-    group.add_argument("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
-    group.add_argument("--slots", type=int, default=64, help="conversations at once on one process")
+    add = group.add_argument
+    add("--steps", type=int, default=12, help="RL steps")
+    add("--prompts_per_step", type=int, default=24,
+        help="P: questions per step over all processes (paper: 256)")
+    add("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
+    add("--resample", type=int, default=1,
+        help="how often a place without signal gets a fresh question")
+    add("--max_turns", type=int, default=6,
+        help="turns per conversation, the answer included (paper: 6)")
+    add("--max_images", type=int,
+        help="images per conversation, the original included (default: the turn cap)")
+    add("--max_turn_tokens", type=int, default=96,
+        help="tokens per turn; a longer turn ends as void")
+    add("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
+    add("--slots", type=int, default=64, help="conversations at once on one process")
     evaluate.add_draft_flag(group)
     evaluate.add_judge_flags(parser)
     group = parser.add_argument_group("loss")
-    group.add_argument("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
-                       help="mask conversations that ran out of turns or context; without: they count as wrong answers")
-    group.add_argument("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
-                       help="the baseline, which is what the mask pays for an unfinished "
-                       "conversation: a number, group (released code), completed, estimate (accuracy "
-                       "of such conversations among the held-out ones) or outcome (play on); without "
-                       "the mask nothing is paid, and the baseline is the group's mean")
-    group.add_argument("--mask_void", action="store_true", help="mask conversations in which a turn "
-                       "broke off, too; without: they count as wrong answers")
-    group.add_argument("--overturn_penalty", type=float, default=0.0, help="taken from the reward of "
-                       "an unfinished conversation (with --no-overturn_mask)")
-    group.add_argument("--divisor", default="completed", choices=["completed", "all"], help="what the loss is divided by")
-    group.add_argument("--aggregation", default="response", choices=["response", "token", "constant"],
-                       help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
-    group.add_argument("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
-    group.add_argument("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
-    group.add_argument("--clip_dual", type=float, default=0.0,
-                       help="where the advantage is negative, a ratio counts as this at most, "
-                       "e.g. 3 (0: unbounded, as in the paper)")
+    add = group.add_argument
+    add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
+        help="mask conversations that ran out of turns or context; without: they count as wrong "
+             "answers")
+    add("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
+        help="the baseline, which is what the mask pays for an unfinished conversation: a number, "
+             "group (released code), completed, estimate (accuracy of such conversations among "
+             "the held-out ones) or outcome (play on); without the mask nothing is paid, and the "
+             "baseline is the group's mean")
+    add("--mask_void", action="store_true",
+        help="mask conversations in which a turn broke off, too; without: they count as wrong "
+             "answers")
+    add("--overturn_penalty", type=float, default=0.0,
+        help="taken from the reward of an unfinished conversation (with --no-overturn_mask)")
+    add("--divisor", default="completed", choices=["completed", "all"],
+        help="what the loss is divided by")
+    add("--aggregation", default="response", choices=["response", "token", "constant"],
+        help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
+    add("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
+    add("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
+    add("--clip_dual", type=float, default=0.0,
+        help="where the advantage is negative, a ratio counts as this at most, e.g. 3 (0: "
+             "unbounded, as in the paper)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
-    group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
-                       help="let the rate fall linearly to 0 over the run (paper: constant)")
-    group.add_argument("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    group.add_argument("--minibatch", type=int, default=3,
-                       help="prompts with signal per optimizer step (paper: 32 of 256)")
-    group.add_argument("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
-    group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
-                       help="do not train the vision tower and its projector, as in the cold start")
+    add = group.add_argument
+    add("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
+    add("--decay", action=argparse.BooleanOptionalAction, default=True,
+        help="let the rate fall linearly to 0 over the run (paper: constant)")
+    add("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
+    add("--minibatch", type=int, default=3,
+        help="prompts with signal per optimizer step (paper: 32 of 256)")
+    add("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
+    add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
+        help="do not train the vision tower and its projector, as in the cold start")
     sft.add_optimizer_flags(group, weight_decay=0.0)
-    group.add_argument("--seed", type=int, default=0, help="questions of each step and random numbers of the samples")
+    add("--seed", type=int, default=0,
+        help="questions of each step and random numbers of the samples")
     group = parser.add_argument_group("checkpoints")
+    add = group.add_argument
     sft.add_checkpoint_flags(group, save_every=10)
-    group.add_argument("--eval_every", type=int, default=6, help="steps between scores on questions held out from RL; "
-                       "--out keeps the best model (0: no evaluation, the last model is kept)")
-    group.add_argument("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
-    group.add_argument("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions that no stage has seen")
-    group.add_argument("--eval_turns", type=int, default=32, help="turns per conversation in these evaluations: choose the "
-                       "checkpoint by the accuracy that counts in the end")
-    group.add_argument("--dump_every", type=int, default=4, help="steps between dumps of 8 conversations to --out/rollouts/")
-    group.add_argument("--plan", action="store_true", help="print the memory that this run needs on 1 to 64 GPUs, and stop")
+    add("--eval_every", type=int, default=6,
+        help="steps between scores on questions held out from RL; --out keeps the best model (0: "
+             "no evaluation, the last model is kept)")
+    add("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
+    add("--eval_data", type=Path, default=Path("data/val.jsonl"),
+        help="questions that no stage has seen")
+    add("--eval_turns", type=int, default=32,
+        help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
+             "that counts in the end")
+    add("--dump_every", type=int, default=4,
+        help="steps between dumps of 8 conversations to --out/rollouts/")
+    add("--plan", action="store_true",
+        help="print the memory that this run needs on 1 to 64 GPUs, and stop")
     args = parser.parse_args()
-    tools.check_flags(args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens", "max_context", "slots",
-                             "lr", "minibatch", "tokens", "max_norm", "save_every", "keep", "eval_turns", "dump_every",
-                             "min_pixels", "max_pixels"),
-                      ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual",
-                       "warmup_steps", "weight_decay", "eval_every", "eval_size",
-                       "overturn_penalty"))
+    tools.check_flags(
+        args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens",
+               "max_context", "slots", "lr", "minibatch", "tokens", "max_norm", "save_every",
+               "keep", "eval_turns", "dump_every", "min_pixels", "max_pixels"),
+        ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
+         "weight_decay", "eval_every", "eval_size", "overturn_penalty"))
     if args.unfinished_value == "estimate" and not args.eval_every:
-        raise tools.InputError("--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
+        raise tools.InputError("--unfinished_value estimate comes from the evaluations: set "
+                               "--eval_every above 0")
     if args.overturn_penalty and args.overturn_mask:
-        raise tools.InputError("--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward to take from")
+        raise tools.InputError("--overturn_penalty needs --no-overturn_mask: a masked conversation "
+                               "has no reward to take from")
     if 0 < args.clip_dual <= 1:
         raise tools.InputError("--clip_dual must be above 1, where a ratio is, or 0 for none")
     if args.group < 2:
-        raise tools.InputError("--group must be at least 2: an advantage compares conversations about the same question")
+        raise tools.InputError("--group must be at least 2: an advantage compares conversations "
+                               "about the same question")
     return args
 
 
@@ -682,7 +749,8 @@ def main():
         return print_plan(args)
     rank, world, device = sft.setup_distributed()
     if args.prompts_per_step < world:
-        raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the number of processes {world}")
+        raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the "
+                               f"number of processes {world}")
     sets, weights = read_sets(args.data)
     held_out = []
     if args.eval_every:
@@ -690,13 +758,15 @@ def main():
         held_out = [(row, args.eval_data.parent) for row in rows]
     count = sum(map(len, sets))
     if count < args.prompts_per_step:
-        raise tools.InputError(f"--data has {count} questions to train on, fewer than --prompts_per_step "
-                               f"{args.prompts_per_step}")
-    policy = sft.load_policy(args.model, device, args.dtype, tools.load_prompts(args.prompts), args.min_pixels, args.max_pixels,
-                             "python sft.py")
+        raise tools.InputError(f"--data has {count} questions to train on, fewer than "
+                               f"--prompts_per_step {args.prompts_per_step}")
+    prompts = tools.load_prompts(args.prompts)
+    policy = sft.load_policy(args.model, device, args.dtype, prompts, args.min_pixels,
+                             args.max_pixels, "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        print(f"{count} questions to train on, {len(held_out)} held out; {world} process(es) on {device.type}", flush=True)
+        print(f"{count} questions to train on, {len(held_out)} held out; {world} process(es) on "
+              f"{device.type}", flush=True)
     train(policy, sets, weights, held_out, args, rank, world)
     sft.close_distributed()
 

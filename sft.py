@@ -1,30 +1,36 @@
-"""Supervised fine-tuning: teach a vision-language model conversations, by next-token prediction on its own turns.
+"""Supervised fine-tuning: teach a vision-language model conversations, by next-token prediction on
+its own turns.
 
-This file introduces the policy (the tiny Qwen2.5-VL of build_data.py, or a pretrained Qwen2.5-VL or Qwen3-VL), how a
-conversation becomes token ids + mask + images, log-probabilities, data parallel with a sharded AdamW by hand, and
-checkpoints. rl.py and evaluate.py import them.
+This file introduces the policy (the tiny Qwen2.5-VL of build_data.py, or a pretrained Qwen2.5-VL or
+Qwen3-VL), how a conversation becomes token ids + mask + images, log-probabilities, data parallel
+with a sharded AdamW by hand, and checkpoints. rl.py and evaluate.py import them.
 
 What differs from a textbook fine-tuning script and from the Mini-o3 paper:
-1. Loss only on the assistant's tokens, the stop token included; a turn marked "learn": false (a teacher's deliberate
-   mistake) is context, not target.
-2. A batch is packed: its conversations lie end to end in one row and attend each to itself, so there is neither padding
-   nor an attention mask.
+1. Loss only on the assistant's tokens, the stop token included; a turn marked "learn": false (a
+   teacher's deliberate mistake) is context, not target.
+2. A batch is packed: its conversations lie end to end in one row and attend each to itself, so
+   there is neither padding nor an attention mask.
 3. Positions are explicit (three axes, M-RoPE), by one function that the rollout engine uses too.
-4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are excluded from the softmax,
-   here as in the sampler.
-5. The loss is divided by the count of tokens (or responses) of the *global* batch, so gradients are summed over ranks and the result does
-   not depend on the number of processes or on how a batch is cut into micro-batches. They are sent while backward runs.
-6. Images go through the family's own processor, but are resized by tools.resize_for_model, once, for every stage.
+4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are
+   excluded from the softmax, here as in the sampler.
+5. The loss is divided by the count of tokens (or responses) of the *global* batch, so gradients are
+   summed over ranks and the result does not depend on the number of processes or on how a batch is
+   cut into micro-batches. They are sent while backward runs.
+6. Images go through the family's own processor, but are resized by tools.resize_for_model, once,
+   for every stage.
 
 Commands:
     base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \\
                        --batch 16 --epochs 2.5 --aggregation response
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
-    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 --checkpointing
-    8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --batch 32 --lr 1e-5 \\
-                       --shard_optimizer --checkpointing --tokens 32768 --min_pixels 40000 --max_pixels 2000000
-    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 sft.py ...
+    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 \\
+                       --checkpointing
+    8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct \\
+                       --batch 32 --lr 1e-5 --shard_optimizer --checkpointing --tokens 32768 \\
+                       --min_pixels 40000 --max_pixels 2000000
+    2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                       --rdzv_endpoint=HOST:29500 sft.py ...
 """
 
 import argparse
@@ -50,25 +56,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText,
+                          AutoTokenizer)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17: the top-level name wants torchvision
+# 5.17: the top-level name wants torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL, build_tiny, project_texts
 
 hf_logging.disable_progress_bar()
-TIMEOUT = timedelta(minutes=60)     # of a collective: longer than the slowest rank's rollouts may keep the others waiting
+# of a collective: longer than the slowest rank's rollouts may keep the others waiting
+TIMEOUT = timedelta(minutes=60)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Processes: how they meet, agree, and stop together
 
 
 def setup_distributed():
-    """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on CPU, NCCL on GPU."""
+    """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on
+    CPU, NCCL on GPU."""
     rank, world = my_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -80,19 +90,21 @@ def setup_distributed():
     if world > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         attempt.append(meet(store, rank, world))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                rank=rank, world_size=world,
                                 store=dist.PrefixStore(f"attempt_{attempt[-1]}", store))
     return rank, world, device
 
 
 def meet(store, rank, world):
-    """The number of this attempt, 1 for the first; all ranks agree on it. After a crash torchrun starts workers again on the
-    same store, where the addresses of dead ones still stand; nor do the agents of several nodes count restarts alike. Hence
-    rank 0 counts, and tells everyone who has introduced himself with a name never used before."""
+    """The number of this attempt, 1 for the first; all ranks agree on it. After a crash torchrun
+    starts workers again on the same store, where the addresses of dead ones still stand; nor do the
+    agents of several nodes count restarts alike. Hence rank 0 counts, and tells everyone who has
+    introduced himself with a name never used before."""
     if rank > 0:
         name = uuid.uuid4().hex
         store.set(f"hello/{rank}", name)
-        number = int(store.get(f"answer/{name}"))                               # waits; nobody answers the dead
+        number = int(store.get(f"answer/{name}"))  # waits; nobody answers the dead
         store.set(f"thanks/{number}/{rank}", "")
         return number
     number, missing = store.add("attempts", 1), set(range(1, world))
@@ -105,18 +117,21 @@ def meet(store, rank, world):
     return number
 
 
-attempt = [1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]  # the last one counts; meet() knows better
+# the last one counts; meet() knows better
+attempt = [1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]
 stop_signals = []
 
 
 def heed_sigterm():
-    """From now on SIGTERM (of a batch system, or of torchrun when a peer has died) only leaves a note for asked_to_stop."""
+    """From now on SIGTERM (of a batch system, or of torchrun when a peer has died) only leaves a
+    note for asked_to_stop."""
     signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(time.time()))
 
 
 def asked_to_stop(device):
-    """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop at the same one: they save
-    and exit 0. A rank whose peers have died never gets here: its collectives fail."""
+    """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop
+    at the same one: they save and exit 0. A rank whose peers have died never gets here: its
+    collectives fail."""
     return over_ranks([len(stop_signals)], device, dist.ReduceOp.MAX)[0] > 0
 
 
@@ -140,8 +155,8 @@ def close_distributed():
 
 
 def over_ranks(values, device, op=dist.ReduceOp.SUM):
-    """Sum a list of numbers over all ranks (or op=MAX: their largest), in float64. Every rank must call this. Returns a list of
-    floats."""
+    """Sum a list of numbers over all ranks (or op=MAX: their largest), in float64. Every rank must
+    call this. Returns a list of floats."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if world_size() > 1:
         dist.all_reduce(total, op=op)
@@ -149,8 +164,8 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
 
 
 def gather(items):
-    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank must
-    call this."""
+    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank
+    must call this."""
     lists = [items]
     if world_size() > 1:
         lists = [None] * world_size()
@@ -166,7 +181,8 @@ def broadcast_weights(model):
 
 
 def buckets(params, megabytes=25):
-    """Cut parameters into lists of about this many megabytes of one dtype each: few, large messages."""
+    """Cut parameters into lists of about this many megabytes of one dtype each: few, large
+    messages."""
     bucket, size = [], 0
     for param in params:
         if bucket and (size > megabytes * 2**20 or param.dtype != bucket[0].dtype):
@@ -179,10 +195,12 @@ def buckets(params, megabytes=25):
 
 
 class Bucket:
-    """Parameters that travel together. They become views into one flat tensor, padded so that it can be cut into equal pieces.
+    """Parameters that travel together. They become views into one flat tensor, padded so that it
+    can be cut into equal pieces.
 
-    own: the piece that this rank looks after (the whole, if not sharded). master: what AdamW trains, own itself or, if the
-    weights are in bfloat16, a float32 copy of it, since a small step would be lost in bfloat16's 8 bits.
+    own: the piece that this rank looks after (the whole, if not sharded). master: what AdamW
+    trains, own itself or, if the weights are in bfloat16, a float32 copy of it, since a small step
+    would be lost in bfloat16's 8 bits.
     """
 
     def __init__(self, params, pieces, piece):
@@ -194,14 +212,16 @@ class Bucket:
             view.copy_(param.data.flatten())
             param.data = view.view_as(param)
         self.own = self.flat[length * piece:length * (piece + 1)]
-        self.master = torch.nn.Parameter(self.own if self.own.dtype in (torch.float32, torch.float64) else self.own.float())
+        narrow = self.own.dtype not in (torch.float32, torch.float64)
+        self.master = torch.nn.Parameter(self.own.float() if narrow else self.own)
 
     def views(self, flat):
         return flat[:self.size].split(self.sizes)
 
     def take_gradients(self):
-        """All gradients as one flat tensor in the master's dtype; they are freed one by one. A parameter without a gradient on
-        this rank (its batch had no image, or no sample at all) takes part with zeros."""
+        """All gradients as one flat tensor in the master's dtype; they are freed one by one. A
+        parameter without a gradient on this rank (its batch had no image, or no sample at all)
+        takes part with zeros."""
         flat = torch.zeros(len(self.flat), dtype=self.master.dtype, device=self.flat.device)
         for param, view in zip(self.params, self.views(flat)):
             if param.grad is not None:
@@ -213,13 +233,17 @@ class Bucket:
 class Optimizer:
     """AdamW with data parallel and, with shard=True, a sharded state (ZeRO stage 2), by hand.
 
-    Parameters are put into buckets in the order in which backward finishes them, last layer first. While backward runs, a
-    hook sends off every bucket that is complete: all-reduced, or reduce-scattered, so that a rank receives the sum of its own
-    piece only. Buckets are always sent in the same order, so that ranks whose batches differ join the same collectives. Then the
-    gradient's norm over all pieces is clipped, each rank updates its pieces, and new weights are all-gathered.
+    Parameters are put into buckets in the order in which backward finishes them, last layer first.
+    While backward runs, a hook sends off every bucket that is complete: all-reduced, or
+    reduce-scattered, so that a rank receives the sum of its own piece only. Buckets are always sent
+    in the same order, so that ranks whose batches differ join the same collectives. Then the
+    gradient's norm over all pieces is clipped, each rank updates its pieces, and new weights are
+    all-gathered.
 
-    Bytes per parameter on one of W ranks, weights of w bytes (w = 2: bfloat16), besides a few buckets under way:
-        whole      w weights + w gradient until it is sent + 4 received + 8 moments + 4 master (only if w = 2)
+    Bytes per parameter on one of W ranks, weights of w bytes (w = 2: bfloat16), besides a few
+    buckets under way:
+        whole      w weights + w gradient until it is sent + 4 received + 8 moments
+                   + 4 master (only if w = 2)
         sharded    w weights + (4 received + 8 moments + 4 master (only if w = 2)) / W
     """
 
@@ -227,13 +251,15 @@ class Optimizer:
         self.world = world_size()
         self.shard = shard and self.world > 1
         self.pieces, self.piece = (self.world, my_rank()) if self.shard else (1, 0)
-        groups = [([p for p in reversed(params) if p.dim() > 1], weight_decay),     # decay on matrices only: shrinking
-                  ([p for p in reversed(params) if p.dim() <= 1], 0.0)]             # norms and biases has no use
+        # decay on matrices only: shrinking norms and biases has no use
+        groups = [([p for p in reversed(params) if p.dim() > 1], weight_decay),
+                  ([p for p in reversed(params) if p.dim() <= 1], 0.0)]
         self.buckets, options = [], []
         for group, decay in groups:
             added = [Bucket(part, self.pieces, self.piece) for part in buckets(group, megabytes)]
             self.buckets += added
-            options += [{"params": [bucket.master for bucket in added], "weight_decay": decay}] if added else []
+            if added:
+                options.append({"params": [b.master for b in added], "weight_decay": decay})
         self.adam = torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), fused=True)
         self.sending, self.last, self.next = False, False, 0
         self.flying, self.skipped = collections.deque(), 0
@@ -248,7 +274,8 @@ class Optimizer:
         gradients; otherwise they are summed locally, and over ranks during the last round. Returns
         the sum of this rank's losses."""
         micros, losses = list(micros), []
-        rounds = int(over_ranks([max(1, len(micros))], self.buckets[0].flat.device, dist.ReduceOp.MAX)[0])
+        device = self.buckets[0].flat.device
+        rounds = int(over_ranks([max(1, len(micros))], device, dist.ReduceOp.MAX)[0])
         for i in range(rounds):
             self.sending, self.last, self.next = True, i == rounds - 1, 0
             for bucket in self.buckets:
@@ -267,7 +294,8 @@ class Optimizer:
     def arrived(self, bucket, param):
         """A gradient is complete: send off what is ready, in order."""
         bucket.missing -= 1
-        while self.sending and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
+        while (self.sending and self.next < len(self.buckets)
+               and self.buckets[self.next].missing == 0):
             self.send(self.buckets[self.next])
 
     def send(self, bucket):
@@ -295,11 +323,14 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr, max_norm, healthy=True):
-        """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
-        healthy is False, on all ranks alike) nothing changes and the step is counted in `skipped`."""
+        """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping.
+        If it is not finite (or healthy is False, on all ranks alike) nothing changes and the step
+        is counted in `skipped`."""
         squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
                       for bucket in self.buckets)
-        norm = math.sqrt(over_ranks([squares], squares.device)[0]) if self.shard else squares.sqrt().item()
+        norm = squares.sqrt().item()
+        if self.shard:
+            norm = math.sqrt(over_ranks([squares], squares.device)[0])
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -332,8 +363,8 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, parts):
-        """Take over the state() of all ranks of an earlier run. If their number was another one, pieces are put together and
-        cut anew. Raises ValueError if it was another model."""
+        """Take over the state() of all ranks of an earlier run. If their number was another one,
+        pieces are put together and cut anew. Raises ValueError if it was another model."""
         if [part["size"] for part in parts[0]] != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
         for i, bucket in enumerate(self.buckets):
@@ -343,7 +374,8 @@ class Optimizer:
                     piece = parts[self.piece if key != "step" else 0][i][key]
                 else:
                     whole = torch.cat([part[i][key] for part in parts])[:bucket.size]
-                    piece = F.pad(whole, (0, length * self.pieces - bucket.size))[length * self.piece:length * (self.piece + 1)]
+                    whole = F.pad(whole, (0, length * self.pieces - bucket.size))
+                    piece = whole[length * self.piece:length * (self.piece + 1)]
                 if key == "master":
                     bucket.master.data.copy_(piece)
                 else:
@@ -356,10 +388,11 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The policy: model, tokenizer, images
 
-FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}    # model_type -> processor, for servers
+# model_type -> processor, for servers
+FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
 
 def window_plan(borders):
@@ -376,7 +409,8 @@ def window_plan(borders):
     return borders.plan
 
 
-def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **unused):
+def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
+                  **unused):
     """Vision attention: all windows of one length in one batched call. query: (1, H, S, D).
     Returns ((1, S, H, D), None).
 
@@ -393,19 +427,21 @@ def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_se
     return torch.cat(out)[back].unsqueeze(0), None
 
 
-def conversations(module, query, key, value, attention_mask, scaling=None, lengths=None, spans=None, **more):
-    """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns ((B, T, H, D), None).
+def conversations(module, query, key, value, attention_mask, scaling=None, lengths=None, spans=None,
+                  **more):
+    """Text attention. query: (B, H, T, D), key and value: (B, K, S, D) with K <= H heads. Returns
+    ((B, T, H, D), None).
 
-    lengths (training): conversations of these lengths lie end to end in one row; each is a causal call of its own.
-    spans (rollouts): every slot's tokens lie end to end in one row, see evaluate.SlotCache.at. A long
-    piece needs no mask. Of short ones the H / K query heads that share a key head are laid along the
-    query axis, so that keys are neither repeated nor read twice. Without either: the library's own
-    attention.
+    lengths (training): conversations of these lengths lie end to end in one row; each is a causal
+    call of its own. spans (rollouts): every slot's tokens lie end to end in one row, see
+    evaluate.SlotCache.at. A long piece needs no mask. Of short ones the H / K query heads that
+    share a key head are laid along the query axis, so that keys are neither repeated nor read
+    twice. Without either: the library's own attention.
     """
     if lengths is not None:
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
-        out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
-                         for qkv in parts], dim=2)
+        out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling,
+                                                        enable_gqa=True) for qkv in parts], dim=2)
     elif spans is not None:
         (padded, back, parts), heads, out = spans, key.shape[1], []
         rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
@@ -414,7 +450,8 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
             if mask is None:
                 q = rows[first:last].flatten(1, 2).transpose(0, 1)[None]  # (1, H, w, D)
                 part = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling, enable_gqa=True)
+                    q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling,
+                    enable_gqa=True)
                 out.append(part[0].transpose(0, 1))  # (w, H, D)
                 continue
             q = rows[first:last].unflatten(0, (-1, width)).transpose(1, 2)  # (b, K, w, H / K, D)
@@ -424,7 +461,8 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
             out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
         return torch.cat(out)[back][None], None  # (1, N, H, D)
     else:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **more)
     return out.transpose(1, 2), None
 
 
@@ -435,7 +473,8 @@ AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate`
 
 @dataclass(eq=False)
 class Policy:
-    """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that end a turn."""
+    """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that
+    end a turn."""
     model: torch.nn.Module
     tokenizer: object
     processor: object
@@ -446,7 +485,8 @@ class Policy:
     def __post_init__(self):
         config, token = self.model.config, self.tokenizer.convert_tokens_to_ids
         self.device = next(self.model.parameters()).device
-        self.image_id, self.start_id, self.end_id = token("<|image_pad|>"), token("<|im_start|>"), token("<|im_end|>")
+        self.image_id = token("<|image_pad|>")
+        self.start_id, self.end_id = token("<|im_start|>"), token("<|im_end|>")
         self.vision_ids = (token("<|vision_start|>"), token("<|vision_end|>"))
         self.stop = {self.end_id, token("<|endoftext|>")}
         self.merge = config.vision_config.spatial_merge_size
@@ -456,11 +496,13 @@ class Policy:
         self.banned_index = torch.tensor(self.banned, device=self.device)
 
     def text(self, text):
-        """Token ids of a text; a special token written by a user or found in data is split into ordinary ones."""
+        """Token ids of a text; a special token written by a user or found in data is split into
+        ordinary ones."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def message(self, role, text, image_tokens=None):
-        """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand: text is (before, after)."""
+        """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand:
+        text is (before, after)."""
         before, after = text if isinstance(text, tuple) else (text, "")
         ids = [self.start_id, *self.text(f"{role}\n{before}")]
         if image_tokens is not None:
@@ -468,10 +510,12 @@ class Policy:
         return [*ids, *self.text(after), self.end_id, *self.text("\n")]
 
     def pixels(self, views):
-        """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in patches)."""
+        """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in
+        patches)."""
         if not views:
             return []
-        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor) for view in views]
+        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
+                 for view in views]
         out = self.processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
@@ -479,7 +523,8 @@ class Policy:
 
     def grid(self, view):
         """The grid that pixels() gives a view, without making its pixels."""
-        width, height = tools.size_for_model(*view.size, self.min_pixels, self.max_pixels, self.factor)
+        width, height = tools.size_for_model(*view.size, self.min_pixels, self.max_pixels,
+                                             self.factor)
         return 1, height * self.merge // self.factor, width * self.merge // self.factor
 
     def image_tokens(self, grid):
@@ -493,16 +538,18 @@ class Policy:
         """Ids of system prompt and question up to where the assistant begins to write."""
         system = self.system(row)
         ids = self.message("system", system) if system else []
-        return ids + self.message("user", tools.question_text(row, self.prompts), self.image_tokens(grid)) + self.assistant()
+        question = tools.question_text(row, self.prompts)
+        return ids + self.message("user", question, self.image_tokens(grid)) + self.assistant()
 
     def assistant(self):
         return [self.start_id, *self.text("assistant\n")]
 
     def reply(self, turn, turns, shown, grid=None):
-        """Ids between an assistant's stop token and its next turn: what the tool says, see tools.reply_text. grid: the
-        crop's."""
+        """Ids between an assistant's stop token and its next turn: what the tool says, see
+        tools.reply_text. grid: the crop's."""
         text = tools.reply_text(turn, turns, shown, self.prompts)
-        return self.text("\n") + self.message("user", text, grid and self.image_tokens(grid)) + self.assistant()
+        message = self.message("user", text, grid and self.image_tokens(grid))
+        return self.text("\n") + message + self.assistant()
 
 
 def check_family(path):
@@ -511,7 +558,8 @@ def check_family(path):
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise tools.InputError(f"{path}: model family '{family}' is not supported; use one of {', '.join(FAMILIES)}")
+        raise tools.InputError(f"{path}: model family '{family}' is not supported; use one of "
+                               f"{', '.join(FAMILIES)}")
     return config
 
 
@@ -525,39 +573,50 @@ def check_device(path, config, device, dtype):
 
 
 def head_size(text):
-    """Width of one attention head; Qwen3-VL's text configuration names it, Qwen2.5-VL's does not."""
+    """Width of one attention head; Qwen3-VL's text configuration names it, Qwen2.5-VL's does
+    not."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_pixels=None, hint=""):
+def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_pixels=None,
+                hint=""):
     """A policy from a local folder or hub id. Raises InputError (hint: how to make the folder)."""
     local = str(path).startswith(("checkpoints", ".", "/")) or Path(path).is_dir()
     if local and not (Path(path) / "config.json").exists():
-        raise tools.InputError(f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
+        raise tools.InputError(f"{path} holds no model"
+                               + (f"; make it with: {hint}" if hint else ""))
     try:
         check_device(path, check_family(path), device, dtype)
         parts = (AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device)),
-                 AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
+                 AutoTokenizer.from_pretrained(path),
+                 AutoImageProcessor.from_pretrained(path, backend="pil"))
     except tools.InputError:
         raise
-    except Exception as error:  # a damaged file shows as any of a dozen exceptions of several libraries
-        hint = f"; if a local folder is meant, make it with: {hint}" if hint and not Path(path).exists() else ""
-        raise tools.InputError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}{hint}") from None
+    except Exception as error:  # a damaged file shows as any of a dozen exceptions of libraries
+        reason = str(error).strip().splitlines()[0]
+        if hint and not Path(path).exists():
+            reason += f"; if a local folder is meant, make it with: {hint}"
+        raise tools.InputError(f"{path}: cannot load a model: {reason}") from None
     return make_policy(*parts, device, prompts, min_pixels, max_pixels)
 
 
 def pick_dtype(name, device):
     """torch dtype of a --dtype flag; auto: bfloat16 on a GPU, float32 on a CPU."""
-    return getattr(torch, {"cuda": "bfloat16"}.get(torch.device(device).type, "float32") if name == "auto" else name)
+    if name == "auto":
+        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def exact_norm(norm, x):
-    """RMSNorm in the precision of x; the library's own goes through float32, which would drown float64 comparisons."""
-    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+    """RMSNorm in the precision of x; the library's own goes through float32, which would drown
+    float64 comparisons."""
+    variance = x.square().mean(-1, keepdim=True)
+    return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon))
 
 
 def exact_rotary(rotate_half, q, k, cos, sin):
-    """The vision tower's rotary embedding in the precision of q, for the same reason. q, k: (S, H, D); cos, sin: (S, D)."""
+    """The vision tower's rotary embedding in the precision of q, for the same reason. q, k: (S, H,
+    D); cos, sin: (S, D)."""
     cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -568,9 +627,11 @@ def embed_patches(conv, patches):
     return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
 
 
-def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None, max_pixels=None):
+def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=None,
+                max_pixels=None):
     """Put the parts together; pixel limits default to the image processor's own."""
-    model.set_attn_implementation({"text_config": "conversations", "vision_config": "windows_flash"})
+    model.set_attn_implementation({"text_config": "conversations",
+                                   "vision_config": "windows_flash"})
     model.to(device)
     model.requires_grad_(True)
     embed = model.model.visual.patch_embed
@@ -581,21 +642,24 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(exact_norm, module)
-    smallest, largest = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+    smallest = min_pixels or processor.size["shortest_edge"]
+    largest = max_pixels or processor.size["longest_edge"]
     if smallest > largest:
         raise tools.InputError(f"--min_pixels {smallest} is above --max_pixels {largest}")
     policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS), smallest, largest)
-    model.generation_config.suppress_tokens = policy.banned  # a served copy must not write image placeholders either
+    # a served copy must not write image placeholders either
+    model.generation_config.suppress_tokens = policy.banned
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # From a conversation to tensors
 
 
 @dataclass
 class Sequence:
-    """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images: (patches, grid)."""
+    """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images:
+    (patches, grid)."""
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     images: list = field(default_factory=list)
@@ -607,7 +671,8 @@ class Sequence:
 
 
 def encode(policy, row, root):
-    """Trajectory row -> Sequence. root: folder that image paths are relative to. Raises InputError."""
+    """Trajectory row -> Sequence. root: folder that image paths are relative to. Raises
+    InputError."""
     views = tools.replay(row, tools.open_image(Path(root) / row["image"]))
     images, shown = policy.pixels(views), 1
     sequence = Sequence()
@@ -623,14 +688,16 @@ def encode(policy, row, root):
 
 
 def positions(ids, grids, image_id, merge, start=0):
-    """M-RoPE positions (Qwen2-VL paper, section 2.1) of a piece of a conversation that begins at position `start`.
+    """M-RoPE positions (Qwen2-VL paper, section 2.1) of a piece of a conversation that begins at
+    position `start`.
 
-    Text advances all three axes by one. An image of h x w merged tokens takes t = p, height = p + row, width = p + col,
-    and the text after it goes on at p + max(h, w). Returns ((3, T) long, next position).
+    Text advances all three axes by one. An image of h x w merged tokens takes t = p, height = p +
+    row, width = p + col, and the text after it goes on at p + max(h, w). Returns ((3, T) long, next
+    position).
     """
     columns, i, p = [], 0, start
     for _, h, w in grids:
-        text = ids.index(image_id, i) - i                                      # tokens before the image
+        text = ids.index(image_id, i) - i  # tokens before the image
         columns.append(torch.arange(p, p + text).expand(3, -1))
         h, w, i, p = h // merge, w // merge, i + text + h * w // merge**2, p + text
         cell = torch.arange(h * w)
@@ -641,21 +708,25 @@ def positions(ids, grids, image_id, merge, start=0):
 
 
 def collate(policy, sequences):
-    """Several Sequences end to end as one row: input_ids (1, T), position_ids (3, 1, T), lengths (a list), written (the
-    places of the N tokens that the policy wrote), images."""
-    where = [positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0] for s in sequences]   # (3, length)
+    """Several Sequences end to end as one row: input_ids (1, T), position_ids (3, 1, T), lengths (a
+    list), written (the places of the N tokens that the policy wrote), images."""
+    where = [positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
+             for s in sequences]  # (3, length)
+    written = torch.tensor([written for s in sequences for written in s.mask])
     batch = {"input_ids": torch.tensor([[token for s in sequences for token in s.ids]]),
-             "written": torch.tensor([written for s in sequences for written in s.mask]).nonzero()[:, 0],       # (N,)
+             "written": written.nonzero()[:, 0],  # (N,)
              "position_ids": torch.cat(where, dim=1)[:, None]}
     images = [image for s in sequences for image in s.images]
     if images:
-        batch["pixel_values"] = torch.cat([patches for patches, _ in images])         # (sum of patches, C)
-        batch["image_grid_thw"] = torch.tensor([grid for _, grid in images])          # (images, 3)
-    return {"lengths": [len(s.ids) for s in sequences], **{name: tensor.to(policy.device) for name, tensor in batch.items()}}
+        batch["pixel_values"] = torch.cat([patches for patches, _ in images])  # (sum of patches, C)
+        batch["image_grid_thw"] = torch.tensor([grid for _, grid in images])  # (images, 3)
+    batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
+    return {"lengths": [len(s.ids) for s in sequences], **batch}
 
 
 def micro_batches(sequences, tokens):
-    """Cut a list into batches of at most `tokens` tokens. A sequence longer than that goes alone."""
+    """Cut a list into batches of at most `tokens` tokens. A sequence longer than that goes
+    alone."""
     batch, size = [], 0
     for sequence in sequences:
         if batch and size + len(sequence.ids) > tokens:
@@ -671,39 +742,42 @@ def one_ahead(function, items):
     """function(item) of each item in turn; the next one is computed in a thread meanwhile."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
-        ahead = collections.deque(thread.submit(function, item) for item in itertools.islice(items, 1))
+        ahead = [thread.submit(function, item) for item in itertools.islice(items, 1)]
         while ahead:
-            result = ahead.popleft().result()
-            ahead.extend(thread.submit(function, item) for item in itertools.islice(items, 1))
+            result = ahead[0].result()
+            ahead = [thread.submit(function, item) for item in itertools.islice(items, 1)]
             yield result
 
 
 def project(policy, hidden):
-    """Log-probabilities over the vocabulary, in at least float32, without the banned ids. (N, D) -> (N, V)."""
+    """Log-probabilities over the vocabulary, in at least float32, without the banned ids. (N, D) ->
+    (N, V)."""
     logits = policy.model.lm_head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.index_fill(-1, policy.banned_index, -math.inf).log_softmax(-1)
 
 
 def token_logprobs(policy, batch, chunk=4096):
-    """Log-probability of every token the policy wrote, given all before it: (N,), in the order of batch["written"].
+    """Log-probability of every token the policy wrote, given all before it: (N,), in the order of
+    batch["written"].
 
-    The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in backward: with 152k ids and
-    32k tokens the logits would otherwise be the largest tensor by far.
+    The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in
+    backward: with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far.
     """
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "lengths", "pixel_values", "image_grid_thw") if k in batch}
+    inputs = {name: value for name, value in batch.items() if name != "written"}
     hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]         # (T, D)
-    hidden, targets = hidden[batch["written"] - 1], batch["input_ids"][0, batch["written"]]     # token t is predicted at t - 1
+    # token t is predicted at t - 1
+    hidden, targets = hidden[batch["written"] - 1], batch["input_ids"][0, batch["written"]]
 
     def score(h, t):
-        return project(policy, h).gather(-1, t[:, None])[:, 0]                          # (n, V) -> (n,)
+        return project(policy, h).gather(-1, t[:, None])[:, 0]  # (n, V) -> (n,)
 
     parts = [checkpoint(score, h, t, use_reentrant=False) if len(targets) > chunk else score(h, t)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     return torch.cat(parts) if parts else hidden.sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Optimizer and checkpoints
 
 
@@ -722,36 +796,42 @@ def learning_rate(step, total, peak, warmup):
 
 
 def save_state(out, optimizer, step, keep=2):
-    """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once; when all are on the disk, rank 0
-    names the step in latest.json, and older steps go, but for the last `keep`. A kill at any moment leaves a whole state."""
+    """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once;
+    when all are on the disk, rank 0 names the step in latest.json, and older steps go, but for the
+    last `keep`. A kill at any moment leaves a whole state."""
     rank, folder = my_rank(), Path(out) / "state" / f"step_{step:07d}"
     if rank < optimizer.pieces:
         state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
         try:
             tools.write_atomic(folder / f"{rank}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:  # torch reports a full disk this way
-            raise tools.InputError(f"cannot save to {folder}, perhaps the disk is full ({str(error).splitlines()[0]}); free "
-                                   "space and go on with --resume: what was saved before is untouched") from None
+            reason = str(error).splitlines()[0]
+            raise tools.InputError(
+                f"cannot save to {folder}, perhaps the disk is full ({reason}); free space and go "
+                "on with --resume: what was saved before is untouched") from None
     barrier()
     if rank == 0:
         facts = {"step": step, "pieces": optimizer.pieces, "world": world_size()}
-        tools.write_atomic(folder.parent / "latest.json", lambda file: file.write(json.dumps(facts).encode()))
-        for old in sorted(path for path in folder.parent.glob("step_*") if path != folder)[:-keep + 1 or None]:
+        tools.write_atomic(folder.parent / "latest.json",
+                           lambda file: file.write(json.dumps(facts).encode()))
+        others = sorted(path for path in folder.parent.glob("step_*") if path != folder)
+        for old in others[:-keep + 1 or None]:
             shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
 def load_state(out, optimizer, resume, total):
-    """Continue from the last state that is complete. Returns its step, 0 if there is none. Without `resume` the run starts anew,
-    and an older run's state is set aside, so that a later --resume cannot mix the two; a worker restarted by torchrun
-    --max_restarts always resumes. Raises InputError if a file is unreadable or beyond the `total` steps of this run."""
+    """Continue from the last state that is complete. Returns its step, 0 if there is none. Without
+    `resume` the run starts anew, and an older run's state is set aside, so that a later --resume
+    cannot mix the two; a worker restarted by torchrun --max_restarts always resumes. Raises
+    InputError if a file is unreadable or beyond the `total` steps of this run."""
     folder, rank = Path(out) / "state", my_rank()
     if not resume and attempt[-1] == 1:
         if folder.exists() and rank == 0:
             shutil.rmtree(folder.with_name("old_state"), ignore_errors=True)
             os.replace(folder, folder.with_name("old_state"))
-            print(f"starting anew; the checkpoints of an earlier run are set aside in {out}/old_state "
-                  "(to go on with it: --resume)", flush=True)
+            print(f"starting anew; the checkpoints of an earlier run are set aside in "
+                  f"{out}/old_state (to go on with it: --resume)", flush=True)
         barrier()
         return 0
     path = folder / "latest.json"
@@ -760,22 +840,27 @@ def load_state(out, optimizer, resume, total):
     try:
         facts = json.loads(path.read_text())
         path = folder / f"step_{facts['step']:07d}"
-        parts = [torch.load(path / f"{i}.pt", map_location="cpu", weights_only=True, mmap=True) for i in range(facts["pieces"])]
+        parts = [torch.load(path / f"{i}.pt", map_location="cpu", weights_only=True, mmap=True)
+                 for i in range(facts["pieces"])]
         torch.set_rng_state(parts[min(rank, len(parts) - 1)]["rng"])
         optimizer.load([part["optimizer"] for part in parts])
     except Exception as error:  # a damaged or foreign file shows as any of a dozen exceptions
         reason = str(error).strip().splitlines()[0]
-        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start over") from None
+        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start "
+                               "over") from None
     if facts["step"] > total:
-        raise tools.InputError(f"{path} is at step {facts['step']}, beyond the {total} steps of this run; ask for more steps")
+        raise tools.InputError(f"{path} is at step {facts['step']}, beyond the {total} steps of "
+                               "this run; ask for more steps")
     if facts["world"] != world_size() and rank == 0:
-        print(f"{path} was saved by {facts['world']} processes, now there are {world_size()}: the run goes on with the same "
-              "data and order, but equals the uninterrupted one only within rounding", flush=True)
+        print(f"{path} was saved by {facts['world']} processes, now there are {world_size()}: the "
+              "run goes on with the same data and order, but equals the uninterrupted one only "
+              "within rounding", flush=True)
     return facts["step"]
 
 
 def open_log(out, step):
-    """metrics.jsonl for appending; lines after `step`, written by a run that was killed before its next checkpoint, go."""
+    """metrics.jsonl for appending; lines after `step`, written by a run that was killed before its
+    next checkpoint, go."""
     path = Path(out) / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1][:step] if path.exists() else []
     tools.write_atomic(path, lambda file: file.writelines(line + b"\n" for line in lines))
@@ -783,11 +868,13 @@ def open_log(out, step):
 
 
 def export(policy, out):
-    """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights last."""
+    """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights
+    last."""
     if my_rank() != 0:
         return
     out, aside = Path(out), Path(out) / ".export"
-    policy.processor.size["shortest_edge"], policy.processor.size["longest_edge"] = policy.min_pixels, policy.max_pixels
+    policy.processor.size["shortest_edge"] = policy.min_pixels
+    policy.processor.size["longest_edge"] = policy.max_pixels
     shutil.rmtree(aside, ignore_errors=True)
     try:
         policy.model.save_pretrained(aside)
@@ -795,7 +882,8 @@ def export(policy, out):
         policy.processor.save_pretrained(aside)
     except Exception as error:  # safetensors has exceptions of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free disk space") from None
+        raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free "
+                               "disk space") from None
     server = {"processor_class": FAMILIES[policy.model.config.model_type]}
     (aside / "processor_config.json").write_text(json.dumps(server, indent=2) + "\n")
     for path in sorted(aside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
@@ -804,12 +892,13 @@ def export(policy, out):
     aside.rmdir()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Training
 
 
 def step_rows(rows, step, batch, seed):
-    """Rows of one global batch. Epochs follow one another, each shuffled by (seed, epoch); nothing else decides."""
+    """Rows of one global batch. Epochs follow one another, each shuffled by (seed, epoch); nothing
+    else decides."""
     picked = []
     for i in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(i, len(rows))
@@ -820,7 +909,8 @@ def step_rows(rows, step, batch, seed):
 
 
 def load_batch(policy, rows, root, args, rank, world, step):
-    """This rank's share of a step's batch as Sequences; long conversations are shared out evenly."""
+    """This rank's share of a step's batch as Sequences; long conversations are shared out
+    evenly."""
     batch = sorted(step_rows(rows, step, args.batch, args.seed), key=lambda row: len(row["turns"]))
     return [encode(policy, row, root) for row in batch[rank::world]]
 
@@ -843,11 +933,12 @@ def enable_checkpointing(model):
 
 
 def start_training(policy, args, freeze_vision, total):
-    """What every trainer does first: the same weights on all ranks, an optimizer, the state of an earlier run. Returns
-    (optimizer, steps done before)."""
+    """What every trainer does first: the same weights on all ranks, an optimizer, the state of an
+    earlier run. Returns (optimizer, steps done before)."""
     heed_sigterm()
     broadcast_weights(policy.model)
-    optimizer = Optimizer(trainable(policy, freeze_vision), args.lr, args.weight_decay, args.shard_optimizer)
+    optimizer = Optimizer(trainable(policy, freeze_vision), args.lr, args.weight_decay,
+                          args.shard_optimizer)
     if args.checkpointing:
         enable_checkpointing(policy.model)
     policy.model.train()
@@ -855,18 +946,22 @@ def start_training(policy, args, freeze_vision, total):
 
 
 def end_step(args, optimizer, done, total, device):
-    """What every trainer does after `done` steps: save where that is due. Returns whether the run must stop, because a rank has
-    received SIGTERM. Raises InputError after too many steps in a row without a finite loss and gradient (all ranks count alike).
+    """What every trainer does after `done` steps: save where that is due. Returns whether the run
+    must stop, because a rank has received SIGTERM. Raises InputError after too many steps in a row
+    without a finite loss and gradient (all ranks count alike).
     """
     if optimizer.skipped >= MAX_SKIPPED:
-        raise tools.InputError(f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times in a row (these steps were "
-                               "skipped); lower --lr and start again, or go on from the last checkpoint with --resume")
+        raise tools.InputError(f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times "
+                               "in a row (these steps were skipped); lower --lr and start again, "
+                               "or go on from the last checkpoint with --resume")
     stop = asked_to_stop(device)
-    due = done % args.save_every == 0 and not optimizer.skipped     # weights may be broken: keep the older ones
+    # after skipped steps weights may be broken: keep the older ones
+    due = done % args.save_every == 0 and not optimizer.skipped
     if stop or due or done == total:
         save_state(args.out, optimizer, done, args.keep)
     if stop and my_rank() == 0:
-        print(f"stopped after step {done}, as asked to: go on with --resume ({args.out})", flush=True)
+        print(f"stopped after step {done}, as asked to: go on with --resume ({args.out})",
+              flush=True)
     return stop
 
 
@@ -891,7 +986,8 @@ def train_step(policy, optimizer, sequences, lr, args):
 
 
 def train(policy, rows, root, args, rank, world):
-    """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log -> save."""
+    """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log ->
+    save."""
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
     freeze = args.model != "tiny" if args.freeze_vision is None else args.freeze_vision
     optimizer, start = start_training(policy, args, freeze, total)
@@ -899,17 +995,19 @@ def train(policy, rows, root, args, rank, world):
     bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
                          desc=f"sft {args.out.name}")
     # images of the next batch are opened and cut while the model trains on this one
-    batches = one_ahead(partial(load_batch, policy, rows, root, args, rank, world), range(start, total))
+    batches = one_ahead(partial(load_batch, policy, rows, root, args, rank, world),
+                        range(start, total))
     for step, sequences in zip(bar, batches):
         lr = learning_rate(step, total, args.lr, args.warmup)
         longest = max((len(s.ids) for s in sequences), default=0)
         if longest > args.max_tokens:
-            raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens {args.max_tokens}: raise it, "
-                                   "lower --max_pixels, or remove the longest rows")
+            raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens "
+                                   f"{args.max_tokens}: raise it, lower --max_pixels, or remove "
+                                   "the longest rows")
         loss, norm, count = train_step(policy, optimizer, sequences, lr, args)
         if rank == 0:
-            log.write(tools.json_line({"step": step + 1, "loss": finite(loss), "grad_norm": finite(norm), "lr": lr,
-                                       "tokens": count}))
+            log.write(tools.json_line({"step": step + 1, "loss": finite(loss),
+                                       "grad_norm": finite(norm), "lr": lr, "tokens": count}))
             log.flush()
             bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}", refresh=False)
         if end_step(args, optimizer, step + 1, total, policy.device):
@@ -919,63 +1017,76 @@ def train(policy, rows, root, args, rank, world):
 
 def add_policy_flags(group):
     """The flags of every stage that loads a policy."""
-    group.add_argument("--prompts", type=Path, help="JSON file with other system, question, observation and error texts")
-    group.add_argument("--min_pixels", type=int, help="smallest view shown to the model (default: the model's own)")
-    group.add_argument("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
-                       help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
+    add = group.add_argument
+    add("--prompts", type=Path,
+        help="JSON file with other system, question, observation and error texts")
+    add("--min_pixels", type=int,
+        help="smallest view shown to the model (default: the model's own)")
+    add("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
+        help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
 
 
 def add_optimizer_flags(group, weight_decay):
     """The flags that start_training and Optimizer read, of every trainer."""
-    group.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
-    group.add_argument("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
-    group.add_argument("--shard_optimizer", action="store_true", help="each process keeps gradients, float32 weights and moments "
-                       "of its own share of the model only")
-    group.add_argument("--checkpointing", action="store_true", help="recompute activations in backward to save memory")
+    add = group.add_argument
+    add("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
+    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    add("--shard_optimizer", action="store_true",
+        help="each process keeps gradients, float32 weights and moments of its own share of the "
+             "model only")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in backward to save memory")
 
 
 def add_checkpoint_flags(group, save_every):
     """The flags that start_training and end_step read, of every trainer."""
-    group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints")
-    group.add_argument("--keep", type=int, default=2, help="how many checkpoints are kept")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out/state where there is one")
+    add = group.add_argument
+    add("--save_every", type=int, default=save_every, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="how many checkpoints are kept")
+    add("--resume", action="store_true",
+        help="go on from the last checkpoint in --out/state where there is one")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Supervised fine-tuning on conversations.")
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", default="checkpoints/base", help="'tiny' (random weights), a local folder, or a hub id")
-    group.add_argument("--data", type=Path, default=Path("data/coldstart.jsonl"), help="trajectory rows")
-    group.add_argument("--out", type=Path, default=Path("checkpoints/sft"), help="folder for the trained model")
+    add = group.add_argument
+    add("--model", default="checkpoints/base",
+        help="'tiny' (random weights), a local folder, or a hub id")
+    add("--data", type=Path, default=Path("data/coldstart.jsonl"), help="trajectory rows")
+    add("--out", type=Path, default=Path("checkpoints/sft"), help="folder for the trained model")
     add_policy_flags(group)
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, default=1.5, help="passes over the data")
-    group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    group.add_argument("--batch", type=int, default=8, help="conversations per step, over all processes")
-    group.add_argument("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
-    group.add_argument("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
-    group.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
-    group.add_argument("--aggregation", default="token", choices=["token", "response"],
-                       help="the loss is a mean over all tokens, or over each conversation's mean")
-    group.add_argument("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
-    group.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
-                       help="do not train the vision tower and its projector (default, as in the paper, but for --model tiny)")
+    add = group.add_argument
+    add("--epochs", type=float, default=1.5, help="passes over the data")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--batch", type=int, default=8, help="conversations per step, over all processes")
+    add("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
+    add("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
+    add("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
+    add("--aggregation", default="token", choices=["token", "response"],
+        help="the loss is a mean over all tokens, or over each conversation's mean")
+    add("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
+    add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
+        help="do not train the vision tower and its projector (default, as in the paper, but for "
+             "--model tiny)")
     add_optimizer_flags(group, weight_decay=0.01)
-    group.add_argument("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
+    add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     group = parser.add_argument_group("checkpoints")
     add_checkpoint_flags(group, save_every=200)
     args = parser.parse_args()
-    tools.check_flags(args, ("batch", "tokens", "max_tokens", "save_every", "keep", "epochs", "steps", "lr", "max_norm",
-                             "min_pixels", "max_pixels"), ("seed", "weight_decay", "warmup"))
+    tools.check_flags(args, ("batch", "tokens", "max_tokens", "save_every", "keep", "epochs",
+                             "steps", "lr", "max_norm", "min_pixels", "max_pixels"),
+                      ("seed", "weight_decay", "warmup"))
     return args
 
 
 def main():
     args = parse_args()
     rank, world, device = setup_distributed()
-    hint = "python build_data.py" if args.data.name == "instruct.jsonl" else "python collect_coldstart.py"
-    rows = tools.read_jsonl(args.data, tools.check_trajectory, hint)
+    stage = "build_data.py" if args.data.name == "instruct.jsonl" else "collect_coldstart.py"
+    rows = tools.read_jsonl(args.data, tools.check_trajectory, f"python {stage}")
     if not rows:
         raise tools.InputError(f"{args.data} has no rows")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -983,14 +1094,16 @@ def main():
     if args.model == "tiny":
         model, tokenizer, processor = build_tiny(project_texts(rows), args.seed)
         model.to(pick_dtype(args.dtype, device))
-        policy = make_policy(model, tokenizer, processor, device, prompts, args.min_pixels, args.max_pixels)
+        policy = make_policy(model, tokenizer, processor, device, prompts, args.min_pixels,
+                             args.max_pixels)
     else:
-        policy = load_policy(args.model, device, args.dtype, prompts, args.min_pixels, args.max_pixels,
-                             "python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base")
+        hint = "python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base"
+        policy = load_policy(args.model, device, args.dtype, prompts, args.min_pixels,
+                             args.max_pixels, hint)
     if rank == 0:
         millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
-        print(f"{args.model}: {millions:.1f} M parameters, vocabulary {len(policy.tokenizer)}; {len(rows)} conversations; "
-              f"{world} process(es) on {device.type}", flush=True)
+        print(f"{args.model}: {millions:.1f} M parameters, vocabulary {len(policy.tokenizer)}; "
+              f"{len(rows)} conversations; {world} process(es) on {device.type}", flush=True)
     train(policy, rows, args.data.parent, args, rank, world)
     close_distributed()
 

@@ -575,21 +575,38 @@ def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, tmp
     assert len(mine) <= 2 and all("error: " in line or "another process has ended" in line for line in mine)
 
 
+def two_nodes(args, *agent):
+    """Start a stage under two torchrun agents that meet over loopback, one process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *agent,
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", str(ROOT / args[0]), *map(str, args[1:])]
+    return [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL) for _ in range(2)]
+
+
 def test_two_nodes_equal_one(trained_folder, world, tmp_path):
     """Two torchrun agents that meet over loopback, one process each, against one agent with two processes: to 1e-10 in
     float64, since an agent gives its only process both cores, and two threads add up in another order than one."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 3,
               "--shard_optimizer"]
     run_script(*common, "--out", tmp_path / "one", nproc=2)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=localhost:{port}", str(ROOT / "sft.py"), *map(str, common[1:]), "--out", str(tmp_path / "two")]
-    nodes = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) for _ in range(2)]
+    nodes = two_nodes([*common, "--out", tmp_path / "two"])
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+
+
+def test_a_worker_killed_on_the_second_node_is_restarted(trained_folder, world, tmp_path):
+    """Its agent counts a restart, the other one may not: all meet again nevertheless, and go on."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--save_every", 1, "--steps", 8, "--out", tmp_path / "o"]
+    nodes = two_nodes(common, "--max_restarts=2")
+    wait_for_steps(nodes[0], tmp_path / "o", 3)
+    os.kill(crash.processes(nodes[1].pid)[-1], signal.SIGKILL)
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    lines = (tmp_path / "o/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("aggregation", ["token", "response"])
