@@ -59,7 +59,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import tools
-from tools import PHRASES, PLACES
+from tools import PHRASES, PLACES, need
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
            "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
@@ -461,13 +461,6 @@ def project_texts(data):
 
 # --------------------------------------------------------------------------------------------------
 # Published data sets: reading
-
-
-def need(condition, message):
-    """Raises InputError unless the condition holds. About a row the message names no row: it is a
-    reason to skip it, and reasons are counted."""
-    if not condition:
-        raise tools.InputError(message)
 
 
 def records(path, columns=None):

@@ -327,26 +327,29 @@ def _solve(job, **settings):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.")
-    flag = parser.add_argument
-    flag("--data", type=Path, default=Path("data/train.jsonl"),
-         help="questions (scripted: with their layout)")
-    flag("--out", type=Path, default=Path("data/coldstart.jsonl"),
-         help="trajectories; in the folder of --data, since image paths are relative to it")
-    flag("--teacher", default="scripted", help="who solves the questions: 'scripted', or the URL "
-         "of an OpenAI-compatible server (its key in the environment variable TEACHER_API_KEY)")
-    flag("--prompts", type=Path, help="JSON file with other system, question, observation and "
-         "error texts; the system text is stored in the rows")
-    flag("--max_turns", type=int, default=32, help="longer solutions are counted and left out")
-    flag("--limit", type=int, help="use only the first questions")
-    flag("--workers", type=int, default=os.cpu_count(), help="processes of the scripted teacher")
-    flag("--seed", type=int, default=0, help="patterns and the teacher's choices")
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/train.jsonl"),
+        help="questions (scripted: with their layout)")
+    add("--out", type=Path, default=Path("data/coldstart.jsonl"),
+        help="trajectories; in the folder of --data, since image paths are relative to it")
+    add("--teacher", default="scripted", help="who solves the questions: 'scripted', or the URL "
+        "of an OpenAI-compatible server (its key in the environment variable TEACHER_API_KEY)")
+    add("--prompts", type=Path, help="JSON file with other system, question, observation and "
+        "error texts; the system text is stored in the rows")
+    add("--max_turns", type=int, default=32, help="longer solutions are counted and left out")
+    add("--limit", type=int, help="use only the first questions")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of the scripted teacher")
+    add("--seed", type=int, default=0, help="patterns and the teacher's choices")
     group = parser.add_argument_group("a served teacher (--teacher URL)")
-    flag = group.add_argument
-    flag("--teacher_model", help="name of the model on that server")
-    flag("--exemplars", type=Path, help="trajectory rows that are shown first (default: six drawn)")
-    flag("--requests", type=int, default=8, help="questions that are played at once")
-    flag("--max_turn_tokens", type=int, default=1024, help="a longer turn ends as void")
-    tools.add_picture_flags(group)
+    add = group.add_argument
+    add("--teacher_model", help="name of the model on that server")
+    add("--exemplars", type=Path, help="trajectory rows that are shown first (default: six drawn)")
+    add("--requests", type=int, default=8, help="questions that are played at once")
+    add("--max_turn_tokens", type=int, default=1024, help="a longer turn ends as void")
+    add("--min_pixels", type=int, default=40_000, help="smallest picture sent")
+    add("--max_pixels", type=int, default=2_000_000, help="largest picture sent")
+    add("--image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
+        "server, in bytes; larger ones become JPEG, and smaller")
     args = parser.parse_args()
     tools.check_flags(args, ("requests", "max_turn_tokens", "min_pixels", "max_pixels",
                              "image_bytes", "workers", "max_turns", "limit"), ("seed",))

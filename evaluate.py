@@ -50,7 +50,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import sft
@@ -59,13 +58,14 @@ import tools
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
 FINISHES = ["answer", "void", "over_turn", "over_context"]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The rollout engine
 
 
 @dataclass
 class Limits:
-    """What ends a conversation. Turns and images are counts (the original is an image); tokens are per turn and in all."""
+    """What ends a conversation. Turns and images are counts (the original is an image); tokens are
+    per turn and in all."""
     max_turns: int = 32
     max_images: int = 32
     max_turn_tokens: int = 96
@@ -74,12 +74,13 @@ class Limits:
 
 @dataclass
 class Rollout(sft.Sequence):
-    """One conversation while it is played and after. logprobs: one number per token the policy wrote, in order.
+    """One conversation while it is played and after. logprobs: one number per token the policy
+    wrote, in order.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
     an observation that was appended but not fed yet (a future, since it is cut into patches in the
-    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for the
-    n-th token that the policy writes, however often that token is drawn.
+    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for
+    the n-th token that the policy writes, however often that token is drawn.
     """
     row: dict = None
     system: str = ""
@@ -102,7 +103,7 @@ class Rollout(sft.Sequence):
     job: tuple = None
 
     def uniform(self, count):
-        """Random numbers for the next `count` tokens: float32 from 0 to 1, the last one excluded."""
+        """Random numbers for the next `count` tokens: float32 from 0 to 1, 1 excluded."""
         at = len(self.logprobs)
         while len(self.numbers) < at + count:
             self.numbers += self.random.random(64, dtype=np.float32).tolist()
@@ -110,19 +111,21 @@ class Rollout(sft.Sequence):
 
     def as_row(self):
         """The trajectory row that is written to JSONL."""
-        return {**tools.without_layout(self.row), "system": self.system, "turns": self.turns, "finish": self.finish,
-                "prediction": self.prediction, "reward": self.reward, "teacher": "policy", "sample": self.sample}
+        return {**tools.without_layout(self.row), "system": self.system, "turns": self.turns,
+                "finish": self.finish, "prediction": self.prediction, "reward": self.reward,
+                "teacher": "policy", "sample": self.sample}
 
     def score(self, judge=None):
-        """Reward 1 if the answer is right, else 0. Where words alone cannot tell: the judge's verdict, a Future for now."""
+        """Reward 1 if the answer is right, else 0. Where words alone cannot tell: the judge's
+        verdict, a Future for now."""
         options = self.row.get("options")
         self.reward = float(tools.match_answer(self.prediction, self.row["answer"], options))
         if judge is not None and not self.reward and not tools.decided(self.prediction, options):
             self.reward = judge.submit(self.row["question"], self.row["answer"], self.prediction)
 
     def with_images(self, policy):
-        """A copy with all images that were seen, cut again: kept, they would make memory grow with the
-        number of rollouts."""
+        """A copy with all images that were seen, cut again: kept, they would make memory grow with
+        the number of rollouts."""
         image, shown = open_shown(policy, Path(self.root) / self.row["image"])
         views = tools.replay(self.as_row(), image)
         return replace(self, images=[shown, *policy.pixels(views[1:])])
@@ -169,14 +172,14 @@ def to_device(device, *arrays):
 
 
 class SlotCache:
-    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with the
-    longest conversation.
+    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with
+    the longest conversation.
 
     The model calls update() in every layer; the engine says beforehand, with at(), which slots and
     columns are written. Nothing is ever erased: a column is written anew, by a token that is kept,
-    before any query may see it. What is attended to is cut into spans of neighbouring slots, so that
-    nothing is copied and a short conversation is not charged for the longest one. The engine keeps
-    conversations of similar length together.
+    before any query may see it. What is attended to is cut into spans of neighbouring slots, so
+    that nothing is copied and a short conversation is not charged for the longest one. The engine
+    keeps conversations of similar length together.
     """
 
     def __init__(self, config, slots, dtype, device, longest):
@@ -189,12 +192,18 @@ class SlotCache:
                        for _ in range(config.num_hidden_layers)]
 
     def at(self, slots, fed, pieces, device):
-        """Next forward: pieces[i] new tokens behind fed[i] old ones in slots[i], all N of them end to
-        end in one row; slots are neighbours. Returns what sft.conversations needs:
+        """Next forward: pieces[i] new tokens behind fed[i] old ones in slots[i], all N of them end
+        to end in one row; slots are neighbours. Returns what sft.attend_slots needs:
         padded (P,): which token stands where if pieces are padded to the longest of their span,
         back (N,): where among these P places the tokens are,
-        spans: (first place, last place, width), slots, columns in use, mask (b, 1, w * H / K, length)
-        or, of a LONG piece, None: the mask of a large model's prompt would take gigabytes.
+        spans: (first place, last place, width), slots, columns in use, and a mask
+        (b, 1, w * H / K, length) or, of a LONG piece, None: a large model's would take gigabytes.
+
+        Two slots with 5 and 6 old tokens and pieces of 1 and 2, in one span, N = 3 and P = 4:
+            token           0   1   2
+            place       0   1   2   3       place 1 is padding
+            padded      0   0   1   2       back = 0, 2, 3
+            last seen   5   6   6   7       a query sees the columns up to its own
         """
         slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
         self.grow((fed + pieces).max())
@@ -203,11 +212,11 @@ class SlotCache:
         cuts, widths = list(neighbours(pieces.tolist())), np.zeros_like(pieces)
         for first, last in cuts:
             widths[first:last] = pieces[first:last].max()
-        owner, offset = count_off(widths)  # (P,) each
-        real, padded = offset < pieces[owner], np.zeros_like(owner)
-        padded[real] = np.arange(real.sum())
+        slot, offset = count_off(widths)  # of every place: (P,) each
+        real, padded = offset < pieces[slot], np.zeros_like(slot)
+        padded[real] = np.arange(len(owner))  # a place of padding repeats the first token
         # a place has a row for each of the H / K queries that share a key head
-        seen = np.repeat(fed[owner] + offset, self.share)
+        seen = np.repeat(fed[slot] + offset, self.share)
         self.where, padded, back, seen = to_device(device, where, padded, real.nonzero()[0], seen)
         keys = torch.arange((fed + pieces).max(), device=device)
         zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
@@ -218,7 +227,8 @@ class SlotCache:
             if width <= LONG:
                 rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
                 mask = torch.where(keys[:length] > rows, -math.inf, zero)
-            spans.append(((place, end, width), slice(slots[first], slots[last - 1] + 1), length, mask))
+            both = slice(slots[first], slots[last - 1] + 1)
+            spans.append(((place, end, width), both, length, mask))
             place = end
         return padded, back, spans
 
@@ -248,9 +258,9 @@ class SlotCache:
 
 
 class Drafts:
-    """What the policy tends to write: for every n-gram of a conversation, one guess at what it writes
-    next, and how often that was right lately. Whatever is in here, conversations are the same: a bad
-    guess only costs time (see Engine.keep)."""
+    """What the policy tends to write: for every n-gram of a conversation, one guess at what it
+    writes next, and how often that was right lately. Whatever is in here, conversations are the
+    same: a bad guess only costs time (see Engine.keep)."""
 
     def __init__(self, ngrams=(3, 6), most=200_000):
         self.ngrams, self.most, self.guesses = ngrams, most, {}
@@ -301,8 +311,8 @@ def drafting(counts):
 
 
 class Engine:
-    """Plays (row, prompt, sample) jobs to the end: fill the slots -> draft -> feed -> draw -> keep what
-    agrees with the draft -> step the tool."""
+    """Plays (row, prompt, sample) jobs to the end: fill the slots -> draft -> feed -> draw -> keep
+    what agrees with the draft -> step the tool."""
 
     def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=4):
         self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
@@ -316,9 +326,9 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, rows, samples, root, prompts=None, bar=None):
-        """Play every row `samples` times. prompts: a number per row that enters its random stream (default: its index).
-        root: folder of the images, or one per row. Returns Rollouts ordered by row, then sample. Raises InputError if a prompt
-        does not fit in max_context."""
+        """Play every row `samples` times. prompts: a number per row that enters its random stream
+        (default: its index). root: folder of the images, or one per row. Returns Rollouts ordered
+        by row, then sample. Raises InputError if a prompt does not fit in max_context."""
         prompts = list(range(len(rows))) if prompts is None else prompts
         self.queue = collections.deque((i, s) for i in range(len(rows)) for s in range(samples))
         self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
@@ -327,8 +337,9 @@ class Engine:
         self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
         count = min(self.max_slots, len(self.queue))
         if self.cache is None or self.cache.slots < count:
-            self.cache = SlotCache(self.policy.model.config.text_config, count, self.policy.model.dtype, self.policy.device,
-                                   self.limits.max_context)
+            model = self.policy.model
+            self.cache = SlotCache(model.config.text_config, count, model.dtype,
+                                   self.policy.device, self.limits.max_context)
         training, _ = self.policy.model.training, self.policy.model.eval()
         while self.queue and len(self.slots) < self.max_slots:
             self.slots.append(None)
@@ -340,22 +351,22 @@ class Engine:
 
     def load(self, i):
         """Question i's image and the copy that the model sees."""
-        image = tools.open_image(Path(self.roots[i]) / self.rows[i]["image"])
-        return image, self.policy.pixels([image])[0]
+        return open_shown(self.policy, Path(self.roots[i]) / self.rows[i]["image"])
 
     def start(self, slot):
-        """Put the next job into a slot. The prompt is encoded by the first sample of a question; the others copy its keys
-        and values. The prompt's last token stays pending, so that the first draw is like every other."""
+        """Put the next job into a slot. The prompt is encoded by the first sample of a question;
+        the others copy its keys and values. The prompt's last token stays pending, so that the
+        first draw is like every other."""
         i, sample = self.queue.popleft()
         if self.opened is None or self.opened[0] != i:
             image, shown = self.ahead.pop(i).result()
             if i + 1 < len(self.rows):
                 self.ahead[i + 1] = self.loader.submit(self.load, i + 1)
             ids = self.policy.opening(self.rows[i], shown[1])
-            if len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
-                raise tools.InputError(f"question {self.rows[i]['id']}: prompt ({len(ids)} tokens) and one turn "
-                                       f"({self.limits.max_turn_tokens}) do not fit in --max_context {self.limits.max_context}: "
-                                       "raise it or lower --max_pixels")
+            turn, most = self.limits.max_turn_tokens, self.limits.max_context
+            tools.need(len(ids) + turn <= most, f"question {self.rows[i]['id']}: prompt "
+                       f"({len(ids)} tokens) and one turn ({turn}) do not fit in --max_context "
+                       f"{most}: raise it or lower --max_pixels")
             self.slots[slot] = Rollout()
             _, after = self.forward([slot], [ids[:-1]], [shown])
             self.opened = (i, image, ids, self.cache.read(slot, len(ids) - 1), after[0])
@@ -409,8 +420,9 @@ class Engine:
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
     def forward(self, slots, pieces, images, draws=None):
-        """Run the model on a piece of token ids per slot, behind what the slot's cache holds already.
-        Slots are neighbours. Pieces lie end to end in one row of N tokens, without padding.
+        """Run the model on a piece of token ids per slot, behind what the slot's cache holds
+        already. Slots are neighbours. Pieces lie end to end in one row of N tokens, without
+        padding.
 
         images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece
         are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
@@ -430,15 +442,17 @@ class Engine:
                       "image_grid_thw": torch.tensor([i[1] for i in images if i], device=device)}
         spans = self.cache.at(slots, [r.fed for r in rollouts], list(map(len, pieces)), device)
         drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
-        ids, where, drawn = to_device(device, [sum(pieces, [])], where, drawn)  # (1, N), (3, 1, N), (M,)
+        # (1, N), (3, 1, N), (M,)
+        ids, where, drawn = to_device(device, [sum(pieces, [])], where, drawn)
         hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
-            input_ids=ids, position_ids=where, attention_mask=torch.zeros(1, 1, 1, 1), use_cache=True,
-            spans=spans, **{self.cache_name: self.cache}, **pixels).last_hidden_state[0]
+            input_ids=ids, position_ids=where, attention_mask=torch.zeros(1, 1, 1, 1),
+            use_cache=True, spans=spans, **{self.cache_name: self.cache},
+            **pixels).last_hidden_state[0]
         return sft.project(self.policy, hidden[drawn]), after
 
     def draw(self, logprobs, numbers):
-        """A token from each row of log-probs (M, V), by inverting its cumulative distribution at the
-        conversation's own random number. Returns (ids, log-probs of these), two lists."""
+        """A token from each row of log-probs (M, V), by inverting its cumulative distribution at
+        the conversation's own random number. Returns (ids, log-probs of these), two lists."""
         if self.greedy:
             ids = logprobs.argmax(-1)
         else:
@@ -451,9 +465,10 @@ class Engine:
         return list(map(int, ids)), scores
 
     def keep(self, r, draft, ids, scores, after):
-        """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn before
-        it. So the first that differs from the draft is the last to count. What was fed beyond it is
-        forgotten: the next tokens take its columns of the cache. Returns whether the turn is over."""
+        """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn
+        before it. So the first that differs from the draft is the last to count. What was fed
+        beyond it is forgotten: the next tokens take its columns of the cache. Returns whether the
+        turn is over."""
         right = next((n for n, token in enumerate(draft) if token != ids[n]), len(draft))
         wrong = len(draft) - right
         r.next_position = after - wrong
@@ -480,15 +495,18 @@ class Engine:
         """A turn is complete: parse it, zoom, and decide whether the conversation is over."""
         limits, written = self.limits, r.ids[r.turn_start:]
         stopped = written[-1] in self.policy.stop
-        text = self.policy.tokenizer.decode(written[:-1] if stopped else written, skip_special_tokens=False)
+        text = self.policy.tokenizer.decode(written[:-1] if stopped else written,
+                                            skip_special_tokens=False)
         if stopped:
-            turn, r.finish, r.prediction = tools.take_turn(r.views, text, len(r.turns) + 1, limits.max_turns, limits.max_images)
+            turn, r.finish, r.prediction = tools.take_turn(
+                r.views, text, len(r.turns) + 1, limits.max_turns, limits.max_images)
         else:
             turn, r.finish = {"text": text}, "void"  # hit the per-turn token cap
         r.turns.append(turn)
 
     def append_observations(self, rollouts):
-        """Append what the tool returned to these conversations, unless it would not fit: then they end as over_context."""
+        """Append what the tool returned to these conversations, unless it would not fit: then they
+        end as over_context."""
         for r in rollouts:
             zoomed = "zoom" in r.turns[-1]
             grid = self.policy.grid(r.views[-1]) if zoomed else None
@@ -501,16 +519,19 @@ class Engine:
             r.turn_start = len(r.ids)
 
     def retire(self, slot):
-        """Score a finished conversation and free its slot. Long conversations stand first, so that slots that attend together
-        are about equally long; a new one begins in the last chunk, or the last one is moved to keep the slots compact."""
+        """Score a finished conversation and free its slot. Long conversations stand first, so that
+        slots that attend together are about equally long; a new one begins in the last chunk, or
+        the last one is moved to keep the slots compact."""
         r = self.slots[slot]
         r.score(self.judge)
         self.done[r.job], r.views, r.numbers = r, [], []
         if self.bar is not None:
             self.bar.update()
-        # the hole moves to the last chunk: each chunk on the way hands its longest conversation to the one before it
+        # the hole moves to the last chunk: each chunk on the way hands its longest conversation to
+        # the one before it
         for first in range((slot // CHUNK + 1) * CHUNK, len(self.slots), CHUNK):
-            longest = max(range(first, min(first + CHUNK, len(self.slots))), key=lambda i: self.slots[i].fed)
+            chunk = range(first, min(first + CHUNK, len(self.slots)))
+            longest = max(chunk, key=lambda i: self.slots[i].fed)
             slot = self.move(longest, slot)
         if self.queue:
             self.start(slot)
@@ -1028,15 +1049,6 @@ def report(args):
 # -------------------------------------------------------------------------------------------------
 
 
-def gather_objects(items):
-    """Lists of picklable items from all ranks, as one list in rank order, on every rank."""
-    parts = [items]
-    if sft.world_size() > 1:
-        parts = [None] * sft.world_size()
-        dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
 def play_level(engine, path, rows, settings, args, rank, world):
     """All questions of one file, `samples` times each, shared out over ranks. What an interrupted
     run with the same settings has finished is not played again, whatever its number of processes.
@@ -1054,9 +1066,10 @@ def play_level(engine, path, rows, settings, args, rank, world):
     with bar:
         for part in (mine[at:at + chunk] for at in range(0, len(mine), chunk)):
             done = engine.run([rows[i] for i in part], args.samples, path.parent, part, bar)
-            new += [r.as_row() for r in done]
-            journal.add(*new[-len(done):])
-    for row in gather_objects(new):
+            finished = [r.as_row() for r in done]
+            journal.add(*finished)
+            new += finished
+    for row in sft.gather(new):
         if row["reward"] is not None or (row["id"], row["sample"]) not in played:
             played[row["id"], row["sample"]] = row
     every = [played[row["id"], sample] for row in rows for sample in range(args.samples)]
@@ -1071,38 +1084,39 @@ def add_draft_flag(group):
 def parse_args():
     parser = argparse.ArgumentParser(description="Avg@K over turn budgets.")
     group = parser.add_argument_group("what is evaluated")
-    flag = group.add_argument
-    flag("--model", default="checkpoints/rl", help="local folder, hub id, or the URL of an "
-         "OpenAI-compatible server (its key in the environment variable MODEL_API_KEY; it is sent "
-         "40,000 to 2,000,000 pixels by default)")
-    flag("--model_name", help="name of the model on that server")
-    flag("--data", type=Path, nargs="+", help="question files, one level each",
-         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
-    flag("--out", type=Path, help="folder for tables and trajectories (default: results/<name>)")
-    flag("--limit", type=int, help="use only the first questions of each file")
+    add = group.add_argument
+    add("--model", default="checkpoints/rl", help="local folder, hub id, or the URL of an "
+        "OpenAI-compatible server (its key in the environment variable MODEL_API_KEY; it is sent "
+        "40,000 to 2,000,000 pixels by default)")
+    add("--model_name", help="name of the model on that server")
+    add("--data", type=Path, nargs="+", help="question files, one level each",
+        default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
+    add("--out", type=Path, help="folder for tables and trajectories (default: results/<name>)")
+    add("--limit", type=int, help="use only the first questions of each file")
     sft.add_policy_flags(group)
-    tools.add_bytes_flag(group)
+    add("--image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
+        "server, in bytes; larger ones become JPEG, and smaller")
     group = parser.add_argument_group("how it is played")
-    flag = group.add_argument
-    flag("--samples", type=int, default=4, help="K: samples per question, at temperature 1")
-    flag("--greedy", action="store_true", help="take the most likely token (use with --samples 1)")
-    flag("--budgets", type=int, nargs="+", default=BUDGETS, help="turns; the most are played")
-    flag("--max_images", type=int, help="images per conversation, the original included (default: "
-         "the turn cap)")
-    flag("--max_turn_tokens", type=int, default=96, help="a longer turn ends as void")
-    flag("--max_context", type=int, default=4096, help="tokens per conversation (not of a server)")
-    flag("--slots", type=int, default=64, help="conversations, or requests to a server, at once")
+    add = group.add_argument
+    add("--samples", type=int, default=4, help="K: samples per question, at temperature 1")
+    add("--greedy", action="store_true", help="take the most likely token (use with --samples 1)")
+    add("--budgets", type=int, nargs="+", default=BUDGETS, help="turns; the most are played")
+    add("--max_images", type=int, help="images per conversation, the original included (default: "
+        "the turn cap)")
+    add("--max_turn_tokens", type=int, default=96, help="a longer turn ends as void")
+    add("--max_context", type=int, default=4096, help="tokens per conversation (not of a server)")
+    add("--slots", type=int, default=64, help="conversations, or requests to a server, at once")
     add_draft_flag(group)
-    flag("--seed", type=int, default=0, help="random numbers of the samples")
+    add("--seed", type=int, default=0, help="random numbers of the samples")
     add_judge_flags(parser)
-    flag = parser.add_argument_group("pictures").add_argument
-    flag("--picture", type=Path, help="draw a correct trajectory of five to seven turns, a PNG")
-    flag("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: compare what "
-         "earlier evaluations have left in these folders, in tables and one page, report.html in "
-         "--out (default: results); folders NAME.seed0, NAME.seed1, ... are one experiment")
-    flag("--curves", type=Path, nargs="+", default=[], metavar="METRICS",
-         help="metrics.jsonl files of training, for --report")
-    flag("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--picture", type=Path, help="draw a correct trajectory of five to seven turns, a PNG")
+    add("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: compare what "
+        "earlier evaluations have left in these folders, in tables and one page, report.html in "
+        "--out (default: results); folders NAME.seed0, NAME.seed1, ... are one experiment")
+    add("--curves", type=Path, nargs="+", default=[], metavar="METRICS",
+        help="metrics.jsonl files of training, for --report")
+    add("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
     return check_args(parser.parse_args())
 
 

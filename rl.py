@@ -273,9 +273,9 @@ def encode_rollouts(policy, rollouts):
 
 def token_mask(rollouts, device):
     """(B, T) bool: row i begins with as many 1s as conversation i has sampled tokens."""
-    lengths = torch.tensor([len(r.logprobs) for r in rollouts], dtype=torch.long, device=device)
-    longest = max((len(r.logprobs) for r in rollouts), default=0)
-    return torch.arange(longest, device=device) < lengths[:, None]
+    lengths = [len(r.logprobs) for r in rollouts]
+    columns = torch.arange(max(lengths, default=0), device=device)                          # (T,)
+    return columns < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
 
 
 def score_rollouts(policy, rollouts, batch):
@@ -292,8 +292,9 @@ def score_rollouts(policy, rollouts, batch):
 def deal(rollouts, places):
     """This rank's part of all ranks' conversations: about the same number of tokens on every rank,
     whoever played them, so that none waits long for the others. They are cut in the order of places
-    and samples: most of a group, which shares an image, stays together. Every rank must call
-    this."""
+    and samples: most of a group, which shares an image, stays together. places: how many a step
+    has. Every rank must call this."""
+    # a fresh question of a place has the place's number plus a multiple of their count
     everybody = sorted(sft.gather(rollouts), key=lambda r: (r.prompt % places, r.sample))
     lengths = np.array([len(r.ids) for r in everybody])
     middles = lengths.cumsum() - lengths / 2
@@ -327,7 +328,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     micros = list(sft.micro_batches(mine, args.tokens))
     batches = sft.one_ahead(partial(encode_rollouts, policy), micros)
 
-    def loss_of(micro):
+    def loss_of(micro):     # backward asks once for each, in their order
         new, old, mask = score_rollouts(policy, micro, next(batches))                       # (B, T)
         advantages = new.new_tensor([r.advantage for r in micro])                           # (B,)
         done = torch.ones_like(advantages, dtype=torch.bool)  # A' != 0 implies M = 1
@@ -591,9 +592,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
         scores = {}
         if held_out and step == 0:
             scores["eval_before"], value = score_held_out(engine, held_out, args, rank, world)
-        paid = subtracted(args, value)
-        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args, paid,
-                                     rank, world)
+        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args,
+                                     subtracted(args, value), rank, world)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             scores["eval"], latest = score_held_out(engine, held_out, args, rank, world)
             value = value if latest is None else latest

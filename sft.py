@@ -299,6 +299,9 @@ class Optimizer:
             self.send(self.buckets[self.next])
 
     def send(self, bucket):
+        """Take a bucket's gradients and start their way to where they are summed. Sharded, that is
+        a reduce-scatter in every round. Otherwise rounds are added up in master.grad, and the last
+        one takes the sum along, into the only all-reduce."""
         self.next += 1
         flat = bucket.take_gradients()
         out, work = flat, None
@@ -316,6 +319,7 @@ class Optimizer:
             self.receive()
 
     def receive(self):
+        """Wait for the bucket that was sent first, and add what came to its master.grad."""
         bucket, out, _, work = self.flying.popleft()
         if work is not None:
             work.wait()
@@ -328,9 +332,9 @@ class Optimizer:
         is counted in `skipped`."""
         squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
                       for bucket in self.buckets)
-        norm = squares.sqrt().item()
         if self.shard:
-            norm = math.sqrt(over_ranks([squares], squares.device)[0])
+            squares = over_ranks([squares], squares.device)[0]
+        norm = math.sqrt(squares)
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -433,37 +437,44 @@ def conversations(module, query, key, value, attention_mask, scaling=None, lengt
     ((B, T, H, D), None).
 
     lengths (training): conversations of these lengths lie end to end in one row; each is a causal
-    call of its own. spans (rollouts): every slot's tokens lie end to end in one row, see
-    evaluate.SlotCache.at. A long piece needs no mask. Of short ones the H / K query heads that
-    share a key head are laid along the query axis, so that keys are neither repeated nor read
-    twice. Without either: the library's own attention.
+    call of its own. spans (rollouts): see attend_slots. Without either: the library's own
+    attention.
     """
-    if lengths is not None:
-        parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
-        out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling,
-                                                        enable_gqa=True) for qkv in parts], dim=2)
-    elif spans is not None:
-        (padded, back, parts), heads, out = spans, key.shape[1], []
-        rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
-        for (first, last, width), slots, length, mask in parts:
-            k, v = key[slots, :, :length], value[slots, :, :length]
-            if mask is None:
-                q = rows[first:last].flatten(1, 2).transpose(0, 1)[None]  # (1, H, w, D)
-                part = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling,
-                    enable_gqa=True)
-                out.append(part[0].transpose(0, 1))  # (w, H, D)
-                continue
-            q = rows[first:last].unflatten(0, (-1, width)).transpose(1, 2)  # (b, K, w, H / K, D)
-            q = q.flatten(2, 3)  # (b, K, w * H / K, D)
+    if spans is not None:
+        return attend_slots(query, key, value, scaling, *spans), None
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **more)
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))  # (1, H, length, D)
+    out = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling,
+                                                    enable_gqa=True) for qkv in parts], dim=2)
+    return out.transpose(1, 2), None
+
+
+def attend_slots(query, key, value, scaling, padded, back, spans):
+    """Attention of new tokens to their own slot of the cache. query (1, H, N, D): the new tokens of
+    all slots end to end; key and value (slots, K, S, D); the rest as SlotCache.at of evaluate.py
+    returns it. Returns (1, N, H, D).
+
+    A long piece needs no mask. Of short ones the H / K query heads that share a key head are laid
+    along the query axis, so that keys are neither repeated nor read twice.
+    """
+    heads, out = key.shape[1], []
+    rows = query[0].transpose(0, 1)[padded].unflatten(1, (heads, -1))  # (P, K, H / K, D)
+    for (first, last, width), slots, length, mask in spans:
+        q, k, v = rows[first:last], key[slots, :, :length], value[slots, :, :length]
+        if mask is None:
+            q = q.flatten(1, 2).transpose(0, 1)[None]  # (1, H, w, D)
+            part = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=causal_lower_right(width, length), scale=scaling,
+                enable_gqa=True)
+            out.append(part[0].transpose(0, 1))  # (w, H, D)
+        else:
+            q = q.unflatten(0, (-1, width)).transpose(1, 2).flatten(2, 3)  # (b, K, w * H / K, D)
             part = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             part = part.unflatten(2, (width, -1)).transpose(1, 2)  # (b, w, K, H / K, D)
             out.append(part.flatten(2, 3).flatten(0, 1))  # (b * w, H, D)
-        return torch.cat(out)[back][None], None  # (1, N, H, D)
-    else:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **more)
-    return out.transpose(1, 2), None
+    return torch.cat(out)[back][None]
 
 
 AttentionInterface.register("windows_flash", windows_flash)

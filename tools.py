@@ -51,7 +51,8 @@ class InputError(ValueError):
 
 
 def need(right, wrong):
-    """Raises InputError, saying what is wrong, unless something is right."""
+    """Raises InputError, saying what is wrong, unless something is right. About a row of a file the
+    text names no row: whoever reads the file adds file:line, or counts the text as a reason."""
     if not right:
         raise InputError(wrong)
 
@@ -534,18 +535,6 @@ def in_threads(client, work, jobs, count):
         if waiting:
             client.stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def add_picture_flags(group):
-    """The flags of a stage that sends pictures to a server."""
-    group.add_argument("--min_pixels", type=int, default=40_000, help="smallest picture sent")
-    group.add_argument("--max_pixels", type=int, default=2_000_000, help="largest picture sent")
-    add_bytes_flag(group)
-
-
-def add_bytes_flag(group):
-    group.add_argument("--image_bytes", type=int, default=1_500_000, help="largest picture that is "
-                       "sent to a server, in bytes; larger ones become JPEG, and smaller")
 
 
 def data_url(image, most):
