@@ -1031,6 +1031,7 @@ def report(args):
                      for file in args.curves)
     levels = compare(evaluated)
     tables = {level: comparison(level, experiments) for level, experiments in levels.items()}
+    print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
     for head, *rows in tables.values():
         print()
         print_rows(head, rows)

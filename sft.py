@@ -958,14 +958,13 @@ def start_training(policy, args, freeze_vision, total):
 
 def end_step(args, optimizer, done, total, device):
     """What every trainer does after `done` steps: save where that is due. Returns whether the run
-    must stop, because a rank has received SIGTERM. Raises InputError after too many steps in a row
-    without a finite loss and gradient (all ranks count alike).
-    """
+    must stop before its end, because a rank has received SIGTERM. Raises InputError after too many
+    steps in a row without a finite loss and gradient (all ranks count alike)."""
     if optimizer.skipped >= MAX_SKIPPED:
         raise tools.InputError(f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times "
                                "in a row (these steps were skipped); lower --lr and start again, "
                                "or go on from the last checkpoint with --resume")
-    stop = asked_to_stop(device)
+    stop = done < total and asked_to_stop(device)
     # after skipped steps weights may be broken: keep the older ones
     due = done % args.save_every == 0 and not optimizer.skipped
     if stop or due or done == total:

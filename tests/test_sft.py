@@ -641,6 +641,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
         sft.end_step(None, optimizer, 7, 9, "cpu")
 
 
+def test_sigterm_in_the_last_step_does_not_stop_a_run_before_it_is_exported(tmp_path, monkeypatch):
+    """Before it the state is saved and the run stops; after it nothing is left to stop."""
+    monkeypatch.setattr(sft, "stop_signals", [1.0])
+    optimizer = sft.Optimizer([torch.nn.Parameter(torch.ones(3, 2))], 0.1, 0.0)
+    args = SimpleNamespace(out=tmp_path, save_every=10, keep=2)
+    for done, stops in ((1, True), (2, False)):
+        assert sft.end_step(args, optimizer, done, 2, "cpu") == stops
+        assert json.loads((tmp_path / "state/latest.json").read_text())["step"] == done
+
+
 def test_gradients_are_sent_while_backward_runs(monkeypatch):
     """Three layers in three buckets, last layer first: when the first layer's gradient arrives, the
     others are on their way. With three micro-batches nothing is sent before the third."""
