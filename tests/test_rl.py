@@ -1,5 +1,5 @@
-"""Specification of GRPO with over-turn masking: numbers worked by hand, an independent reference, float64 autograd, and
-real runs on one and two processes."""
+"""Specification of GRPO with over-turn masking: numbers worked by hand, an independent reference,
+float64 autograd, and real runs on one and two processes."""
 
 import argparse
 import json
@@ -23,41 +23,54 @@ T, F = True, False
 
 
 def test_group_advantages_by_hand():
-    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two unfinished: r = (1, 0), mean 1/2, std sqrt(1/2). With 1/2
-    in their place: r = (1, 0, 1/2, 1/2), std sqrt(1/6); b = 1/2 whatever the mean is. With 0: b = 0."""
-    rewards, completed = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64), torch.tensor([[T, T, F, F]])
+    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two unfinished: r = (1, 0),
+    mean 1/2, std sqrt(1/2). With 1/2 in their place: r = (1, 0, 1/2, 1/2), std sqrt(1/6); b = 1/2
+    whatever the mean is. With 0: b = 0."""
+    rewards, completed = (torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64),
+                          torch.tensor([[T, T, F, F]]))
     inside = rl.group_advantages(rewards, completed, eps=0.0)
-    assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64),
+                          atol=1e-12)
     outside = rl.group_advantages(rewards, completed, unfinished_value="completed", eps=0.0)
-    assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]],
+                                                dtype=torch.float64), atol=1e-12)
     half = rl.group_advantages(rewards, completed, unfinished_value=0.5, eps=0.0)
-    assert torch.allclose(half, torch.tensor([[1.5**0.5, -(1.5**0.5), 0, 0]], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(half, torch.tensor([[1.5**0.5, -(1.5**0.5), 0, 0]],
+                                             dtype=torch.float64), atol=1e-12)
     zero = rl.group_advantages(rewards, completed, unfinished_value=0.0, eps=0.0)
     assert torch.allclose(zero, torch.tensor([[2.0, 0, 0, 0]], dtype=torch.float64), atol=1e-12)
     ones, done = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[T, T, F, F]])
-    paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)     # a value below 1: right ones still gain
-    assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64), atol=1e-12)
+    # a value below 1: right ones still gain
+    paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)
+    assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64),
+                          atol=1e-12)
 
 
 @pytest.mark.parametrize("rewards, completed", [
-    ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]), ([0.0, 0, 0], [F, F, F])])
+    ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]),
+    ([0.0, 0, 0], [F, F, F])])
 @pytest.mark.parametrize("value", ["group", "completed"])
 def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, value):
-    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), unfinished_value=value)
+    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
+                              unfinished_value=value)
     assert torch.equal(out, torch.zeros_like(out))
 
 
 @pytest.mark.parametrize("rewards, completed, value", [
-    ([1.0, 1, 1], [T, T, T], 0.5), ([0.0, 0, 0], [F, F, F], 0.5), ([1.0, 0, 1], [T, F, T], 1.0), ([1.0], [T], 0.5)])
+    ([1.0, 1, 1], [T, T, T], 0.5), ([0.0, 0, 0], [F, F, F], 0.5),
+    ([1.0, 0, 1], [T, F, T], 1.0), ([1.0], [T], 0.5)])
 def test_a_number_needs_a_spread_too(rewards, completed, value):
-    """s is of the rewards with b in the place of unfinished ones: all right, none completed, all worth the same, one alone."""
-    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]), unfinished_value=value)
+    """s is of the rewards with b in the place of unfinished ones: all right, none completed, all
+    worth the same, one alone."""
+    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
+                              unfinished_value=value)
     assert torch.equal(out, torch.zeros_like(out))
 
 
 class Tree:
-    """A small world for softmax policies: at each of `turns` turns answer (right with odds that the choice decides) or go on;
-    who has not answered at the end is unfinished. Choices of a turn: guess (0.2), look closer and claim (0.6), go on."""
+    """A small world for softmax policies: at each of `turns` turns answer (right with odds that the
+    choice decides) or go on; who has not answered at the end is unfinished. Choices of a turn:
+    guess (0.2), look closer and claim (0.6), go on."""
 
     def __init__(self, seed, turns=3):
         g = torch.Generator().manual_seed(seed)
@@ -65,7 +78,8 @@ class Tree:
         self.odds = torch.rand(turns, 2, generator=g, dtype=torch.float64)
 
     def outcomes(self):
-        """All conversations: (log-prob, reward, completed), a right and a wrong one for each answer."""
+        """All conversations: (log-prob, reward, completed), a right and a wrong one for each
+        answer."""
         logp, alive, found = self.logits.log_softmax(-1), 0.0, []
         for turn in range(len(logp)):
             for choice in range(2):
@@ -79,8 +93,9 @@ class Tree:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("b", [0.0, 0.17, 0.5, 1.0])
 def test_masking_pays_the_baseline_for_an_unfinished_conversation(seed, b):
-    """E[M (r - b) grad log pi] = grad(P(correct) + b P(unfinished)), exactly: the expectation by enumeration of all
-    conversations, the right-hand side by autograd. Without the mask (all M = 1) it is grad P(correct), whatever b is."""
+    """E[M (r - b) grad log pi] = grad(P(correct) + b P(unfinished)), exactly: the expectation by
+    enumeration of all conversations, the right-hand side by autograd. Without the mask (all M = 1)
+    it is grad P(correct), whatever b is."""
     tree = Tree(seed)
     paths = tree.outcomes()
     assert sum(logp.exp() for logp, _, _ in paths).item() == pytest.approx(1.0, abs=1e-12)
@@ -89,7 +104,9 @@ def test_masking_pays_the_baseline_for_an_unfinished_conversation(seed, b):
     value = sum(logp.exp() * (r if done else b) for logp, r, done in paths)
     right, = torch.autograd.grad(value, tree.logits, retain_graph=True)
     assert torch.allclose(left, right, atol=1e-14, rtol=0) and left.abs().sum() > 1e-3
-    unmasked, = torch.autograd.grad(sum(logp.exp().detach() * (r - b) * logp for logp, r, _ in paths), tree.logits, retain_graph=True)
+    unmasked, = torch.autograd.grad(
+        sum(logp.exp().detach() * (r - b) * logp for logp, r, _ in paths), tree.logits,
+        retain_graph=True)
     correct, = torch.autograd.grad(sum(logp.exp() * r for logp, r, _ in paths), tree.logits)
     assert torch.allclose(unmasked, correct, atol=1e-14, rtol=0)
     if b:
@@ -97,21 +114,27 @@ def test_masking_pays_the_baseline_for_an_unfinished_conversation(seed, b):
 
 
 def test_the_advantages_of_many_groups_follow_that_gradient():
-    """The same through group_advantages: 20,000 groups of 16 sampled conversations of one tree, b = 0.4 (a number): the mean of
-    A' (s + eps) grad log pi is the gradient of P(correct) + 0.4 P(unfinished), within four standard errors."""
+    """The same through group_advantages: 20,000 groups of 16 sampled conversations of one tree,
+    b = 0.4 (a number): the mean of A' (s + eps) grad log pi is the gradient of
+    P(correct) + 0.4 P(unfinished), within four standard errors."""
     tree, g = Tree(1), torch.Generator().manual_seed(0)
     paths = tree.outcomes()
-    grads = torch.stack([torch.autograd.grad(logp, tree.logits, retain_graph=True)[0].flatten() for logp, _, _ in paths])    # (N, 9)
-    picked = torch.multinomial(torch.stack([logp.exp().detach() for logp, _, _ in paths]).float(), 20000 * 16, True, generator=g)
-    rewards = torch.tensor([r for _, r, _ in paths], dtype=torch.float64)[picked].view(-1, 16)           # (P, G)
-    completed = torch.tensor([done for *_, done in paths])[picked].view(-1, 16)                          # (P, G)
-    spread = torch.where(completed, rewards, 0.4).std(1, keepdim=True)                                   # (P, 1)
-    scaled = rl.group_advantages(rewards, completed, unfinished_value=0.4, eps=0.0) * spread             # (P, G)
-    each = (scaled.view(-1, 1) * grads[picked]).view(-1, 16, 9).mean(1)                                  # (P, 9)
+    grads = torch.stack([torch.autograd.grad(logp, tree.logits, retain_graph=True)[0].flatten()
+                         for logp, _, _ in paths])                                   # (N, 9)
+    picked = torch.multinomial(torch.stack([logp.exp().detach() for logp, _, _ in paths]).float(),
+                               20000 * 16, True, generator=g)
+    rewards = torch.tensor([r for _, r, _ in paths],
+                           dtype=torch.float64)[picked].view(-1, 16)                 # (P, G)
+    completed = torch.tensor([done for *_, done in paths])[picked].view(-1, 16)      # (P, G)
+    spread = torch.where(completed, rewards, 0.4).std(1, keepdim=True)               # (P, 1)
+    scaled = rl.group_advantages(rewards, completed, unfinished_value=0.4,
+                                 eps=0.0) * spread                                   # (P, G)
+    each = (scaled.view(-1, 1) * grads[picked]).view(-1, 16, 9).mean(1)              # (P, 9)
     value = sum(logp.exp() * (r if done else 0.4) for logp, r, done in paths)
     expected = torch.autograd.grad(value, tree.logits)[0].flatten()
     error = each.std(0) / len(each) ** 0.5
-    assert ((each.mean(0) - expected).abs() < 4 * error + 1e-12).all() and (expected.abs() > 8 * error).any()
+    assert (((each.mean(0) - expected).abs() < 4 * error + 1e-12).all()
+            and (expected.abs() > 8 * error).any())
 
 
 def test_one_completed_response_outside_the_baseline_has_no_advantage():
@@ -125,22 +148,24 @@ def test_incomplete_responses_never_carry_advantage():
     completed = torch.rand(50, 6) < 0.5
     rewards = (torch.rand(50, 6) < 0.5).double() * completed
     for value in ("group", "completed", 0.0, 0.5, 1.0, -0.5):
-        assert (rl.group_advantages(rewards, completed, unfinished_value=value)[~completed] == 0).all()
+        assert (rl.group_advantages(rewards, completed,
+                                    unfinished_value=value)[~completed] == 0).all()
 
 
 def test_grpo_loss_by_hand():
     """Three responses of 2, 1 and 2 tokens; the last ran out of turns.
 
-    Ratios (2, 1), (0.5), (1, 1); A = (1, -1, 0). Clipped at 0.8 and 1.3: first min(2, 1.3) = 1.3 and 1, mean 1.15; second
-    min(-0.5, -0.8) = -0.8. J = (1.15 - 0.8) / 2 over the completed, / 3 over all; tokens: (2.3 - 0.8) / 3 or / 5;
-    constant with 10 tokens: 1.5 / 20 or / 30.
+    Ratios (2, 1), (0.5), (1, 1); A = (1, -1, 0). Clipped at 0.8 and 1.3: first min(2, 1.3) = 1.3
+    and 1, mean 1.15; second min(-0.5, -0.8) = -0.8. J = (1.15 - 0.8) / 2 over the completed, / 3
+    over all; tokens: (2.3 - 0.8) / 3 or / 5; constant with 10 tokens: 1.5 / 20 or / 30.
     """
     old = torch.zeros(3, 2, dtype=torch.float64)
     new = torch.tensor([[math.log(2), 0.0], [math.log(0.5), 7.0], [0.0, 0.0]], dtype=torch.float64)
     args = (new, old, torch.tensor([1.0, -1, 0], dtype=torch.float64),
             torch.tensor([[T, T], [T, F], [T, T]]), torch.tensor([T, T, F]))
-    expected = {("response", "completed"): 0.35 / 2, ("response", "all"): 0.35 / 3, ("token", "completed"): 1.5 / 3,
-                ("token", "all"): 1.5 / 5, ("constant", "completed"): 1.5 / 20, ("constant", "all"): 1.5 / 30}
+    expected = {("response", "completed"): 0.35 / 2, ("response", "all"): 0.35 / 3,
+                ("token", "completed"): 1.5 / 3, ("token", "all"): 1.5 / 5,
+                ("constant", "completed"): 1.5 / 20, ("constant", "all"): 1.5 / 30}
     for (aggregation, divisor), value in expected.items():
         loss = rl.grpo_loss(*args, aggregation=aggregation, divisor=divisor, max_tokens=10)
         assert loss.item() == pytest.approx(-value, abs=1e-12)
@@ -148,7 +173,8 @@ def test_grpo_loss_by_hand():
 
 
 def reference_loss(new, old, advantages, mask, completed, low, high):
-    """The formula of the paper, one token at a time in plain Python floats (response means, over completed ones)."""
+    """The formula of the paper, one token at a time in plain Python floats (response means, over
+    completed ones)."""
     total = 0.0
     for i in range(len(new)):
         if not completed[i]:
@@ -157,7 +183,8 @@ def reference_loss(new, old, advantages, mask, completed, low, high):
         for t in range(len(new[i])):
             if mask[i][t]:
                 ratio = math.exp(new[i][t] - old[i][t])
-                terms.append(min(ratio * advantages[i], min(max(ratio, 1 - low), 1 + high) * advantages[i]))
+                terms.append(min(ratio * advantages[i],
+                                 min(max(ratio, 1 - low), 1 + high) * advantages[i]))
         total += sum(terms) / max(len(terms), 1)
     return -total / max(sum(completed), 1)
 
@@ -193,19 +220,22 @@ def test_micro_batches_add_up(aggregation, divisor):
     denominator = rl.count_denominator(batch[3], batch[4], **how).item()
     whole = rl.grpo_loss(*batch, **how)
     for cut in (1, 3, 5):
-        parts = sum(rl.grpo_loss(*(x[i:i + cut] for x in batch), **how, denominator=denominator) for i in range(0, 8, cut))
+        parts = sum(rl.grpo_loss(*(x[i:i + cut] for x in batch), **how, denominator=denominator)
+                    for i in range(0, 8, cut))
         assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
 
 
 def test_masked_responses_get_no_gradient_and_no_garbage():
-    """Neither an over-turn response nor an unsampled position moves anything, whatever stands there."""
+    """Neither an over-turn response nor an unsampled position moves anything, whatever stands
+    there."""
     new, old, advantages, mask, completed = random_batch(5)
     completed[0], completed[1] = F, T
     old = torch.where(mask, old, torch.tensor(-1e30, dtype=torch.float64))
     new.requires_grad_(True)
     rl.grpo_loss(new, old, advantages, mask, completed).backward()
     assert torch.isfinite(new.grad).all()
-    assert (new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all() and new.grad.abs().sum() > 0
+    assert ((new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all()
+            and new.grad.abs().sum() > 0)
 
 
 def test_nothing_completed_is_a_zero_loss_still_connected():
@@ -250,23 +280,30 @@ def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, told)
 
 
 @pytest.mark.parametrize("flags, expected", [       # answer, void, over_turn, over_context
-    ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]), ({"overturn_mask": False}, [T, T, T, T]),
-    ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]), ({"unfinished_value": "outcome"}, [T, T, T, T])])
+    ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]),
+    ({"overturn_mask": False}, [T, T, T, T]),
+    ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]),
+    ({"unfinished_value": "outcome"}, [T, T, T, T])])
 def test_who_is_masked(flags, expected):
-    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "unfinished_value": "group", **flags})
-    assert [rl.is_completed(evaluate.Rollout(finish=finish), args) for finish in evaluate.FINISHES] == expected
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False,
+                                 "unfinished_value": "group", **flags})
+    assert [rl.is_completed(evaluate.Rollout(finish=finish), args)
+            for finish in evaluate.FINISHES] == expected
 
 
 def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
-    """A conversation that was played on is cut behind its second turn: its tokens, log-probs and images are those of the same
-    conversation played with two turns at most, its reward is that of the whole; one that was shorter stays as it is."""
+    """A conversation that was played on is cut behind its second turn: its tokens, log-probs and
+    images are those of the same conversation played with two turns at most, its reward is that of
+    the whole; one that was shorter stays as it is."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    play = lambda turns: evaluate.Engine(trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
+    play = lambda turns: evaluate.Engine(
+        trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
     cut = 0
     for short, whole in zip(play(2), play(6)):
         part = rl.cut_at(whole, 2)
         assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
-        assert part.logprobs == pytest.approx(short.logprobs, abs=1e-9) and len(part.logprobs) == sum(part.mask)
+        assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
+                and len(part.logprobs) == sum(part.mask))
         assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
         cut += part is not whole
     assert cut > 0
@@ -285,7 +322,8 @@ def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     whole = pick(range(40))
     assert pick([1, 3]) == [whole[1], whole[3]] and len(set(whole)) == 40
     assert all(0 <= index < [50, 60][which] for which, index in whole)
-    assert len({tuple(p) for p in (whole, pick(range(40), step=8), pick(range(40), seed=1), pick(range(40), attempt=1))}) == 4
+    assert len({tuple(p) for p in (whole, pick(range(40), step=8), pick(range(40), seed=1),
+                                   pick(range(40), attempt=1))}) == 4
 
 
 def test_no_question_comes_twice_in_a_step():
@@ -305,44 +343,52 @@ def test_minibatches_are_cut_from_the_groups_with_signal(places, size, expected)
 
 
 def test_files_are_mixed_by_weight():
-    """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each), come from the second."""
-    which = [s for step in range(100) for s, _ in rl.pick_rows([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
+    """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each),
+    come from the second."""
+    which = [s for step in range(100)
+             for s, _ in rl.pick_rows([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
     assert abs(sum(which) - 1000) < 5 * 27.4
 
 
 def test_sets_and_weights(tmp_path):
     """A weight stands behind the name."""
     for name in "ab":
-        tools.write_jsonl(tmp_path / name / "q.jsonl", [{"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
-                                                        for i in range(5)])
+        tools.write_jsonl(tmp_path / name / "q.jsonl", [
+            {"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
+            for i in range(5)])
     sets, weights = rl.read_sets([f"{tmp_path}/a/q.jsonl:0.5", f"{tmp_path}/b/q.jsonl"])
     assert weights == [0.5, 1.0]
     assert [[(row["id"], root.name) for row, root in s] for s in sets] == [
         [(f"{name}{i}", name) for i in range(5)] for name in "ab"]
 
 
-@pytest.mark.parametrize("spec, told", [("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a weight"),
-                                        ("none.jsonl", "build_data.py")])
+@pytest.mark.parametrize("spec, told", [
+    ("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a weight"),
+    ("none.jsonl", "build_data.py")])
 def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
-    tools.write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "image": "x.jpg", "question": "?", "answer": "1"}])
+    tools.write_jsonl(tmp_path / "q.jsonl", [
+        {"id": "1", "image": "x.jpg", "question": "?", "answer": "1"}])
     with pytest.raises(tools.InputError, match=told):
         rl.read_sets([f"{tmp_path}/{spec}"])
 
 
 def test_trainer_agrees_with_sampler(trained, world):
-    """The log-probs of an update, before any step, are those the sampler recorded: every ratio is 1."""
+    """The log-probs of an update, before any step, are those the sampler recorded: every
+    ratio is 1."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     with torch.no_grad():
         new, old, mask = rl.score_rollouts(trained, rollouts, rl.encode_rollouts(trained, rollouts))
-    assert ((new - old)[mask]).abs().max() < 1e-9 and (new[~mask] == 0).all() and (old[~mask] == 0).all()
+    assert (((new - old)[mask]).abs().max() < 1e-9
+            and (new[~mask] == 0).all() and (old[~mask] == 0).all())
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
 
 
 def shares(monkeypatch, lengths, world):
     """How deal cuts conversations of these lengths, which rank 0 holds in another order: (place,
     sample) of each rank."""
-    rollouts = [evaluate.Rollout(ids=[0] * n, prompt=40 + i // 4, sample=i % 4) for i, n in enumerate(lengths)]
+    rollouts = [evaluate.Rollout(ids=[0] * n, prompt=40 + i // 4, sample=i % 4)
+                for i, n in enumerate(lengths)]
     monkeypatch.setattr(sft, "gather", lambda own: rollouts[::-1])
     monkeypatch.setattr(sft, "world_size", lambda: world)
     cut = []
@@ -354,7 +400,8 @@ def shares(monkeypatch, lengths, world):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_conversations_are_dealt_out_by_length(monkeypatch, world):
-    """Everyone to exactly one rank, in order; a rank's tokens are its share to within the longest."""
+    """Everyone to exactly one rank, in order; a rank's tokens are its share to within the
+    longest."""
     lengths = np.random.default_rng(0).integers(100, 900, 96).tolist()
     cut = shares(monkeypatch, lengths, world)
     assert sum(cut, []) == [(40 + i // 4, i % 4, n) for i, n in enumerate(lengths)]
@@ -362,7 +409,8 @@ def test_conversations_are_dealt_out_by_length(monkeypatch, world):
 
 
 def test_dealing_by_hand(monkeypatch):
-    """3 + 3 + 6 tokens and 12: the middles 1.5, 4.5, 9 and 18 of 24 are on rank 0, 0, 0 and 1 of two."""
+    """3 + 3 + 6 tokens and 12: the middles 1.5, 4.5, 9 and 18 of 24 are on rank 0, 0, 0 and 1 of
+    two."""
     assert [len(part) for part in shares(monkeypatch, [3, 3, 6, 12], 2)] == [3, 1]
     assert shares(monkeypatch, [], 2) == [[], []]
     assert [len(part) for part in shares(monkeypatch, [5], 3)] == [0, 1, 0]
@@ -370,21 +418,23 @@ def test_dealing_by_hand(monkeypatch):
 
 def update_args(**flags):
     return argparse.Namespace(**{
-        "overturn_mask": True, "mask_void": False, "unfinished_value": "group", "divisor": "completed",
-        "aggregation": "response", "max_turn_tokens": 80, "max_turns": 6, "tokens": 700, "clip_low": 0.2,
+        "overturn_mask": True, "mask_void": False, "unfinished_value": "group",
+        "divisor": "completed", "aggregation": "response", "max_turn_tokens": 80,
+        "max_turns": 6, "tokens": 700, "clip_low": 0.2,
         "clip_high": 0.3, "clip_dual": 0.0, "max_norm": 1.0, "prompts_per_step": 2, **flags})
 
 
 def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, world, monkeypatch):
-    """Two groups of five: each original is opened and encoded once, each crop once per conversation,
-    and the main thread, which trains, does none of it."""
+    """Two groups of five: each original is opened and encoded once, each crop once per
+    conversation, and the main thread, which trains, does none of it."""
     policy = sft.load_policy(str(trained_folder), "cpu", "float64", prompts)
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 5, world)
     for i, r in enumerate(rollouts):
         r.advantage = (-1.0) ** i
     opened, encoded, pixels, open_image = [], [], sft.Policy.pixels, tools.open_image
-    monkeypatch.setattr(tools, "open_image", lambda path: opened.append(path.name) or open_image(path))
+    monkeypatch.setattr(tools, "open_image",
+                        lambda path: opened.append(path.name) or open_image(path))
     monkeypatch.setattr(sft.Policy, "pixels", lambda policy, views: encoded.extend(
         [threading.current_thread()] * len(views)) or pixels(policy, views))
     evaluate.open_shown.cache_clear()
@@ -396,24 +446,28 @@ def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, w
     assert len(encoded) == 2 + crops and crops > 5 and threading.main_thread() not in encoded
 
 
-COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80, "--dtype", "float64", "--slots", 16,
+COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80,
+          "--dtype", "float64", "--slots", 16,
           "--max_context", 1200, "--warmup_steps", 0, "--no-decay", "--eval_every", 0,
           "--minibatch", 4]     # one update a step: the sampler is then the policy that is trained
 
 
 @pytest.fixture(scope="module")
 def runs(trained_folder, world, tmp_path_factory):
-    """Three steps on one process, and the same on two. The questions are those that the small policy has seen in training:
-    some of its samples are right and some are not."""
+    """Three steps on one process, and the same on two. The questions are those that the small
+    policy has seen in training: some of its samples are right and some are not."""
     out = tmp_path_factory.mktemp("rl")
     prompts = out / "prompts.json"
     prompts.write_text(json.dumps({"system": "Look closer."}))
-    seen = [{k: row[k] for k in ("id", "image", "question", "answer")} for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
+    seen = [{k: row[k] for k in ("id", "image", "question", "answer")}
+            for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
     tools.write_jsonl(world / "seen.jsonl", seen)
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
-    common = ["rl.py", "--model", trained_folder, "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
+    common = ["rl.py", "--model", trained_folder,
+              "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
               "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2,
-              "--eval_every", 2, "--eval_data", world / "seen2.jsonl", "--eval_size", 2, "--eval_turns", 8]
+              "--eval_every", 2, "--eval_data", world / "seen2.jsonl",
+              "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
@@ -435,38 +489,46 @@ def test_two_processes_equal_one(runs, trained_folder):
     assert largest_difference(out / "one", trained_folder) > 1e-6
     assert largest_difference(out / "one", out / "two") < 1e-10
     for a, b in zip(one, two):
-        depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")  # each process drafts by itself
+        # each process drafts by itself
+        depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")
         assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if k not in depends)
         assert a["mismatch"] < 1e-9 and a["largest_log_ratio"] < 1e-8
 
 
 def test_the_best_checkpoint_is_kept(runs):
-    """Evaluated after steps 2 and 3 (the last); the exported model is that of the better one, the later one if equal."""
+    """Evaluated after steps 2 and 3 (the last); the exported model is that of the better one, the
+    later one if equal."""
     out, common = runs
     scores = [m.get("eval") for m in read(out / "one")]
     assert scores[0] is None and all(s in (0.0, 0.5, 1.0) for s in scores[1:])
-    assert read(out / "one")[0]["eval_before"] in (0.0, 0.5, 1.0) and all("value" in m for m in read(out / "one"))
+    assert (read(out / "one")[0]["eval_before"] in (0.0, 0.5, 1.0)
+            and all("value" in m for m in read(out / "one")))
     run_script(*common, "--steps", 2, "--out", out / "short")
     saved = sft.load_policy(str(out / "one"), "cpu", "float64")
     latest = sft.load_policy(str(out / "one"), "cpu", "float64")
     sft.load_state(out / "one", sft.Optimizer(sft.trainable(latest, True), 0.0, 0.0), True, 3)
-    same = all(torch.equal(a, b) for a, b in zip(saved.model.state_dict().values(), latest.model.state_dict().values()))
+    same = all(torch.equal(a, b) for a, b in zip(saved.model.state_dict().values(),
+                                                 latest.model.state_dict().values()))
     assert same == (scores[2] >= scores[1])
     assert same or largest_difference(out / "one", out / "short") == 0
 
 
 def test_dumps_are_trajectory_rows(runs, world):
-    """Whole conversations with their advantages; the loss-carrying ones of a group sum to zero only if none is masked."""
+    """Whole conversations with their advantages; the loss-carrying ones of a group sum to zero only
+    if none is masked."""
     out, _ = runs
     assert [p.name for p in sorted((out / "one" / "rollouts").iterdir())] == ["step_00002.jsonl"]
-    for row in tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl", tools.check_trajectory):
-        assert row["system"] == "Look closer." and row["finish"] in evaluate.FINISHES and (world / row["image"]).exists()
+    for row in tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl",
+                                tools.check_trajectory):
+        assert (row["system"] == "Look closer." and row["finish"] in evaluate.FINISHES
+                and (world / row["image"]).exists())
         assert row["advantage"] == 0 or row["finish"] in ("answer", "void")
 
 
 @pytest.mark.parametrize("nproc, whole", [(1, "one"), (2, "two")])
 def test_resume_is_exact(runs, nproc, whole):
-    """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per step in the log."""
+    """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
+    step in the log."""
     out, common = runs
     assert crash.run_killed([*common, "--steps", 3], nproc, out / f"cut{nproc}", 2, 0.5) == 2
     assert largest_difference(out / whole, out / f"cut{nproc}") == 0
@@ -479,9 +541,12 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
     not play it have their part of the update, too."""
     out, _ = runs
     rows = [tools.read_jsonl(world / "train.jsonl")[i] for i in (0, 2, 4)]
-    tools.write_jsonl(world / "half.jsonl", [rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
-    common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl", "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2, "--unfinished_value", "group"]
+    tools.write_jsonl(world / "half.jsonl", [
+        rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
+    common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl",
+              "--prompts", out / "prompts.json", *COMMON,
+              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2,
+              "--unfinished_value", "group"]
     for nproc in (1, 2, 3):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
     assert all(m["groups_without_signal"] >= 2 for m in read(out / "half1"))
@@ -502,9 +567,11 @@ def planned(folder, **flags):
 
 
 def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
-    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the cache exactly."""
+    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the
+    cache exactly."""
     policy = planned(trained_folder, prompts=prompts)
-    rows = tools.read_jsonl(world / "coldstart.jsonl") * 3     # so long that the text's activations dominate
+    # so long that the text's activations dominate
+    rows = tools.read_jsonl(world / "coldstart.jsonl") * 3
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
     tokens = batch["input_ids"].shape[1]
@@ -534,7 +601,8 @@ def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, na
     tokens = policy.image_tokens(grid)
     patches = torch.randn(96 * 100, visual.patch_embed.proj.weight[0].numel())
     s = sft.Sequence()
-    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False, (patches, grid))
+    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False,
+          (patches, grid))
     s.add(policy.text("red square"), True)
     batch = sft.collate(policy, [s])
     sft.trainable(policy, frozen)
@@ -554,18 +622,21 @@ def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, na
     assert memory.peak == pytest.approx(plan["prefill"], rel=0.2)
 
 
-@pytest.mark.parametrize("name, billions, cache", [     # published; key and value, layers x key heads x 128, 2 bytes each
+@pytest.mark.parametrize("name, billions, cache", [
+    # published; key and value, layers x key heads x 128, 2 bytes each
     ("Qwen2.5-VL-7B", 8.292, 2 * 28 * 4 * 128 * 2), ("Qwen2.5-VL-3B", 3.755, 2 * 36 * 2 * 128 * 2),
     ("Qwen3-VL-8B", 8.767, 2 * 36 * 8 * 128 * 2), ("Qwen3-VL-4B", 4.438, 2 * 36 * 8 * 128 * 2)])
 def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billions, cache):
     """From config.json alone: the number of parameters, and bytes of cache per token."""
     plans, plan_memory = [], rl.plan_memory
-    monkeypatch.setattr(rl, "plan_memory", lambda *args, **flags: plans.append(plan_memory(*args, **flags)) or plans[-1])
+    monkeypatch.setattr(rl, "plan_memory", lambda *args, **flags: plans.append(
+        plan_memory(*args, **flags)) or plans[-1])
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16",
                                      "--max_context", "1000", "--no-freeze_vision"])
     rl.main()
-    assert plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4) and plans[0]["KV cache"] == cache * 16 * 1000
+    assert (plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4)
+            and plans[0]["KV cache"] == cache * 16 * 1000)
     out = capsys.readouterr().out
     assert f"| 1 | {2 * billions:.1f} | " in out
     # float32 master weights and two moments: 12 bytes a parameter, 99.5 GB for 7B
@@ -575,13 +646,15 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
 def test_plan_refuses_other_families(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
     monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path)])
-    with pytest.raises(tools.InputError, match="'qwen3_vl_moe' is not supported; use one of qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(tools.InputError, match="'qwen3_vl_moe' is not supported; "
+                                               "use one of qwen2_5_vl, qwen3_vl"):
         rl.main()
 
 
 @pytest.mark.parametrize("flag, mask, value, expected", [
     (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
-    ("estimate", True, 0.9, 0.9), ("estimate", True, None, "group"), ("outcome", True, 0.9, "group"),
+    ("estimate", True, 0.9, 0.9), ("estimate", True, None, "group"),
+    ("outcome", True, 0.9, "group"),
     (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
 def test_what_is_subtracted_in_a_step(flag, mask, value, expected):
     """Where nothing is masked the baseline pays nothing, and is the group's mean."""
@@ -600,50 +673,63 @@ def test_resuming_without_the_log_is_refused(tmp_path):
 
 
 def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, world, tmp_path):
-    """A random policy never finishes a turn: no group carries signal on any rank, every collective is still joined."""
+    """A random policy never finishes a turn: no group carries signal on any rank, every collective
+    is still joined."""
     policy = make_tiny(torch.float64)
     policy.model.config.save_pretrained(tmp_path / "random")
     sft.export(policy, tmp_path / "random")
-    run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl", *COMMON, "--max_turn_tokens", 4,
+    run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl",
+               *COMMON, "--max_turn_tokens", 4,
                "--steps", 1, "--out", tmp_path / "out", nproc=2)
     metrics = read(tmp_path / "out")[0]
-    assert metrics["groups_without_signal"] == 4 and metrics["void"] == 1.0 and metrics["trained_responses"] == 0
+    assert (metrics["groups_without_signal"] == 4 and metrics["void"] == 1.0
+            and metrics["trained_responses"] == 0)
     assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
 
 
 def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
     """In processes of their own, with checkpointing: what a stage prints is its own lines only."""
     coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch", 2]
-    step = ["rl.py", "--data", world / "train.jsonl", "--prompts_per_step", 2, "--group", 2, "--slots", 4,
+    step = ["rl.py", "--data", world / "train.jsonl",
+            "--prompts_per_step", 2, "--group", 2, "--slots", 4,
             "--max_turn_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
             "--eval_turns", 2]
     for stage, *flags in (coldstart, step):
         done = run_script(stage, "--model", trained_folder, *flags, "--steps", 1, "--checkpointing",
-                          "--out", tmp_path / stage, env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
+                          "--out", tmp_path / stage,
+                          env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
-        ours = (f"{stage}: ", f"{stage[:-3]} ", f"{stage[:-3]}: ", f"{trained_folder}: ", "12 questions")
+        ours = (f"{stage}: ", f"{stage[:-3]} ", f"{stage[:-3]}: ", f"{trained_folder}: ",
+                "12 questions")
         assert lines and all(line.startswith(ours) for line in lines), lines
 
 
 def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
     data = ["--data", world / "train.jsonl", "--eval_every", 0]
-    done = run_script("rl.py", "--model", trained_folder, *data, "--prompts_per_step", 1, nproc=2, check=False)
-    assert done.returncode != 0 and "--prompts_per_step 1 is less than the number of processes 2" in done.stderr
-    monkeypatch.setattr("sys.argv", ["rl.py", "--model", "checkpoints/none", *map(str, data), "--prompts_per_step", "4"])
+    done = run_script("rl.py", "--model", trained_folder, *data, "--prompts_per_step", 1,
+                      nproc=2, check=False)
+    assert (done.returncode != 0
+            and "--prompts_per_step 1 is less than the number of processes 2" in done.stderr)
+    monkeypatch.setattr("sys.argv", ["rl.py", "--model", "checkpoints/none", *map(str, data),
+                                     "--prompts_per_step", "4"])
     with pytest.raises(tools.InputError, match="python sft.py"):
         rl.main()
 
 
 def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp_path):
-    """Answers in other words are unscored while the judge fails: their groups leave no signal, whatever the other rewards are."""
+    """Answers in other words are unscored while the judge fails: their groups leave no signal,
+    whatever the other rewards are."""
     rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
-    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True,
+                              mask_void=False, overturn_penalty=0.0,
                               unfinished_value="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
         judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
         engine = evaluate.Engine(trained, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
-        groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args, "group")
-        held_out = [(dict(row, answer="something else"), world) for row, _ in rows]     # no exact match: all is left to the judge
+        groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args,
+                                                   "group")
+        # no exact match: all is left to the judge
+        held_out = [(dict(row, answer="something else"), world) for row, _ in rows]
         args.eval_turns, args.max_images = 6, 6
         assert rl.score_held_out(engine, held_out, args, 0, 1)[0] is None
     unscored = [r for r in played if r.reward is None]
@@ -654,6 +740,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
     metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), args, "cpu", engine.counts)
     assert 1 <= metrics["tokens_per_pass"] <= 9 and 0 <= metrics["draft_accepted"] <= 1
     right = sum(r.reward == 1.0 for r in played)
-    assert metrics["unscored"] == len(unscored) / len(played) and metrics["reward"] == right / max(1, len(played) - len(unscored))
+    assert (metrics["unscored"] == len(unscored) / len(played)
+            and metrics["reward"] == right / max(1, len(played) - len(unscored)))
     answered = sum(r.finish == "answer" for r in played)
     assert metrics["wrong"] == (answered - right - len(unscored)) / len(played)

@@ -1,6 +1,8 @@
-"""Specification of the policy, of how conversations become tensors, of data parallel by hand, and of checkpoints.
+"""Specification of the policy, of how conversations become tensors, of data parallel by hand, and
+of checkpoints.
 
-References: transformers' own positions, vision attention and logits; torch's DistributedDataParallel; one process.
+References: transformers' own positions, vision attention and logits; torch's
+DistributedDataParallel; one process.
 """
 
 import functools
@@ -40,20 +42,22 @@ def rows(world):
 
 
 def reference_logprobs(policy, sequence, padding=5):
-    """Log-probs of the written tokens from the library's own forward pass over one conversation with padding at its end."""
+    """Log-probs of the written tokens from the library's own forward pass over one conversation
+    with padding at its end."""
     ids = torch.tensor([sequence.ids + [policy.end_id] * padding])
     written = [t for t, mask in enumerate(sequence.mask) if mask]
     with library_attention(policy):
-        logits = policy.model(input_ids=ids, mm_token_type_ids=(ids == policy.image_id).long(),
-                              attention_mask=(torch.arange(ids.shape[1]) < len(sequence.ids)).long()[None],
-                              pixel_values=torch.cat([p for p, _ in sequence.images]),
-                              image_grid_thw=torch.tensor([g for _, g in sequence.images]),
-                              logits_to_keep=torch.tensor(written) - 1).logits[0]                            # (N, V)
+        logits = policy.model(
+            input_ids=ids, mm_token_type_ids=(ids == policy.image_id).long(),
+            attention_mask=(torch.arange(ids.shape[1]) < len(sequence.ids)).long()[None],
+            pixel_values=torch.cat([p for p, _ in sequence.images]),
+            image_grid_thw=torch.tensor([g for _, g in sequence.images]),
+            logits_to_keep=torch.tensor(written) - 1).logits[0]     # (N, V)
     logits[:, policy.banned] = -torch.inf
     return logits.log_softmax(-1).gather(-1, ids[0, written, None])[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Conversations as tensors
 
 
@@ -61,7 +65,9 @@ def test_positions_by_hand(policy):
     """Text 5, 6; a 2 x 3 image at 7: t = 7, rows 7 and 8, columns 7 to 9; then text at 7 + 3."""
     image = policy.image_id
     where, after = sft.positions([1, 1, *[image] * 6, 1], [(1, 4, 6)], image, 2, start=5)
-    assert where.tolist() == [[5, 6, 7, 7, 7, 7, 7, 7, 10], [5, 6, 7, 7, 7, 8, 8, 8, 10], [5, 6, 7, 8, 9, 7, 8, 9, 10]]
+    assert where.tolist() == [[5, 6, 7, 7, 7, 7, 7, 7, 10],
+                              [5, 6, 7, 7, 7, 8, 8, 8, 10],
+                              [5, 6, 7, 8, 9, 7, 8, 9, 10]]
     assert after == 11
 
 
@@ -69,13 +75,15 @@ def test_positions_like_the_library(every):
     """Random layouts: zero to four images of random grids, with text before, between and after."""
     draw, image = random.Random(0), every.image_id
     for _ in range(20):
-        grids = [(1, 2 * draw.randint(1, 9), 2 * draw.randint(1, 9)) for _ in range(draw.randint(0, 4))]
+        grids = [(1, 2 * draw.randint(1, 9), 2 * draw.randint(1, 9))
+                 for _ in range(draw.randint(0, 4))]
         ids = [1] * draw.randint(1, 9)
         for _, h, w in grids:
             ids += [image] * (h * w // 4) + [1] * draw.randint(1, 9)
         tensor = torch.tensor([ids])
         reference, delta = every.model.model.get_rope_index(
-            input_ids=tensor, mm_token_type_ids=(tensor == image).long(), image_grid_thw=torch.tensor(grids) if grids else None)
+            input_ids=tensor, mm_token_type_ids=(tensor == image).long(),
+            image_grid_thw=torch.tensor(grids) if grids else None)
         where, after = sft.positions(ids, grids, image, every.merge)
         assert torch.equal(where, reference[:, 0]) and after == len(ids) + delta.item()
 
@@ -105,24 +113,28 @@ def test_a_question_cannot_inject_special_tokens(policy, rows, world):
     s, plain = sft.encode(policy, row, world), sft.encode(policy, rows[0], world)
     assert s.ids.count(policy.image_id) == plain.ids.count(policy.image_id)
     assert s.ids.count(policy.start_id) == plain.ids.count(policy.start_id)
-    assert "<|image_pad|><|im_end|>" in policy.tokenizer.decode(s.ids)  # it is there, as ordinary text
+    # it is there, as ordinary text
+    assert "<|image_pad|><|im_end|>" in policy.tokenizer.decode(s.ids)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (252, 253), (756, 400), (30, 500), (1, 1), (57, 56)])
 def test_images_of_odd_sizes(every, size):
-    """The copy shown is a multiple of patch x merge within the limits, and equals the family's processor at that size."""
+    """The copy shown is a multiple of patch x merge within the limits, and equals the family's
+    processor at that size."""
     image, patch = Image.effect_noise(size, 60).convert("RGB"), every.factor // 2
     (patches, grid), = every.pixels([image])
     small = tools.resize_for_model(image, every.min_pixels, every.max_pixels, 2 * patch)
     assert grid == every.grid(image) == (1, small.height // patch, small.width // patch)
     assert patches.shape == (grid[1] * grid[2], 3 * 2 * patch**2)
-    reference = every.processor(images=[small], return_tensors="pt", size={"shortest_edge": 1, "longest_edge": 10**9})
+    reference = every.processor(images=[small], return_tensors="pt",
+                                size={"shortest_edge": 1, "longest_edge": 10**9})
     assert torch.equal(reference["pixel_values"].double(), patches)
 
 
 @pytest.mark.parametrize("family, factor", [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
 def test_views_are_as_large_as_the_familys_processor_makes_them(family, factor, tmp_path):
-    """Random sizes at the released limits. Strips are left out: there the processor oversteps the limits, we do not."""
+    """Random sizes at the released limits. Strips are left out: there the processor oversteps the
+    limits, we do not."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSORS[family]))
     processor, draw = AutoImageProcessor.from_pretrained(tmp_path, backend="pil"), random.Random(0)
     limits = [processor.size["shortest_edge"], processor.size["longest_edge"]]
@@ -156,7 +168,8 @@ def test_chunks_change_neither_logprobs_nor_gradients(policy, rows, world):
 
 def test_checkpointing_gives_the_same_gradients(every, rows, world):
     batch, grads = sft.collate(every, [sft.encode(every, rows[0], world)]), []
-    for switch in (every.model.gradient_checkpointing_disable, every.model.gradient_checkpointing_enable):
+    for switch in (every.model.gradient_checkpointing_disable,
+                   every.model.gradient_checkpointing_enable):
         switch()
         every.model.train()
         sft.token_logprobs(every, batch).sum().backward()
@@ -175,16 +188,21 @@ def test_banned_ids_have_no_probability(policy):
 
 
 def test_batched_vision_windows_equal_the_library(every):
-    """Images of different sizes, hence windows of different lengths, against transformers' own loop over windows."""
-    images = [Image.effect_noise(size, 80).convert("RGB") for size in ((84, 84), (140, 56), (84, 84), (252, 196))]
-    out = every.processor(images=images, return_tensors="pt", size={"shortest_edge": 1, "longest_edge": 10**9})
-    pixels, grid, visual = out["pixel_values"].double(), out["image_grid_thw"], every.model.model.visual
+    """Images of different sizes, hence windows of different lengths, against transformers' own loop
+    over windows."""
+    images = [Image.effect_noise(size, 80).convert("RGB")
+              for size in ((84, 84), (140, 56), (84, 84), (252, 196))]
+    out = every.processor(images=images, return_tensors="pt",
+                          size={"shortest_edge": 1, "longest_edge": 10**9})
+    pixels, grid, visual = (out["pixel_values"].double(), out["image_grid_thw"],
+                            every.model.model.visual)
     with torch.no_grad():
         ours = visual(pixels, grid_thw=grid)
         with library_attention(every):
             theirs = visual(pixels, grid_thw=grid)
     assert (ours.pooler_output - theirs.pooler_output).abs().max() < 1e-12
-    for a, b in zip(getattr(ours, "deepstack_features", []), getattr(theirs, "deepstack_features", [])):
+    for a, b in zip(getattr(ours, "deepstack_features", []),
+                    getattr(theirs, "deepstack_features", [])):
         assert (a - b).abs().max() < 1e-12
 
 
@@ -234,7 +252,8 @@ def test_one_ahead():
 def test_learning_rate_by_hand():
     """10 steps, warm-up 0.2: 1/2, 1, then half a cosine over the remaining 8."""
     rates = [sft.learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.0380602337)
+    assert (rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5)
+            and rates[9] == pytest.approx(0.0380602337))
 
 
 def test_step_rows_visit_every_row_once_per_epoch():
@@ -242,22 +261,25 @@ def test_step_rows_visit_every_row_once_per_epoch():
     seen = [r["i"] for step in range(7) for r in sft.step_rows(rows, step, 3, seed=1)]
     for epoch in range(3):
         assert sorted(seen[7 * epoch:7 * epoch + 7]) == list(range(7))
-    assert seen[:7] != seen[7:14] and seen != [r["i"] for s in range(7) for r in sft.step_rows(rows, s, 3, seed=2)]
+    assert (seen[:7] != seen[7:14]
+            and seen != [r["i"] for s in range(7) for r in sft.step_rows(rows, s, 3, seed=2)])
 
 
 def test_freeze_vision(every):
-    """The tower with its projector, Qwen3-VL's deepstack projectors included, is frozen and nothing else."""
+    """The tower with its projector, Qwen3-VL's deepstack projectors included, is frozen and nothing
+    else."""
     names = {id(p): name for name, p in every.model.named_parameters()}
     moving = {names[id(p)] for p in sft.trainable(every, freeze_vision=True)}
     assert len(sft.trainable(every, freeze_vision=False)) == len(names)
     frozen = set(names.values()) - moving
-    assert moving and frozen == {name for name in names.values() if name.startswith("model.visual.")}
+    assert moving and frozen == {name for name in names.values()
+                                 if name.startswith("model.visual.")}
     parts = {name.split(".")[2] for name in frozen}
     assert {"patch_embed", "blocks", "merger"} <= parts
     assert ("deepstack_merger_list" in parts) == (every.model.config.model_type == "qwen3_vl")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -265,29 +287,39 @@ def test_exported_folder_loads_with_the_library(trained_folder, trained):
     model = AutoModelForImageTextToText.from_pretrained(trained_folder, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
     processor = AutoImageProcessor.from_pretrained(trained_folder, backend="pil")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.model.state_dict().values()))
-    text = 'What digit is on the red square?<grounding>{"bbox_2d": [0.333, 0.0, 0.667, 1.0], "source": "observation_12"} é 漢'
-    assert tokenizer.encode(text) == trained.tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
+                                                 trained.model.state_dict().values()))
+    text = ('What digit is on the red square?<grounding>{"bbox_2d": [0.333, 0.0, 0.667, 1.0], '
+            '"source": "observation_12"} é 漢')
+    assert (tokenizer.encode(text) == trained.tokenizer.encode(text)
+            and tokenizer.decode(tokenizer.encode(text)) == text)
     assert processor.size["longest_edge"] == trained.max_pixels
     assert trained.banned[0] in model.generation_config.suppress_tokens
-    chat = tokenizer.apply_chat_template([{"role": "system", "content": "Look closer."}, {"role": "user", "content": [
-        {"type": "text", "text": "Hi\n"}, {"type": "image"}]}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template([
+        {"role": "system", "content": "Look closer."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi\n"}, {"type": "image"}]}],
+        add_generation_prompt=True, tokenize=False)
     assert chat == ("<|im_start|>system\nLook closer.<|im_end|>\n<|im_start|>user\nHi\n"
-                    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+                    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
+                    "<|im_start|>assistant\n")
 
 
 def test_saved_and_loaded_again_it_is_the_same_policy(every, rows, world, tmp_path):
-    """Also with weights where an optimizer has put them. Tied weights stay one tensor; limits, bans and processor are kept."""
-    policy = sft.load_policy(every.model.config._name_or_path, "cpu", "float32", every.prompts, 70_000, 90_000)
+    """Also with weights where an optimizer has put them. Tied weights stay one tensor; limits, bans
+    and processor are kept."""
+    policy = sft.load_policy(every.model.config._name_or_path, "cpu", "float32", every.prompts,
+                             70_000, 90_000)
     sft.Optimizer(sft.trainable(policy, freeze_vision=False), 1e-3, 0.0)
     sft.export(policy, tmp_path)
     again = sft.load_policy(str(tmp_path), "cpu", "float32", every.prompts)
     assert (again.min_pixels, again.max_pixels, again.banned) == (70_000, 90_000, every.banned)
     assert len(list(again.model.parameters())) == len(list(every.model.parameters()))
     with torch.no_grad():
-        before, after = (sft.token_logprobs(p, sft.collate(p, [sft.encode(p, rows[0], world)])) for p in (policy, again))
+        before, after = (sft.token_logprobs(p, sft.collate(p, [sft.encode(p, rows[0], world)]))
+                         for p in (policy, again))
     assert torch.equal(before, after)
-    served, kept = (json.loads((tmp_path / name).read_text()) for name in ("processor_config.json", "config.json"))
+    served, kept = (json.loads((tmp_path / name).read_text())
+                    for name in ("processor_config.json", "config.json"))
     names = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
     assert served["processor_class"] == names[kept["model_type"]]
     assert kept["image_token_id"] == every.image_id
@@ -295,16 +327,19 @@ def test_saved_and_loaded_again_it_is_the_same_policy(every, rows, world, tmp_pa
 
 
 def test_a_word_is_one_token_wherever_it_is_copied(policy):
-    for word in (" top-left", " red", " square", "7", "observation_3", "0.333", "<think>", '<grounding>{"bbox_2d": ['):
+    for word in (" top-left", " red", " square", "7", "observation_3", "0.333", "<think>",
+                 '<grounding>{"bbox_2d": ['):
         assert len(policy.text(word)) == 1, word
 
 
-@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_vl", "qwen3_vl_moe", "qwen3_5", "not_known_to_any_library"])
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_vl", "qwen3_vl_moe", "qwen3_5",
+                                    "not_known_to_any_library"])
 def test_a_family_that_is_not_supported_is_refused_by_name(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(tools.InputError) as error:
         sft.load_policy(str(tmp_path), "cpu")
-    assert str(error.value) == f"{tmp_path}: model family '{family}' is not supported; use one of qwen2_5_vl, qwen3_vl"
+    assert str(error.value) == (f"{tmp_path}: model family '{family}' is not supported; "
+                                "use one of qwen2_5_vl, qwen3_vl")
 
 
 def test_a_large_model_is_not_run_on_a_cpu_by_mistake(tmp_path):
@@ -334,8 +369,10 @@ def largest_difference(a, b):
 
 
 def test_one_and_two_processes_give_the_same_weights(trained_folder, world, tmp_path):
-    """Three steps with the same global batch, to 1e-10 in float64, also when micro-batches are cut differently."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 3]
+    """Three steps with the same global batch, to 1e-10 in float64, also when micro-batches are cut
+    differently."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--steps", 3]
     run_script(*common, "--out", tmp_path / "one")
     run_script(*common, "--out", tmp_path / "two", nproc=2)
     run_script(*common, "--tokens", 1, "--out", tmp_path / "cut")
@@ -347,9 +384,11 @@ def test_one_and_two_processes_give_the_same_weights(trained_folder, world, tmp_
 
 def test_a_rank_without_any_sample_joins_every_collective(trained_folder, world, tmp_path):
     """And the mean over tokens is the mean over responses where a batch is one conversation."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--batch", 1, "--steps", 2]
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--batch", 1, "--steps", 2]
     run_script(*common, "--out", tmp_path / "one")
-    run_script(*common, "--aggregation", "response", "--out", tmp_path / "two", nproc=2)    # rank 1 never has a row
+    # rank 1 never has a row
+    run_script(*common, "--aggregation", "response", "--out", tmp_path / "two", nproc=2)
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
 
 
@@ -395,12 +434,14 @@ dist.destroy_process_group()
 
 
 def test_gradient_sum_equals_torch_ddp(trained_folder, world, tmp_path):
-    """Broadcast and summed gradients against DistributedDataParallel, three AdamW steps in float64, two processes."""
+    """Broadcast and summed gradients against DistributedDataParallel, three AdamW steps in float64,
+    two processes."""
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=str(ROOT), data=str(world / "coldstart.jsonl"), model=str(trained_folder),
-                                    root_data=str(world)))
+    script.write_text(WORKER.format(root=str(ROOT), data=str(world / "coldstart.jsonl"),
+                                    model=str(trained_folder), root_data=str(world)))
     done = run_script(script, nproc=2)
-    differences = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("difference")]
+    differences = [float(line.split()[1]) for line in done.stdout.splitlines()
+                   if line.startswith("difference")]
     assert len(differences) == 2 and max(differences) < 1e-10
 
 
@@ -481,10 +522,10 @@ sft.close_distributed()
 
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_sharded_optimizer_equals_adamw_on_one_process(nproc, tmp_path):
-    """Ten steps with decay, clipping, another number of micro-batches on each rank, sizes that do not divide, and a parameter
-    that gets no gradient in some of them. All ranks hold the same weights, bit for bit. bfloat16 weights are those of a
-    float32 run, rounded. What each rank holds, and saves, is what the docstring of
-    sft.Optimizer says, to 5%."""
+    """Ten steps with decay, clipping, another number of micro-batches on each rank, sizes that do
+    not divide, and a parameter that gets no gradient in some of them. All ranks hold the same
+    weights, bit for bit. bfloat16 weights are those of a float32 run, rounded. What each rank
+    holds, and saves, is what the docstring of sft.Optimizer says, to 5%."""
     script = tmp_path / "worker.py"
     script.write_text(SHARDED.format(root=str(ROOT)))
     found = json.loads(run_script(script, nproc=nproc).stdout)
@@ -500,11 +541,14 @@ def test_sharded_optimizer_equals_adamw_on_one_process(nproc, tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(trained_folder, world, tmp_path_factory):
-    """uninterrupted(nproc) -> (a command of eight steps, sharded on two processes; the folder of a run of it)."""
+    """uninterrupted(nproc) -> (a command of eight steps, sharded on two processes; the folder of a
+    run of it)."""
     @functools.cache
     def run(nproc):
-        command = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 8,
-                   "--dtype", "float32", "--save_every", 1, *(["--shard_optimizer"] if nproc == 2 else [])]
+        command = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
+                   *COMMON, "--steps", 8,
+                   "--dtype", "float32", "--save_every", 1,
+                   *(["--shard_optimizer"] if nproc == 2 else [])]
         out = tmp_path_factory.mktemp("whole")
         run_script(*command, "--out", out, nproc=nproc)
         return command, out
@@ -513,18 +557,21 @@ def uninterrupted(trained_folder, world, tmp_path_factory):
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, nproc):
-    """Two SIGKILLs at random moments (tests/crash.py: ten): the same weights, bit for bit, and one line per step in the log."""
+    """Two SIGKILLs at random moments (tests/crash.py: ten): the same weights, bit for bit, and one
+    line per step in the log."""
     command, whole = uninterrupted(nproc)
     assert crash.run_killed(command, nproc, tmp_path / "cut", 2, 0.5) == 2
     assert crash.same_weights(whole, tmp_path / "cut")
-    assert [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").open()] == list(range(1, 9))
+    assert [json.loads(line)["step"]
+            for line in (tmp_path / "cut/metrics.jsonl").open()] == list(range(1, 9))
     assert len(list((tmp_path / "cut/state").glob("step_*"))) == 2      # the last --keep
 
 
 def test_sharded_state_loads_under_another_world_size(trained_folder, world, tmp_path):
-    """Two steps on three processes, the rest on two, against one process throughout; float64, within rounding."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--shard_optimizer",
-              "--save_every", 2]
+    """Two steps on three processes, the rest on two, against one process throughout; float64,
+    within rounding."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--shard_optimizer", "--save_every", 2]
     process = crash.launch([*common, "--steps", 4, "--out", tmp_path / "cut"], 3)
     crash.wait_until(process, (tmp_path / "cut/state/latest.json").exists)
     crash.kill(process)
@@ -542,7 +589,8 @@ def wait_for_steps(process, out, count):
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, tmp_path):
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 40]
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--steps", 40]
     run = tmp_path / "run"
     process = crash.launch([*common, "--out", run], 2)
     wait_for_steps(process, run, 2)
@@ -550,7 +598,8 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, t
     code, out, err = crash.finish(process)
     step = json.loads((run / "state/latest.json").read_text())["step"]
     assert code == 0 and f"stopped after step {step}" in out and 2 <= step < 40
-    assert len((run / "metrics.jsonl").read_bytes().splitlines()) == step and not (run / "model.safetensors").exists()
+    assert (len((run / "metrics.jsonl").read_bytes().splitlines()) == step
+            and not (run / "model.safetensors").exists())
 
 
 def test_a_killed_worker_is_restarted_and_goes_on(uninterrupted, tmp_path):
@@ -566,13 +615,16 @@ def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, tmp
     rows = tools.read_jsonl(world / "coldstart.jsonl")[:2]
     (tmp_path / "images").mkdir()
     (tmp_path / rows[0]["image"]).write_bytes((world / rows[0]["image"]).read_bytes())
-    tools.write_jsonl(tmp_path / "rows.jsonl", rows)    # the other row's image is missing: one rank of two fails
-    done = run_script("sft.py", "--model", trained_folder, "--data", tmp_path / "rows.jsonl", *COMMON, "--batch", 2, "--steps", 3,
+    # the other row's image is missing: one rank of two fails
+    tools.write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = run_script("sft.py", "--model", trained_folder, "--data", tmp_path / "rows.jsonl",
+                      *COMMON, "--batch", 2, "--steps", 3,
                       "--out", tmp_path / "out", nproc=2, check=False, timeout=120)
     assert done.returncode != 0 and done.stderr.count("image is missing") == 1
     assert not (tmp_path / "out/state/latest.json").exists()
     mine = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
-    assert len(mine) <= 2 and all("error: " in line or "another process has ended" in line for line in mine)
+    assert len(mine) <= 2 and all("error: " in line or "another process has ended" in line
+                                  for line in mine)
 
 
 def two_nodes(args, *agent):
@@ -580,17 +632,20 @@ def two_nodes(args, *agent):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *agent,
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", str(ROOT / args[0]), *map(str, args[1:])]
-    return [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL) for _ in range(2)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               *agent, "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+               str(ROOT / args[0]), *map(str, args[1:])]
+    return [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(2)]
 
 
 def test_two_nodes_equal_one(trained_folder, world, tmp_path):
-    """Two torchrun agents that meet over loopback, one process each, against one agent with two processes: to 1e-10 in
-    float64, since an agent gives its only process both cores, and two threads add up in another order than one."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--steps", 3,
-              "--shard_optimizer"]
+    """Two torchrun agents that meet over loopback, one process each, against one agent with two
+    processes: to 1e-10 in float64, since an agent gives its only process both cores, and two
+    threads add up in another order than one."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--steps", 3, "--shard_optimizer"]
     run_script(*common, "--out", tmp_path / "one", nproc=2)
     nodes = two_nodes([*common, "--out", tmp_path / "two"])
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
@@ -633,7 +688,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
         assert not math.isfinite(optimizer.step(0.1, 1.0))
     assert optimizer.skipped == 2 and all((p == 1).all() for p in params)
     optimizer.backward([None], lambda _: sum(p.sum() for p in params))
-    assert optimizer.step(0.1, 1.0) == pytest.approx(8**0.5) and optimizer.skipped == 0 and (params[0] < 1).all()
+    assert (optimizer.step(0.1, 1.0) == pytest.approx(8**0.5) and optimizer.skipped == 0
+            and (params[0] < 1).all())
     for _ in range(sft.MAX_SKIPPED):
         optimizer.backward([None], lambda _: sum(p.sum() for p in params))
         optimizer.step(0.1, 1.0, healthy=False)
@@ -679,12 +735,15 @@ def test_gradients_are_sent_while_backward_runs(monkeypatch):
 
 
 def test_logits_never_exist_whole():
-    """4,096 positions and a vocabulary of 152,064: whole float32 logits would take 2.5 GB; a chunk of 256 takes 0.16 GB, and no
-    more than a handful of its size live at once, forward and backward."""
+    """4,096 positions and a vocabulary of 152,064: whole float32 logits would take 2.5 GB; a chunk
+    of 256 takes 0.16 GB, and no more than a handful of its size live at once, forward and
+    backward."""
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(16, 152064, bias=False), torch.randn(4096, 16, requires_grad=True)
+    head, hidden = (torch.nn.Linear(16, 152064, bias=False),
+                    torch.randn(4096, 16, requires_grad=True))
     body = SimpleNamespace(last_hidden_state=hidden[None])
-    policy = SimpleNamespace(model=SimpleNamespace(model=lambda **inputs: body, lm_head=head), banned_index=torch.tensor([3]))
+    policy = SimpleNamespace(model=SimpleNamespace(model=lambda **inputs: body, lm_head=head),
+                             banned_index=torch.tensor([3]))
     batch = {"input_ids": torch.randint(4, 152064, (1, 4096)), "written": torch.arange(1, 4096)}
     with LiveBytes() as memory:
         sft.token_logprobs(policy, batch, chunk=256).sum().backward()
@@ -693,39 +752,48 @@ def test_logits_never_exist_whole():
 
 
 def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
-    """A file-size limit stands in for a full disk: one line, and what was there before is still there, whole."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, "--out", tmp_path / "o"]
+    """A file-size limit stands in for a full disk: one line, and what was there before is still
+    there, whole."""
+    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+              "--out", tmp_path / "o"]
     run_script(*common, "--steps", 1)
     before = (tmp_path / "o/state/step_0000001/0.pt").read_bytes()
-    code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv = sys.argv[1:]; "
+    code = ("import resource, runpy, sys; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv = sys.argv[1:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "sft.py"), *map(str, common[1:]), "--steps", "2", "--resume"],
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "sft.py"),
+                           *map(str, common[1:]), "--steps", "2", "--resume"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error:" in done.stderr.splitlines()[-1] and ("cannot save" in done.stderr or "too large" in done.stderr)
+    assert ("error:" in done.stderr.splitlines()[-1]
+            and ("cannot save" in done.stderr or "too large" in done.stderr))
     assert (tmp_path / "o/state/step_0000001/0.pt").read_bytes() == before
     assert json.loads((tmp_path / "o/state/latest.json").read_text())["step"] == 1
     assert not list((tmp_path / "o").glob(".*"))
 
 
 def test_a_fresh_run_never_goes_on_from_an_older_one(trained_folder, world, tmp_path):
-    """Killed before its first checkpoint and resumed, it starts anew: the older run's state was set aside."""
+    """Killed before its first checkpoint and resumed, it starts anew: the older run's state was set
+    aside."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON]
     run_script(*common, "--steps", 2, "--seed", 1, "--out", tmp_path / "o")
     old = (tmp_path / "o/state/step_0000002/0.pt").read_bytes()
     process = crash.launch([*common, "--steps", 3, "--out", tmp_path / "o"])
     crash.wait_until(process, (tmp_path / "o/old_state").exists)
     crash.kill(process)
-    assert (tmp_path / "o/old_state/step_0000002/0.pt").read_bytes() == old and not (tmp_path / "o/state").exists()
+    assert ((tmp_path / "o/old_state/step_0000002/0.pt").read_bytes() == old
+            and not (tmp_path / "o/state").exists())
     run_script(*common, "--steps", 3, "--out", tmp_path / "o", "--resume")
     run_script(*common, "--steps", 3, "--out", tmp_path / "whole")
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "o")) == 0
     done = run_script(*common, "--steps", 2, "--out", tmp_path / "o", "--resume", check=False)
-    assert done.returncode == 1 and "is at step 3, beyond the 2 steps" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode == 1 and "is at step 3, beyond the 2 steps" in done.stderr
+            and "Traceback" not in done.stderr)
 
 
-@pytest.mark.parametrize("flags", [["--lr", "nan"], ["--lr", -1], ["--epochs", "inf"], ["--warmup", "nan"], ["--seed", -1],
-                                   ["--steps", 0], ["--max_norm", 0], ["--weight_decay", "nan"], ["--max_pixels", -5]], ids=str)
+@pytest.mark.parametrize("flags", [
+    ["--lr", "nan"], ["--lr", -1], ["--epochs", "inf"], ["--warmup", "nan"], ["--seed", -1],
+    ["--steps", 0], ["--max_norm", 0], ["--weight_decay", "nan"], ["--max_pixels", -5]], ids=str)
 def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
     monkeypatch.setattr("sys.argv", ["sft.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=flags[0]):
@@ -734,9 +802,11 @@ def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
 
 def test_a_run_that_diverges_stops_before_it_saves(trained_folder, world, tmp_path):
     wild = ["--steps", 6, "--lr", 1e30, "--warmup", 0, "--max_norm", 1e30]
-    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON, *wild,
+    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
+                      *COMMON, *wild,
                       "--out", tmp_path / "o", check=False)
-    assert done.returncode == 1 and "not finite 5 times in a row" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode == 1 and "not finite 5 times in a row" in done.stderr
+            and "Traceback" not in done.stderr)
     assert not (tmp_path / "o/model.safetensors").exists()
 
 
@@ -748,10 +818,12 @@ def test_mistakes_are_one_line(trained_folder, world, tmp_path, monkeypatch):
         return str(found.value)
 
     assert "python collect_coldstart.py" in error("--data", "data/nothing.jsonl")
-    assert "sft.py --model tiny" in error("--model", "checkpoints/nothing", "--data", world / "coldstart.jsonl")
+    assert "sft.py --model tiny" in error("--model", "checkpoints/nothing",
+                                          "--data", world / "coldstart.jsonl")
     bad = tmp_path / "bad.jsonl"
     bad.write_text((world / "coldstart.jsonl").read_text().splitlines()[0] + "\n{\"id\": 3}\n")
     assert f"{bad}:2: field 'id'" in error("--data", bad)
-    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", "--max_tokens", 50, "--out",
-                      tmp_path / "o", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "--max_tokens" in done.stderr.splitlines()[-1]
+    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
+                      "--max_tokens", 50, "--out", tmp_path / "o", check=False)
+    assert (done.returncode == 1 and "Traceback" not in done.stderr
+            and "--max_tokens" in done.stderr.splitlines()[-1])
