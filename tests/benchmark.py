@@ -1,29 +1,38 @@
-"""Benchmarks: this code against what a user would write with the library, on the same model, weights, questions and tokens.
+"""Benchmarks: this code against what a user would write with the library, on the same model,
+weights, questions and tokens.
 
-Each case alternates ours and the peer in one process and prints the median time of both and the median of the pairwise
-ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings depend on the machine.
+Each case alternates ours and the peer in one process and prints the median time of both and the
+median of the pairwise ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings
+depend on the machine.
 
-    rollout     groups of conversations against a loop around `generate` on the whole conversation, batched over all
-    drafts      the same with drafts and without, and against `generate` with a static cache; and drafts on
-                a policy that is all chance, where they can only cost
-    cached      the same against `generate` with its cache carried over turns, one conversation at a time
-    sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and DistributedDataParallel)
+    rollout     groups of conversations against a loop around `generate` on the whole conversation,
+                batched over all
+    drafts      the same with drafts and without, and against `generate` with a static cache; and
+                drafts on a policy that is all chance, where they can only cost
+    cached      the same against `generate` with its cache carried over turns, one conversation at
+                a time
+    sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and
+                DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
     images      seconds of an update in which the model waits for images of two megapixels, as rl.py
                 prepares them, against one conversation after the other on the main thread
-    ddp         our data parallel against torch's around the same forward pass and update (under torchrun)
+    ddp         our data parallel against torch's around the same forward pass and update (under
+                torchrun)
     fsdp        our sharded optimizer against torch's fully_shard: time and memory (under torchrun)
     rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
     growth      cost of our rollouts as turns, conversations and pixels grow
-    paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not run
+    paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not
+                run
 
-An engine that plays the same conversations again would know them by heart: drafts start from nothing in
-every timed run ("cold", as in a step of RL), or from other samples of these questions ("warm").
+An engine that plays the same conversations again would know them by heart: drafts start from
+nothing in every timed run ("cold", as in a step of RL), or from other samples of these questions
+("warm").
 
-Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is forced to them.
+Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is
+forced to them.
 
 Commands:
-    1 CPU, 1 GPU     python tests/benchmark.py                            (checkpoints/sft, data/train.jsonl)
+    1 CPU, 1 GPU     python tests/benchmark.py          (checkpoints/sft, data/train.jsonl)
     one case         python tests/benchmark.py rollout --groups 4 --repeats 1
     2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp fsdp sft grpo
 """
@@ -60,7 +69,8 @@ torch.set_num_threads(THREADS)  # OMP_NUM_THREADS counts: conftest sets a number
 
 
 def alternate(title, ours, peer, repeats):
-    """Time both in turn, after one warm-up each, and print medians and the median of the pairwise ratios."""
+    """Time both in turn, after one warm-up each, and print medians and the median of the pairwise
+    ratios."""
     times = []
     for repeat in range(repeats + 1):
         pair = []
@@ -86,7 +96,7 @@ def say(text):
         print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rollouts
 
 
@@ -95,16 +105,20 @@ class Force(LogitsProcessor):
 
     def __init__(self, scripts, start, device):
         longest = max(map(len, scripts))
-        self.start, self.script = start, torch.tensor([s + [s[-1]] * (longest - len(s)) for s in scripts], device=device)
+        self.start, self.script = start, torch.tensor(
+            [s + [s[-1]] * (longest - len(s)) for s in scripts], device=device)
 
     def __call__(self, ids, scores):
         at = min(ids.shape[1] - self.start, self.script.shape[1] - 1)
-        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(1, self.script[:, at:at + 1], False), -1e30)
+        return scores.masked_fill(
+            torch.ones_like(scores, dtype=torch.bool).scatter(1, self.script[:, at:at + 1], False),
+            -1e30)
 
 
 def turns_of(rollout):
     """[(start, end)] of the policy's turns in a rollout's ids."""
-    edges = [i for i in range(1, len(rollout.ids)) if rollout.mask[i] != rollout.mask[i - 1]] + [len(rollout.ids)]
+    edges = [i for i in range(1, len(rollout.ids))
+             if rollout.mask[i] != rollout.mask[i - 1]] + [len(rollout.ids)]
     return list(zip(edges[0::2], edges[1::2]))
 
 
@@ -122,22 +136,29 @@ def generate(policy, ids, scripts, images, **more):
     """model.generate on left-padded conversations, forced to write `scripts`."""
     longest, device = max(map(len, ids)), policy.device
     pad = policy.tokenizer.pad_token_id
-    padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=device)                  # (B, T)
-    attention = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=device)      # (B, T)
+    padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=device)  # (B, T)
+    attention = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids],
+                             device=device)  # (B, T)
     pixels = {"pixel_values": torch.cat([p for p, _ in images]).to(device),
-              "image_grid_thw": torch.tensor([g for _, g in images], device=device)} if images else {}
+              "image_grid_thw": torch.tensor([g for _, g in images],
+                                             device=device)} if images else {}
     return policy.model.generate(
-        input_ids=padded, attention_mask=attention, mm_token_type_ids=(padded == policy.image_id).long(), do_sample=True,
-        max_new_tokens=max(map(len, scripts)), logits_processor=[Force(scripts, longest, device)], **pixels, **more)
+        input_ids=padded, attention_mask=attention,
+        mm_token_type_ids=(padded == policy.image_id).long(), do_sample=True,
+        max_new_tokens=max(map(len, scripts)),
+        logits_processor=[Force(scripts, longest, device)], **pixels, **more)
 
 
 @torch.inference_mode()
 def play_with_generate(policy, rollouts, **more):
-    """The loop a user would write: every turn, `generate` on the whole conversations of all who still play."""
+    """The loop a user would write: every turn, `generate` on the whole conversations of all who
+    still play."""
     for number in range(max(len(r.turns) for r in rollouts)):
         playing = [(r, *turns_of(r)[number]) for r in rollouts if len(r.turns) > number]
-        ids, scripts = [r.ids[:start] for r, start, _ in playing], [r.ids[start:end] for r, start, end in playing]
-        out = generate(policy, ids, scripts, [i for r, start, _ in playing for i in shown_images(policy, r, start)],
+        ids, scripts = ([r.ids[:start] for r, start, _ in playing],
+                        [r.ids[start:end] for r, start, end in playing])
+        out = generate(policy, ids, scripts,
+                       [i for r, start, _ in playing for i in shown_images(policy, r, start)],
                        **more)
         texts = policy.tokenizer.batch_decode(out[:, max(map(len, ids)):])
         views = [tools.parse_turn(text) for text in texts]
@@ -146,30 +167,34 @@ def play_with_generate(policy, rollouts, **more):
 
 @torch.inference_mode()
 def play_with_cache(policy, rollouts, check=False):
-    """`generate` with its cache carried over turns, one conversation at a time. check: compare every turn with `generate`
-    on the whole conversation, greedily (position ids have to be given, or it is silently wrong)."""
+    """`generate` with its cache carried over turns, one conversation at a time. check: compare
+    every turn with `generate` on the whole conversation, greedily (position ids have to be given,
+    or it is silently wrong)."""
     for r in rollouts:
         cache, seen = None, 0
-        positions, _ = sft.positions(r.ids, [g for _, g in r.images], policy.image_id, policy.merge)     # (3, T)
+        positions, _ = sft.positions(r.ids, [g for _, g in r.images], policy.image_id,
+                                     policy.merge)  # (3, T)
         for start, end in turns_of(r):
             images = shown_images(policy, r, start)
             new, seen = images[seen:], len(images)
-            text = torch.arange(start)[None]                                                             # (1, T)
-            where = torch.cat([text, positions[:, :start]])[:, None]                                     # (4, 1, T)
-            pixels = {"pixel_values": torch.cat([p for p, _ in new]), "image_grid_thw": torch.tensor([g for _, g in new])} \
-                if new else {}
+            text = torch.arange(start)[None]                                # (1, T)
+            where = torch.cat([text, positions[:, :start]])[:, None]        # (4, 1, T)
+            pixels = {"pixel_values": torch.cat([p for p, _ in new]),
+                      "image_grid_thw": torch.tensor([g for _, g in new])} if new else {}
             ids = torch.tensor([r.ids[:start]])
             out = policy.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, past_key_values=cache,
-                do_sample=not check, max_new_tokens=end - start,
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where,
+                past_key_values=cache, do_sample=not check, max_new_tokens=end - start,
                 logits_processor=[Force([r.ids[start:end]], start, policy.device)],
                 return_dict_in_generate=True, output_logits=check, **pixels)
             cache = out.past_key_values
             if check:
                 whole = policy.model.model(
-                    input_ids=torch.tensor([r.ids[:end - 1]]), position_ids=positions[:, None, :end - 1], use_cache=False,
-                    pixel_values=torch.cat([p for p, _ in images]), image_grid_thw=torch.tensor([g for _, g in images]))
-                full = policy.model.lm_head(whole.last_hidden_state[0, start - 1:])                      # (n, V)
+                    input_ids=torch.tensor([r.ids[:end - 1]]),
+                    position_ids=positions[:, None, :end - 1], use_cache=False,
+                    pixel_values=torch.cat([p for p, _ in images]),
+                    image_grid_thw=torch.tensor([g for _, g in images]))
+                full = policy.model.lm_head(whole.last_hidden_state[0, start - 1:])  # (n, V)
                 gap = (torch.cat(out.logits) - full).abs().max().item()
                 assert gap < 1e-3, f"the peer's cache is wrong: logits differ by {gap}"
 
@@ -186,7 +211,8 @@ def load(args, library=False):
 def questions(args):
     """This process's share of the questions."""
     rank, world, _ = sft.setup_distributed()
-    return tools.read_jsonl(args.data, tools.check_question, "python build_data.py")[:args.groups][rank::world]
+    return tools.read_jsonl(args.data, tools.check_question,
+                            "python build_data.py")[:args.groups][rank::world]
 
 
 def case_rollout(args):
@@ -195,7 +221,8 @@ def case_rollout(args):
     rollouts = [r.with_images(peer) for r in engine.run(rows, args.group, args.data.parent)]
     tokens = sum(sum(r.mask) for r in rollouts)
     alternate(f"rollout: {len(rows)} x {args.group} a process, 6 turns, {tokens} tokens",
-              lambda: play_cold(engine, rows, args), lambda: play_with_generate(peer, rollouts), args.repeats)
+              lambda: play_cold(engine, rows, args), lambda: play_with_generate(peer, rollouts),
+              args.repeats)
 
 
 def play_cold(engine, rows, args):
@@ -209,8 +236,8 @@ def play_warm(engine, rows, args, known):
 
 
 def alternate_all(title, sides, repeats):
-    """Time all of {name: function} in turn, after one warm-up each. Prints the median time of each and the
-    median of its ratios to the first."""
+    """Time all of {name: function} in turn, after one warm-up each. Prints the median time of each
+    and the median of its ratios to the first."""
     times = [[clock(function) for function in sides.values()] for _ in range(repeats + 1)][1:]
     for name, column in zip(sides, zip(*times)):
         ratio = statistics.median(t / row[0] for t, row in zip(column, times))
@@ -234,20 +261,23 @@ def case_drafts(args):
         sides["generate, static"] = lambda: play_with_generate(
             peer, rollouts, cache_implementation="static", disable_compile=True)
     except Exception as error:  # depends on the library's version
-        say(f"drafts: generate with a static cache does not run here: {str(error).splitlines()[0][:80]}")
+        say("drafts: generate with a static cache does not run here: "
+            f"{str(error).splitlines()[0][:80]}")
     alternate_all(title, sides, args.repeats)
     for name, play in (("cold", sides["drafts, cold"]), ("warm", sides["drafts, warm"])):
         drafted.counts.clear()
         play()
-        say("drafts, {}: {tokens_per_pass:.2f} tokens per pass, {draft_accepted:.0%} of drafted accepted".format(
-            name, **evaluate.drafting(drafted.counts)))
+        say("drafts, {}: {tokens_per_pass:.2f} tokens per pass, "
+            "{draft_accepted:.0%} of drafted accepted".format(
+                name, **evaluate.drafting(drafted.counts)))
     with torch.no_grad():
         ours.model.model.language_model.norm.weight.mul_(0.01)  # all logits are about 0
     drafted.counts.clear()
     sides = {"drafts, cold": lambda: play_cold(drafted, rows[:4], args),
              "without": lambda: plain.run(rows[:4], args.group, args.data.parent)}
     alternate_all("drafts: a policy that is all chance", sides, args.repeats)
-    say("drafts, chance: {tokens_per_pass:.2f} tokens per pass".format(**evaluate.drafting(drafted.counts)))
+    say("drafts, chance: {tokens_per_pass:.2f} tokens per pass".format(
+        **evaluate.drafting(drafted.counts)))
 
 
 def case_cached(args):
@@ -263,29 +293,36 @@ def case_cached(args):
     middle = time.perf_counter()
     play_with_cache(peer, some)
     ours_time, peer_time = (middle - start) * share, time.perf_counter() - middle
-    say(f"{f'cached: {len(some)} of {len(everything)} conversations (ours: their share)':60} ours {ours_time:8.3f} s   "
+    say(f"{f'cached: {len(some)} of {len(everything)} conversations (ours: their share)':60} "
+        f"ours {ours_time:8.3f} s   "
         f"peer {peer_time:8.3f} s   ratio {peer_time / ours_time:6.2f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Updates
 
 
 def padded(policy, sequences):
-    """A right-padded batch as a data collator would make it: attention mask, labels, no positions."""
+    """A right-padded batch as a data collator would make it: attention mask, labels, no
+    positions."""
     def pad(lists, value):
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
 
-    ids, written = pad([s.ids for s in sequences], policy.tokenizer.pad_token_id), pad([s.mask for s in sequences], False)
-    batch = {"input_ids": ids, "attention_mask": pad([[1] * len(s.ids) for s in sequences], 0),                  # (B, T)
-             "mm_token_type_ids": (ids == policy.image_id).long(), "labels": ids.masked_fill(~written, -100)}
+    ids, written = (pad([s.ids for s in sequences], policy.tokenizer.pad_token_id),
+                    pad([s.mask for s in sequences], False))
+    batch = {"input_ids": ids,
+             "attention_mask": pad([[1] * len(s.ids) for s in sequences], 0),  # (B, T)
+             "mm_token_type_ids": (ids == policy.image_id).long(),
+             "labels": ids.masked_fill(~written, -100)}
     packed = sft.collate(policy, sequences)
     batch |= {k: packed[k] for k in ("pixel_values", "image_grid_thw") if k in packed}
     return {k: v.to(policy.device) for k, v in batch.items()}
 
 
 def peer_trainer(args):
-    """(policy, the module to call, optimizer) with torch's own AdamW and, on several processes, DistributedDataParallel."""
+    """(policy, the module to call, optimizer) with torch's own AdamW and, on several processes,
+    DistributedDataParallel."""
     policy = load(args, library=True)
     policy.model.train()
     module = policy.model
@@ -297,7 +334,8 @@ def peer_trainer(args):
 def case_sft(args):
     rank, world, _ = sft.setup_distributed()
     policy, (peer, module, peer_optimizer) = load(args), peer_trainer(args)
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
+                            "python collect_coldstart.py")[:args.batch][rank::world]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
     optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01)
     policy.model.train()
@@ -315,9 +353,11 @@ def case_sft(args):
 
 
 def case_rate(args):
-    """How fast an update computes, beside the machine's rate on matrices of the model's own sizes."""
+    """How fast an update computes, beside the machine's rate on matrices of the model's own
+    sizes."""
     policy = load(args)
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch]
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
+                            "python collect_coldstart.py")[:args.batch]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
     optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01)
     settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
@@ -328,7 +368,8 @@ def case_rate(args):
 
     with FlopCounterMode(display=False) as counter:
         step()
-    flops, seconds = counter.get_total_flops(), statistics.median(clock(step) for _ in range(args.repeats + 1))
+    flops, seconds = (counter.get_total_flops(),
+                      statistics.median(clock(step) for _ in range(args.repeats + 1)))
     work, time_of_matrices = 0, 0.0
     for weight in (m.weight for m in policy.model.modules() if isinstance(m, torch.nn.Linear)):
         x = torch.randn(args.tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -336,17 +377,20 @@ def case_rate(args):
             time_of_matrices += min(clock(lambda: x @ weight.T) for _ in range(10))
         work += 2 * args.tokens * weight.numel()
     rate, plain = flops / seconds / 1e9, work / time_of_matrices / 1e9
-    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: {flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
-        f"{rate:.0f} GFLOP/s, {rate / plain:.0%} of the {plain:.0f} GFLOP/s of plain products ({args.tokens}, in) x (in, out) "
-        f"with the model's own matrices")
+    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: "
+        f"{flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
+        f"{rate:.0f} GFLOP/s, {rate / plain:.0%} of the {plain:.0f} GFLOP/s of plain products "
+        f"({args.tokens}, in) x (in, out) with the model's own matrices")
 
 
 def case_ddp(args):
-    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward pass, and torch's AdamW."""
+    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward
+    pass, and torch's AdamW."""
     rank, world, _ = sft.setup_distributed()
     if world == 1:
         return say("ddp: needs torchrun --nproc_per_node=2")
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
+                            "python collect_coldstart.py")[:args.batch][rank::world]
     ours, peer = load(args), load(args)
     sequences = [sft.encode(ours, row, args.trajectories.parent) for row in rows]
     wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
@@ -364,17 +408,19 @@ def case_ddp(args):
         adam.zero_grad()
 
     alternate(f"ddp: {len(rows)} conversations a process, {world} processes",
-              lambda: sft.train_step(ours, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
+              lambda: sft.train_step(ours, optimizer, sequences, 1e-5, settings), step_of_peer,
+              args.repeats)
     measure_traffic(ours, optimizer, wrapped, peer, sequences[:1])
 
 
 def case_fsdp(args):
-    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16 weights and float32 reduction:
-    time, and the peak of living tensor storages during a step."""
+    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16
+    weights and float32 reduction: time, and the peak of living tensor storages during a step."""
     rank, world, _ = sft.setup_distributed()
     if world == 1:
         return say("fsdp: needs torchrun --nproc_per_node=2")
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory, "python collect_coldstart.py")[:args.batch][rank::world]
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
+                            "python collect_coldstart.py")[:args.batch][rank::world]
     settings = argparse.Namespace(tokens=10**6, max_norm=1.0)
     sides = []
     for name in ("ours", "torch"):
@@ -387,9 +433,11 @@ def case_fsdp(args):
                 def step(policy=policy, sequences=sequences, optimizer=optimizer):
                     sft.train_step(policy, optimizer, sequences, 1e-5, settings)
             else:
-                how = {"reshard_after_forward": False, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+                how = {"reshard_after_forward": False,
+                       "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
                 policy.model.requires_grad_(True)
-                for layer in [*policy.model.model.language_model.layers, *policy.model.model.visual.blocks]:
+                for layer in [*policy.model.model.language_model.layers,
+                              *policy.model.model.visual.blocks]:
                     fully_shard(layer, **how)
                 module = Loss(policy)
                 fully_shard(module, **how)
@@ -403,8 +451,10 @@ def case_fsdp(args):
             step()
             step()
         sides.append((step, memory.peak))
-    alternate(f"fsdp: {len(rows)} conversations a process, {world} processes", sides[0][0], sides[1][0], args.repeats)
-    say(f"fsdp: peak of living storages: ours {sides[0][1] / 2**20:.1f} MB   peer {sides[1][1] / 2**20:.1f} MB")
+    alternate(f"fsdp: {len(rows)} conversations a process, {world} processes",
+              sides[0][0], sides[1][0], args.repeats)
+    say(f"fsdp: peak of living storages: ours {sides[0][1] / 2**20:.1f} MB   "
+        f"peer {sides[1][1] / 2**20:.1f} MB")
 
 
 class Loss(torch.nn.Module):
@@ -435,15 +485,19 @@ def measure_traffic(policy, optimizer, module, peer, sequences):
     torch.distributed.all_reduce = counted
     optimizer.backward([sft.collate(policy, sequences)], Loss(policy))
     torch.distributed.all_reduce = reduce
-    say(f"gradient bytes handed to all-reduce per step: ours {sent['ours']:,}   peer {sent['peer']:,}")
+    say("gradient bytes handed to all-reduce per step: "
+        f"ours {sent['ours']:,}   peer {sent['peer']:,}")
 
 
 def case_grpo(args):
-    """One update on the same groups. The peer runs all conversations through the model, with logits at every position."""
+    """One update on the same groups. The peer runs all conversations through the model, with logits
+    at every position."""
     policy, (peer, module, peer_optimizer), rows = load(args), peer_trainer(args), questions(args)
-    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(rows, args.group, args.data.parent)
+    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(
+        rows, args.group, args.data.parent)
     parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
-    rewards = torch.tensor([[r.reward for r in part] for part in parts], dtype=torch.float64)                # (P, G)
+    rewards = torch.tensor([[r.reward for r in part] for part in parts],
+                           dtype=torch.float64)  # (P, G)
     settings = argparse.Namespace(
         overturn_mask=True, mask_void=False, unfinished_value="group", divisor="completed",
         aggregation="response", max_turn_tokens=96, max_turns=6, tokens=args.tokens, clip_low=0.2,
@@ -460,11 +514,14 @@ def case_grpo(args):
         for at in range(0, len(rollouts), args.micro):
             part = rollouts[at:at + args.micro]
             batch = padded(peer, [r.with_images(peer) for r in part])
-            labels = batch.pop("labels")[:, 1:]                                                              # (B, T - 1)
-            logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)                       # (B, T - 1, V)
+            labels = batch.pop("labels")[:, 1:]  # (B, T - 1)
+            # (B, T - 1, V)
+            logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)
             new = logprobs.gather(-1, labels.clamp(min=0)[:, :, None])[:, :, 0]
-            old = torch.zeros_like(new).masked_scatter(labels >= 0, torch.tensor([x for r in part for x in r.logprobs]))
-            rl.grpo_loss(new, old, flat[at:at + args.micro].float(), labels >= 0, keep[at:at + args.micro],
+            old = torch.zeros_like(new).masked_scatter(
+                labels >= 0, torch.tensor([x for r in part for x in r.logprobs]))
+            rl.grpo_loss(new, old, flat[at:at + args.micro].float(), labels >= 0,
+                         keep[at:at + args.micro],
                          denominator=int(keep.sum()) or 1).backward()
         torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
         peer_optimizer.step()
@@ -476,12 +533,13 @@ def case_grpo(args):
 
 
 def case_images(args, pixels=2_000_000):
-    """One group whose image, and first crop, have two megapixels; a conversation per micro-batch. The
-    peer opens the image once, and encodes it again for every conversation."""
+    """One group whose image, and first crop, have two megapixels; a conversation per micro-batch.
+    The peer opens the image once, and encodes it again for every conversation."""
     policy = load(args)
     policy.max_pixels, place = pixels, "noise.jpg"
     zoom = json.dumps({"bbox_2d": [0.1, 0.1, 0.8, 0.8], "source": "original_image"})
-    turns = [{"text": f"<think></think><grounding>{zoom}</grounding>"}, {"text": "<answer>red</answer>"}]
+    turns = [{"text": f"<think></think><grounding>{zoom}</grounding>"},
+             {"text": "<answer>red</answer>"}]
     row = {"id": "0", "image": place, "question": "Which colour?", "answer": "red"}
     with tempfile.TemporaryDirectory() as folder:
         Image.effect_noise((2000, 1500), 60).convert("RGB").save(Path(folder) / place, quality=95)
@@ -491,9 +549,11 @@ def case_images(args, pixels=2_000_000):
         written = sum(sequence.mask)
         rollouts = [evaluate.Rollout(sequence.ids, sequence.mask, row=row, root=folder, turns=turns,
                                      logprobs=[-1.0] * written) for _ in range(args.group)]
-        alone = ([replace(r, images=policy.pixels(tools.replay(r.as_row(), image)))] for r in rollouts)
+        alone = ([replace(r, images=policy.pixels(tools.replay(r.as_row(), image)))]
+                 for r in rollouts)
         sides = {"the peer": (sft.collate(policy, sequences) for sequences in alone),
-                 "ours": sft.one_ahead(partial(rl.encode_rollouts, policy), [[r] for r in rollouts])}
+                 "ours": sft.one_ahead(partial(rl.encode_rollouts, policy),
+                                       [[r] for r in rollouts])}
         policy.model.train()
         sft.trainable(policy, freeze_vision=True)
         for name, batches in sides.items():
@@ -510,12 +570,13 @@ def case_images(args, pixels=2_000_000):
                 f"({ready:.2f} s for the first)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Growth
 
 
 def case_growth(args):
-    policy, rows = load(args), tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    policy, rows = load(args), tools.read_jsonl(
+        args.data, tools.check_question, "python build_data.py")
 
     def measure(title, count, turns, pixels=1):
         policy.min_pixels, policy.max_pixels = 6000 * pixels, 8000 * pixels
@@ -524,8 +585,10 @@ def case_growth(args):
         rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
         seconds, tokens = time.perf_counter() - start, sum(sum(r.mask) for r in rollouts)
         cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10   # a high-water mark: hence in rising order
-        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   {tokens / seconds:8.0f} tokens/s   "
+        # a high-water mark: hence in rising order
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   "
+            f"{tokens / seconds:8.0f} tokens/s   "
             f"KV cache {cache:6.1f} MB   peak memory of the process {peak:6.0f} MB")
 
     measure("warm-up", 64, 6)
@@ -537,25 +600,33 @@ def case_growth(args):
         measure(f"{pixels} x pixels", 256, 6, pixels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One RL step of Qwen2.5-VL-7B on 8 H100, on paper
 
 
-def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=1500, text=250, slots=16):
-    """FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table. Nothing is run.
+def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=1500, text=250,
+               slots=16):
+    """FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table. Nothing
+    is run.
 
-    A conversation has T = text + turns (view + written) tokens: `view` image tokens and `written` sampled ones a turn. With N
-    parameters in L text layers of width D:
-        forward of t tokens behind c others     2 N t + 4 L D t (c + t / 2)          matrices, causal attention
-        vision tower, P = 4 view patches        2 N_v P + 4 D_v P^2 per full-attention layer (windows are negligible)
-        decode of one token in every slot       bytes: 2 (N + N_head) + slots * 2 * 2 * L * kv * mean length
-        update                                  4 forwards (forward, recomputation, backward twice), head at `written` tokens
-    Seconds: FLOPs at 40% of 989 TFLOP/s (bf16), memory at 60% of 3.35 TB/s, links at 60% of 450 GB/s.
+    A conversation has T = text + turns (view + written) tokens: `view` image tokens and `written`
+    sampled ones a turn. With N parameters in L text layers of width D:
+        forward of t tokens behind c others     2 N t + 4 L D t (c + t / 2)
+                                                matrices, causal attention
+        vision tower, P = 4 view patches        2 N_v P + 4 D_v P^2 per full-attention layer
+                                                (windows are negligible)
+        decode of one token in every slot       bytes: 2 (N + N_head)
+                                                + slots * 2 * 2 * L * kv * mean length
+        update                                  4 forwards (forward, recomputation, backward twice),
+                                                head at `written` tokens
+    Seconds: FLOPs at 40% of 989 TFLOP/s (bf16), memory at 60% of 3.35 TB/s, links at 60% of
+    450 GB/s.
     """
     L, D, ff, kv, vocabulary = 28, 3584, 18944, 4 * 128, 152064
     layers_v, D_v, ff_v, full_v = 32, 1280, 3420, 4
     N = L * (2 * D * D + 2 * D * kv + 3 * D * ff)
-    N_head, N_v = vocabulary * D, layers_v * (4 * D_v**2 + 3 * D_v * ff_v) + (4 * D_v) * (4 * D_v + D)
+    N_head, N_v = (vocabulary * D,
+                   layers_v * (4 * D_v**2 + 3 * D_v * ff_v) + (4 * D_v) * (4 * D_v + D))
     total = N + 2 * N_head + N_v
     mine, P, T = prompts * group / gpus, 4 * view, text + turns * (view + written)
 
@@ -564,42 +635,52 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
 
     vision = 2 * N_v * P + 4 * D_v * P**2 * full_v                          # per image
     images, steps = prompts / gpus + mine * (turns - 1), mine / slots * turns * written
-    middle = T / 2                                                          # mean length while a conversation is played
+    middle = T / 2  # mean length while a conversation is played
     stages = {
         "rollout: images": (images * vision, images * P * 1176 * 2, 0),
-        "rollout: prefill": (prompts / gpus * forward(text + view) + mine * sum(
-            forward(view, text + turn * (view + written)) for turn in range(1, turns)), steps / written * 2 * N, 0),
+        "rollout: prefill": (
+            prompts / gpus * forward(text + view) + mine * sum(
+                forward(view, text + turn * (view + written)) for turn in range(1, turns)),
+            steps / written * 2 * N, 0),
         "rollout: decode": (mine * turns * written * (forward(1, middle) + 2 * N_head),
                             steps * (2 * (N + N_head) + slots * 4 * L * kv * middle), 0),
         "update: images": (mine * turns * 4 * vision, 0, 0),
         "update: text": (mine * (4 * forward(T) + 4 * 2 * N_head * turns * written), 0, 0),
-        "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus, 2 * 2 * total * (gpus - 1) / gpus)}
-    say(f"{gpus} x H100, {prompts} x {group} conversations of {turns} turns and {T} tokens, {slots} slots, "
-        f"{total / 1e9:.2f} billion parameters; per GPU:\n\n"
+        "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus,
+                                2 * 2 * total * (gpus - 1) / gpus)}
+    say(f"{gpus} x H100, {prompts} x {group} conversations of {turns} turns and {T} tokens, "
+        f"{slots} slots, {total / 1e9:.2f} billion parameters; per GPU:\n\n"
         "| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
     seconds = 0
     for name, (flops, memory, link) in stages.items():
         needed = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
         seconds += needed
-        say(f"| {name} | {flops / 1e15:.2f} | {memory / 1e12:.2f} | {link / 1e9:.1f} | {needed:.1f} |")
+        say(f"| {name} | {flops / 1e15:.2f} | {memory / 1e12:.2f} | {link / 1e9:.1f} | "
+            f"{needed:.1f} |")
     say(f"| total | | | | {seconds:.1f} |")
 
 
 CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft,
-         "grpo": case_grpo, "images": case_images, "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth, "paper": case_paper}
+         "grpo": case_grpo, "images": case_images, "ddp": case_ddp, "fsdp": case_fsdp,
+         "rate": case_rate, "growth": case_growth, "paper": case_paper}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Ours against what a user would write.")
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[], help="which cases (default: all)")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[],
+                        help="which cases (default: all)")
     parser.add_argument("--model", default="checkpoints/sft", help="folder of the model")
-    parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"), help="questions for rollouts")
-    parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"), help="conversations for sft")
+    parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"),
+                        help="questions for rollouts")
+    parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"),
+                        help="conversations for sft")
     parser.add_argument("--groups", type=int, default=16, help="questions")
     parser.add_argument("--group", type=int, default=16, help="conversations per question")
     parser.add_argument("--batch", type=int, default=16, help="conversations in an sft step")
-    parser.add_argument("--micro", type=int, default=16, help="conversations per forward pass of the grpo peer")
-    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens per forward pass of ours")
+    parser.add_argument("--micro", type=int, default=16,
+                        help="conversations per forward pass of the grpo peer")
+    parser.add_argument("--tokens", type=int, default=2048,
+                        help="padded tokens per forward pass of ours")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
     for name in args.cases or CASES:

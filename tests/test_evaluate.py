@@ -1,7 +1,8 @@
 """Specification of the rollout engine and of Avg@K.
 
-In float64 the engine must agree with `model.generate` token for token, must not depend on batch, slots or world size, and
-its recorded log-probabilities must be those of a full forward pass over the same ids.
+In float64 the engine must agree with `model.generate` token for token, must not depend on batch,
+slots or world size, and its recorded log-probabilities must be those of a full forward pass over
+the same ids.
 """
 
 import argparse
@@ -41,11 +42,13 @@ def rollouts(trained, world):
 
 
 def same(a, b):
-    return [(r.ids, r.mask, r.turns, r.finish) for r in a] == [(r.ids, r.mask, r.turns, r.finish) for r in b]
+    return ([(r.ids, r.mask, r.turns, r.finish) for r in a]
+            == [(r.ids, r.mask, r.turns, r.finish) for r in b])
 
 
 def zooms_like_generate(policy, rollouts):
-    """Assert that every turn of greedy rollouts is what `generate` writes after the same conversation; count their zooms."""
+    """Assert that every turn of greedy rollouts is what `generate` writes after the same
+    conversation; count their zooms."""
     for r in rollouts:
         starts = [i for i in range(1, len(r.ids)) if r.mask[i] and not r.mask[i - 1]]
         for start in starts:
@@ -61,9 +64,12 @@ def zooms_like_generate(policy, rollouts):
                     count += policy.image_tokens(grid)
             with library_attention(policy):
                 reference = policy.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == policy.image_id).long(),
-                    pixel_values=torch.cat([p for p, _ in images]), image_grid_thw=torch.tensor([g for _, g in images]),
-                    do_sample=False, max_new_tokens=LIMITS.max_turn_tokens, suppress_tokens=policy.banned)
+                    input_ids=ids, attention_mask=torch.ones_like(ids),
+                    mm_token_type_ids=(ids == policy.image_id).long(),
+                    pixel_values=torch.cat([p for p, _ in images]),
+                    image_grid_thw=torch.tensor([g for _, g in images]),
+                    do_sample=False, max_new_tokens=LIMITS.max_turn_tokens,
+                    suppress_tokens=policy.banned)
             assert reference[0, start:].tolist() == r.ids[start:end]
     return sum("zoom" in turn for r in rollouts for turn in r.turns[:-1])
 
@@ -79,7 +85,8 @@ def test_samples_do_not_depend_on_batch_slots_or_order(rollouts, trained, world)
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
     assert same(rollouts[:2] + rollouts[6:8] + rollouts[12:14], play(trained, world, slots=1))
     assert same(rollouts, play(trained, world, samples=6, slots=5))
-    assert same(rollouts[12:], evaluate.Engine(trained, LIMITS, 3).run([rows[2]], 6, world, prompts=[2]))
+    assert same(rollouts[12:], evaluate.Engine(trained, LIMITS, 3).run(
+        [rows[2]], 6, world, prompts=[2]))
 
 
 def test_seed_step_and_prompt_change_the_samples(rollouts, trained, world):
@@ -88,34 +95,40 @@ def test_seed_step_and_prompt_change_the_samples(rollouts, trained, world):
     assert not same(first, play(trained, world, seed=1))
     assert not same(first, play(trained, world, step=1))
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
-    assert not same(first, evaluate.Engine(trained, LIMITS, 8).run(rows, 2, world, prompts=[4, 5, 6]))
+    assert not same(first, evaluate.Engine(trained, LIMITS, 8).run(
+        rows, 2, world, prompts=[4, 5, 6]))
 
 
 def sampler_trainer_gap(policy, rollouts):
-    """Largest difference between log-probs that the engine recorded and those of the trainer, all conversations in one row."""
+    """Largest difference between log-probs that the engine recorded and those of the trainer, all
+    conversations in one row."""
     recorded = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float64)
     with torch.no_grad():
-        full = sft.token_logprobs(policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]), chunk=64)
+        full = sft.token_logprobs(
+            policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]), chunk=64)
     assert len(recorded) == len(full) == sum(sum(r.mask) for r in rollouts)
     return (full - recorded).abs().max().item()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 1e-4)])
-def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, world, dtype, tolerance):
+def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, world, dtype,
+                                                     tolerance):
     policy = sft.load_policy(str(trained_folder), "cpu", dtype, prompts)
     assert sampler_trainer_gap(policy, play(policy, world, samples=3, slots=6)) < tolerance
 
 
 def test_released_families(every, world):
-    """The question that the policy was trained on takes it two zooms: greedily like `generate`, and sampled with the trainer's
-    log-probabilities, in two slots of different length."""
+    """The question that the policy was trained on takes it two zooms: greedily like `generate`, and
+    sampled with the trainer's log-probabilities, in two slots of different length."""
     row = tools.read_jsonl(world / "coldstart.jsonl")[:1]
-    assert zooms_like_generate(every, evaluate.Engine(every, LIMITS, 1, greedy=True).run(row, 1, world)) == 2
+    assert zooms_like_generate(
+        every, evaluate.Engine(every, LIMITS, 1, greedy=True).run(row, 1, world)) == 2
     assert sampler_trainer_gap(every, evaluate.Engine(every, LIMITS, 2).run(row, 2, world)) < 1e-12
 
 
 def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
-    """The sampled tokens of a turn decode to its text; everything else is prompt, observation or refusal."""
+    """The sampled tokens of a turn decode to its text; everything else is prompt, observation or
+    refusal."""
     for r in rollouts:
         turns, at = [], 0
         while at < len(r.ids):
@@ -125,12 +138,14 @@ def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
             if r.mask[at]:
                 turns.append([t for t in r.ids[at:end] if t not in trained.stop])
             at = end
-        assert [trained.tokenizer.decode(t, skip_special_tokens=False) for t in turns] == [t["text"] for t in r.turns]
+        assert [trained.tokenizer.decode(t, skip_special_tokens=False)
+                for t in turns] == [t["text"] for t in r.turns]
         assert not {t for t, m in zip(r.ids, r.mask) if m} & set(trained.banned)
 
 
 def test_conversation_equals_its_stored_row(rollouts, trained, world):
-    """Token in, token out: a stored trajectory, encoded again by the trainer, has the observations the engine fed."""
+    """Token in, token out: a stored trajectory, encoded again by the trainer, has the observations
+    the engine fed."""
     for r in rollouts:
         again = sft.encode(trained, {**r.as_row(), "system": None}, world)
         forced = [t for t, m in zip(r.ids, r.mask) if not m]
@@ -138,7 +153,8 @@ def test_conversation_equals_its_stored_row(rollouts, trained, world):
         shown = r.with_images(trained).images
         assert [g for _, g in again.images] == [g for _, g in shown]
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, shown))
-        assert sum(t == trained.image_id for t in r.ids) == sum(trained.image_tokens(g) for _, g in shown)
+        assert (sum(t == trained.image_id for t in r.ids)
+                == sum(trained.image_tokens(g) for _, g in shown))
         assert r.views == r.images == []    # memory does not grow with the number of rollouts
 
 
@@ -146,18 +162,21 @@ def test_finish_reasons_and_limits(rollouts, trained, world):
     seen = collections.Counter(r.finish for r in rollouts)
     assert set(seen) <= set(evaluate.FINISHES) and len(seen) >= 2
     for r in rollouts:
-        assert len(r.turns) <= LIMITS.max_turns and len(r.with_images(trained).images) <= LIMITS.max_images
+        assert (len(r.turns) <= LIMITS.max_turns
+                and len(r.with_images(trained).images) <= LIMITS.max_images)
         assert (r.finish == "answer") == (r.prediction is not None)
         if r.finish == "over_turn":
             assert "zoom" in r.turns[-1] or "error" in r.turns[-1]
     short = play(trained, world, samples=6, limits=evaluate.Limits(2, 2, 48, 1200))
-    for long, cut in zip(rollouts, short):  # a policy is not told its budget: the first turns are the same
+    # a policy is not told its budget: the first turns are the same
+    for long, cut in zip(rollouts, short):
         assert cut.turns[:1] == long.turns[:1]
         assert (cut.finish == "over_turn") == (len(long.turns) > 2 or long.finish == "over_turn")
 
 
 def test_over_context_and_a_context_too_small(rollouts, trained, world):
-    tight = max(r.mask.index(True) for r in rollouts) + 48 + 20     # room for one turn and less than one observation
+    # room for one turn and less than one observation
+    tight = max(r.mask.index(True) for r in rollouts) + 48 + 20
     again = play(trained, world, limits=evaluate.Limits(6, 6, 48, tight))
     assert any(r.finish == "over_context" for r in again)
     assert all(len(r.ids) <= tight for r in again)
@@ -171,7 +190,8 @@ def test_token_cap_ends_a_turn_as_void(trained, world):
 
 
 def test_draw_follows_the_distribution(make_tiny):
-    """Inverting the cumulative distribution: u selects the id whose interval contains it; a banned id has no interval."""
+    """Inverting the cumulative distribution: u selects the id whose interval contains it; a banned
+    id has no interval."""
     engine = evaluate.Engine(make_tiny(), LIMITS, 1)
     probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
     numbers, expected = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24], [1, 1, 3, 3, 4, 4]
@@ -180,8 +200,8 @@ def test_draw_follows_the_distribution(make_tiny):
 
 
 def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
-    """Between host and device, each way: what is fed and where, where it attends, random numbers; ids
-    with their log-probs. A step without images builds no other tensor from Python numbers."""
+    """Between host and device, each way: what is fed and where, where it attends, random numbers;
+    ids with their log-probs. A step without images builds no other tensor from Python numbers."""
     moved, steps = [], []
 
     class Counted(evaluate.Engine):
@@ -197,7 +217,8 @@ def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
 
     def watch(where, name):
         inner = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *args, **more: moved.append(name) or inner(*args, **more))
+        monkeypatch.setattr(
+            where, name, lambda *args, **more: moved.append(name) or inner(*args, **more))
 
     for name in ("tensor", "from_numpy"):
         watch(torch, name)
@@ -205,11 +226,13 @@ def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
         watch(torch.Tensor, name)
     Counted(trained, LIMITS, 8).run(tools.read_jsonl(world / "train.jsonl")[:3], 2, world)
     assert len(steps) > 20
-    assert all(names == ["from_numpy", "from_numpy", "tensor", "tolist"] for names in steps), steps[0]
+    assert all(names == ["from_numpy", "from_numpy", "tensor", "tolist"]
+               for names in steps), steps[0]
 
 
 def test_random_numbers_are_indexed_by_position():
-    """The n-th token of a conversation gets the n-th number of its stream, however often it is drawn."""
+    """The n-th token of a conversation gets the n-th number of its stream, however often it is
+    drawn."""
     one = np.random.default_rng([0, 0, 1, 2])
     stream = [float(one.random(dtype=np.float32)) for _ in range(200)]  # one draw at a time
     r = evaluate.Rollout(random=np.random.default_rng([0, 0, 1, 2]))
@@ -218,7 +241,7 @@ def test_random_numbers_are_indexed_by_position():
     assert r.uniform(9) == stream[60:69] and r.uniform(0) == [] and r.uniform(130) == stream[60:190]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Drafts: whatever is drafted, conversations are the same
 
 
@@ -257,8 +280,8 @@ def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained, world
 
 
 def oracle(rollouts, wrong=False, beyond=()):
-    """A guess that knows the conversations: always right, or always wrong; `beyond` is added at the end
-    of a turn."""
+    """A guess that knows the conversations: always right, or always wrong; `beyond` is added at the
+    end of a turn."""
     known = {tuple(r.ids[:i]): r.ids[i] for r in rollouts for i in range(len(r.ids)) if r.mask[i]}
 
     def guess(ids, most):
@@ -278,14 +301,17 @@ def random_ids(policy):
 
     def guess(ids, most):
         length = rng.integers(most + 1)
-        return [int(rng.choice(special) if rng.random() < 0.1 else rng.integers(100, 500)) for _ in range(length)]
+        return [int(rng.choice(special) if rng.random() < 0.1 else rng.integers(100, 500))
+                for _ in range(length)]
     return guess
 
 
 def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, monkeypatch):
-    """Always wrong; always right, up to and beyond the end of a turn; random, with image placeholders."""
+    """Always wrong; always right, up to and beyond the end of a turn; random, with image
+    placeholders."""
     image, stop = trained.image_id, trained.end_id
-    guesses = {"wrong": oracle(undrafted, wrong=True), "right": oracle(undrafted, beyond=[stop, 105, image, 105]),
+    guesses = {"wrong": oracle(undrafted, wrong=True),
+               "right": oracle(undrafted, beyond=[stop, 105, image, 105]),
                "random": random_ids(trained)}
     rows, fed = tools.read_jsonl(world / "train.jsonl")[:3], []
     for name, guess in guesses.items():
@@ -296,15 +322,18 @@ def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, 
         again = engine.run(rows, 6, world)
         assert same(again, undrafted) and same_logprobs(again, undrafted), name
         rate = engine.counts["accepted"] / engine.counts["drafted"]
-        assert rate > 0.8 if name == "right" else rate < 0.1, (name, rate)  # samples with one beginning differ
+        # samples with one beginning differ
+        assert rate > 0.8 if name == "right" else rate < 0.1, (name, rate)
         assert engine.counts["drafted"] > 300
     assert not {token for draft in fed for token in draft} & {*trained.banned, *trained.stop}
 
 
-@pytest.mark.parametrize("limits", [evaluate.Limits(6, 6, 5, 1200), evaluate.Limits(6, 6, 48, None)],
+@pytest.mark.parametrize("limits", [evaluate.Limits(6, 6, 5, 1200),
+                                    evaluate.Limits(6, 6, 48, None)],
                          ids=["token cap", "end of the context"])
 def test_drafts_end_where_the_conversation_must(undrafted, trained, world, monkeypatch, limits):
-    """A draft that runs on for ever meets the cap of a turn, and the end of a context with no spare token."""
+    """A draft that runs on for ever meets the cap of a turn, and the end of a context with no spare
+    token."""
     if limits.max_context is None:
         r = max(undrafted, key=lambda r: len(r.turns))
         second = [i for i in range(1, len(r.ids)) if r.mask[i] and not r.mask[i - 1]][1]
@@ -325,7 +354,8 @@ def test_the_cache_given_is_the_cache_used(trained, world):
 
 
 def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypatch):
-    """After every pass all columns behind a conversation, rejected drafts among them, are made absurd."""
+    """After every pass all columns behind a conversation, rejected drafts among them, are made
+    absurd."""
     forward = evaluate.Engine.forward
 
     def poisoned(engine, slots, *rest):
@@ -343,11 +373,13 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypat
 
 
 def test_draft_table_by_hand():
-    """Known after one turn, believed the more the oftener it is right, forgotten when it is wrong often, bounded."""
+    """Known after one turn, believed the more the oftener it is right, forgotten when it is wrong
+    often, bounded."""
     drafts = evaluate.Drafts(ngrams=(1, 2), most=20)
     assert drafts.after([0, 9], 4) == []
     drafts.learn([0, 0, 9, 1, 2, 3], 3)
-    assert drafts.after([0, 9], 8, least=0.4) == [1, 2]  # 0.7 * 0.7 = 0.49; another one would be 0.34
+    # 0.7 * 0.7 = 0.49; another one would be 0.34
+    assert drafts.after([0, 9], 8, least=0.4) == [1, 2]
     assert drafts.after([0, 9], 8) == [1] and drafts.after([7, 7], 8) == []
     for _ in range(2):  # the unigram first, then the bigram
         drafts.learn([8, 9, 4], 2)
@@ -360,7 +392,7 @@ def test_draft_table_by_hand():
         assert len(drafts.guesses) <= 20 + 2
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention over slots
 
 
@@ -381,7 +413,7 @@ def attend_over(policy, fed, pieces, seed=0):
     for slot, (old, count) in enumerate(zip(fed, pieces)):
         for t in range(count):
             k, v = (x[slot, :, :old + t + 1].repeat_interleave(H // K, 0) for x in (keys, values))
-            weights = (k @ query[0, :, at, :, None]).mul(D**-0.5).softmax(1)                # (H, S, 1)
+            weights = (k @ query[0, :, at, :, None]).mul(D**-0.5).softmax(1)  # (H, S, 1)
             theirs.append((weights * v).sum(1))
             at += 1
     return ours, torch.stack(theirs)
@@ -397,7 +429,8 @@ def test_attention_over_slots_equals_a_softmax(every, fed, pieces):
 
 
 def test_a_long_piece_builds_no_mask(trained):
-    """3,000 new tokens behind 1,000: masks of (heads, new, all) would take 190 MB, and more at 32k."""
+    """3,000 new tokens behind 1,000: masks of (heads, new, all) would take 190 MB, and more at
+    32k."""
     cache = evaluate.SlotCache(trained.model.config.text_config, 2, torch.float64, "cpu", 4096)
     cache.grow(4096)
     with LiveBytes() as memory:
@@ -406,8 +439,8 @@ def test_a_long_piece_builds_no_mask(trained):
 
 
 def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
-    """As many conversations wait for an image as there are slots: their pieces are fed one after the
-    other when together they are longer than --max_context, and results are the same."""
+    """As many conversations wait for an image as there are slots: their pieces are fed one after
+    the other when together they are longer than --max_context, and results are the same."""
     limits = replace(LIMITS, max_context=420)
     expected, fed = play(trained, world, samples=6, slots=1, limits=limits), []
 
@@ -447,7 +480,8 @@ def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, 
               "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 4]
     one = run_script(*common, "--out", tmp_path / "one", "--picture", tmp_path / "p.png")
     run_script(*common, "--out", tmp_path / "two", "--draft", 0, nproc=2)
-    assert (tmp_path / "one/train.jsonl").read_bytes() == (tmp_path / "two/train.jsonl").read_bytes()
+    assert ((tmp_path / "one/train.jsonl").read_bytes()
+            == (tmp_path / "two/train.jsonl").read_bytes())
     assert (tmp_path / "one/table.json").read_bytes() == (tmp_path / "two/table.json").read_bytes()
     assert "T=4" in one.stdout and "finished in" in one.stdout
     assert not list(tmp_path.glob("*/partial*"))
