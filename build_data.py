@@ -72,7 +72,7 @@ LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 3},
 SPLITS = ["train", "easy", "medium", "hard", "instruct", "val"]
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # A scene and its picture
 
 
@@ -201,7 +201,7 @@ def make_question(job, out, seed):
     return {"id": f"{split}_{index:05d}", "image": image, **scene}
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Instruction data: one view, one question, one reply in the words that the teacher uses
 
 
@@ -366,7 +366,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The tiny model: a real Qwen2.5-VL of 1.6 M parameters, a tokenizer made from the project's texts
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -459,7 +459,7 @@ def project_texts(data):
     return fixed * 50 + said + words
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Published data sets: reading
 
 
@@ -605,7 +605,7 @@ def conversation(record):
     return texts, digests
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Published data sets: what a record becomes, a question row. "image" is as load() takes it; if
 # there are options, "right", the letter of the right one, takes the place of the answer. stem: of
 # the file that is written; root: the folder that images must not leave; known: see FIRST_PASS
@@ -839,7 +839,7 @@ def import_data(name, source, out, seed):
         tools.write_jsonl(path, import_rows(make, [file for _, file in files], path, seed))
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The command
 
 

@@ -57,7 +57,7 @@ def reference_logprobs(policy, sequence, padding=5):
     return logits.log_softmax(-1).gather(-1, ids[0, written, None])[:, 0]
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Conversations as tensors
 
 
@@ -279,7 +279,7 @@ def test_freeze_vision(every):
     assert ("deepstack_merger_list" in parts) == (every.model.config.model_type == "qwen3_vl")
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -407,20 +407,24 @@ for kind in ("ours", "torch"):
     sft.broadcast_weights(policy.model)
     adam = torch.optim.AdamW(params, 1e-3, (0.9, 0.95), weight_decay=0)
     optimizer = sft.Optimizer(params, 1e-3, 0.0) if kind == "ours" else adam
-    wrapped = torch.nn.parallel.DistributedDataParallel(policy.model.model) if kind == "torch" else None
+    wrapped = None
+    if kind == "torch":
+        wrapped = torch.nn.parallel.DistributedDataParallel(policy.model.model)
     body = policy.model.model
     for step in range(3):
         batch = sft.collate(policy, [sft.encode(policy, r, {root_data!r}) for r in rows[rank::2]])
         if wrapped is not None:
             policy.model.model = wrapped
         if kind == "ours":
-            optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).sum() / 100)
+            optimizer.backward(
+                [batch], lambda batch: -sft.token_logprobs(policy, batch).sum() / 100)
             optimizer.step(1e-3, 1e9)
             continue
         loss = -sft.token_logprobs(policy, batch).sum() / 100
         policy.model.model = body
         loss.backward()
-        for p in params:  # torch averages over ranks, and does not see the head outside the wrapped body
+        # torch averages over ranks, and does not see the head outside the wrapped body
+        for p in params:
             if any(p is q for q in policy.model.lm_head.parameters()):
                 dist.all_reduce(p.grad)
             else:
@@ -452,7 +456,8 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import sft
 from conftest import LiveBytes
 rank, world, _ = sft.setup_distributed()
-shapes = [(13, 7), (5,), (3, 11), (1, 1), (17,), (29, 3)]       # buckets that neither two nor three processes share evenly
+# buckets that neither two nor three processes share evenly
+shapes = [(13, 7), (5,), (3, 11), (1, 1), (17,), (29, 3)]
 
 
 def train(kind, shard):
@@ -463,34 +468,43 @@ def train(kind, shard):
     ours = [torch.nn.Parameter(p.clone()) for p in start]
     reference = [torch.nn.Parameter(p.to(wide)) for p in start]
     optimizer = sft.Optimizer(ours, 0.0, 0.1, shard=shard, megabytes=2.5e-4)
-    adam = torch.optim.AdamW([dict(params=[p for p in reference if p.dim() > 1], weight_decay=0.1),
-                              dict(params=[p for p in reference if p.dim() == 1], weight_decay=0.0)], betas=(0.9, 0.95))
+    adam = torch.optim.AdamW(
+        [dict(params=[p for p in reference if p.dim() > 1], weight_decay=0.1),
+         dict(params=[p for p in reference if p.dim() == 1], weight_decay=0.0)], betas=(0.9, 0.95))
     for step in range(10):
-        # rank r runs r + 1 micro-batches, the last one without the third parameter; one process would see the sum of all
-        factors = [[[torch.randn(shape, dtype=torch.float64).to(weights) for shape in shapes] for micro in range(r + 1)]
-                   for r in range(world)]
+        # rank r runs r + 1 micro-batches, the last one without the third parameter; one process
+        # would see the sum of all
+        factors = [[[torch.randn(shape, dtype=torch.float64).to(weights) for shape in shapes]
+                    for micro in range(r + 1)] for r in range(world)]
         optimizer.backward(range(rank + 1), lambda micro: sum(
-            (p * f).sum() for i, (p, f) in enumerate(zip(ours, factors[rank][micro])) if (i, micro) != (2, rank)))
+            (p * f).sum() for i, (p, f) in enumerate(zip(ours, factors[rank][micro]))
+            if (i, micro) != (2, rank)))
         norm = optimizer.step(0.01 * (step + 1), 3.0)
         for i, p in enumerate(reference):
-            p.grad = sum(f[i].to(wide) for r, every in enumerate(factors) for m, f in enumerate(every) if (i, m) != (2, r))
+            p.grad = sum(f[i].to(wide) for r, every in enumerate(factors)
+                         for m, f in enumerate(every) if (i, m) != (2, r))
         expected = torch.nn.utils.clip_grad_norm_(reference, 3.0).item()
-        assert abs(norm / expected - 1) < dict(float64=1e-12, float32=1e-5, bfloat16=1e-2)[kind], (norm, expected)
+        most = dict(float64=1e-12, float32=1e-5, bfloat16=1e-2)[kind]
+        assert abs(norm / expected - 1) < most, (norm, expected)
         for group in adam.param_groups:
             group["lr"] = 0.01 * (step + 1)
         adam.step()
     everybody, same = [None] * world, [p.detach().double().sum().item() for p in ours]
     dist.all_gather_object(everybody, same)
     assert all(other == same for other in everybody)
-    gap = max((p.detach().to(wide) - q.detach()).abs().max().item() for p, q in zip(ours, reference))
-    rounding = max((q.detach().to(weights).to(wide) - q.detach()).abs().max().item() for q in reference)
+    gap = max((p.detach().to(wide) - q.detach()).abs().max().item()
+              for p, q in zip(ours, reference))
+    rounding = max((q.detach().to(weights).to(wide) - q.detach()).abs().max().item()
+                   for q in reference)
     return gap, rounding, len(optimizer.buckets)
 
 
-def measure(kind, shard):   # bytes per parameter that are alive after backward and after a step, each with its formula
+# bytes per parameter that are alive after backward and after a step, each with its formula
+def measure(kind, shard):
     w, pieces = (2, world if shard else 1) if kind == "bfloat16" else (4, world if shard else 1)
     with LiveBytes() as memory:
-        params = [torch.nn.Parameter(torch.randn(300, 101, dtype=getattr(torch, kind))) for _ in range(20)]
+        params = [torch.nn.Parameter(torch.randn(300, 101, dtype=getattr(torch, kind)))
+                  for _ in range(20)]
         count = sum(p.numel() for p in params)
         optimizer = sft.Optimizer(params, 0.1, 0.0, shard=shard, megabytes=0.2)
         optimizer.backward([0], lambda _: sum(p.sum() for p in params))
@@ -507,13 +521,16 @@ def measure(kind, shard):   # bytes per parameter that are alive after backward 
 
 
 kinds = ("float64", "float32", "bfloat16")
-found = dict((f"{{kind}} {{shard}}", train(kind, shard)) for kind in kinds for shard in (True, False))
-params = [torch.nn.Parameter(torch.ones(3, 2))]         # one rank's gradient is not a number: no rank takes the step
+found = dict((f"{{kind}} {{shard}}", train(kind, shard))
+             for kind in kinds for shard in (True, False))
+# one rank's gradient is not a number: no rank takes the step
+params = [torch.nn.Parameter(torch.ones(3, 2))]
 optimizer = sft.Optimizer(params, 0.1, 0.0, shard=True)
 optimizer.backward([0], lambda _: (params[0] * (float("nan") if rank == 1 else 1.0)).sum())
 optimizer.step(0.1, 1.0)
 assert optimizer.skipped == 1 and (params[0] == 1).all()
-found["memory"] = [measure(kind, shard) for kind in ("float32", "bfloat16") for shard in (True, False)]
+found["memory"] = [measure(kind, shard)
+                   for kind in ("float32", "bfloat16") for shard in (True, False)]
 if rank == 0:
     print(json.dumps(found))
 sft.close_distributed()
