@@ -18,9 +18,7 @@ What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
 2. What b is: --unfinished_value. The paper leaves it open; "group", the group's success rate, is
    the official code's choice. Default: 0.5 for every question. A guess at lower odds loses, and a
-   faster search gains. With "group" (1 - b) / s is largest where few conversations succeed, so that
-   the policy drifts towards search orders that are lucky on such questions; with 0.5 they weigh no
-   more.
+   faster search gains.
 3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official
    code).
 4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed.
@@ -166,19 +164,17 @@ def read_sets(specs):
     list of (question row, folder of its images)."""
     sets, weights = [], []
     for spec in specs:
-        name, _, weight = spec.rpartition(":")
-        path = Path(name)
-        if not name or Path(spec).exists():
-            path, weight = Path(spec), "1"
+        name, colon, weight = spec.rpartition(":")
+        if not colon or Path(spec).exists():
+            name, weight = spec, "1"
         try:
             weights.append(float(weight))
         except ValueError:
-            raise tools.InputError(f"--data {spec}: '{weight}' is not a weight; write FILE or "
-                                   "FILE:WEIGHT") from None
-        if not 0 < weights[-1] < float("inf"):
-            raise tools.InputError(f"--data {spec}: a weight is a positive number")
-        rows = tools.read_questions(path, "python build_data.py")
-        sets.append([(row, path.parent) for row in rows])
+            weights.append(math.nan)
+        tools.need(0 < weights[-1] < math.inf, f"--data {spec}: '{weight}' is not a positive "
+                   "number; write FILE or FILE:WEIGHT")
+        rows = tools.read_questions(Path(name), "python build_data.py")
+        sets.append([(row, Path(name).parent) for row in rows])
     return sets, weights
 
 
@@ -379,7 +375,8 @@ def measure(played, sums, largest, norms, silent, seconds, args, device, counts)
 # Memory on paper
 
 
-def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointing=True,
+def plan_memory(model, ranks, *, tokens, slots, max_context, shard_optimizer,
+                checkpointing=True,
                 freeze_vision=False, chunk=4096):
     """Bytes on each of `ranks` processes, from a model whose tensors may be on the meta device.
     Returns {part: bytes}.
@@ -403,7 +400,7 @@ def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointin
     trained = [p for p in model.parameters() if p not in frozen]
     N, own = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
     w = head.element_size()
-    F, W = max(4, w), ranks if shard else 1
+    F, W = max(4, w), ranks if shard_optimizer else 1
     L, D, ff = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     d = sft.head_size(text)
     Q, K = d * text.num_attention_heads, d * text.num_key_value_heads
@@ -415,7 +412,7 @@ def plan_memory(model, ranks, *, tokens, slots, max_context, shard, checkpointin
     kept, peak = vision_memory(model, tokens, checkpointing, freeze_vision)
     prefill = w * max_context * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
     return {"weights": w * N,
-            "gradients": F * own // W + (flying if shard and ranks > 1 else w * own),
+            "gradients": F * own // W + (flying if shard_optimizer and ranks > 1 else w * own),
             "optimizer": (2 * F + (F if w < F else 0)) * own // W,
             "activations": activations,
             "logits": logits,
@@ -451,9 +448,14 @@ def phases(plan):
     return plan["weights"] + plan["optimizer"] + rollout, sum(plan.values()) - rollout
 
 
-def print_plan(args, gigabytes=80.0):
-    """What a run with these flags needs per GPU on 1, 2, 4, 8 and 64 of them, as a table, and what
-    would make it fit."""
+def fits(plan, gigabytes=80.0):
+    """With a tenth for the allocator's gaps and the libraries."""
+    return 1.1 * max(phases(plan)) < gigabytes * 1e9
+
+
+def print_plan(args):
+    """What a run with these flags needs per GPU on 1, 2, 4, 8 and 64 of them, as a table; where
+    that is too much, the first of a few sets of flags, from mild to hard, with which it fits."""
     try:
         sft.check_family(args.model)
         with torch.device("meta"):
@@ -462,30 +464,34 @@ def print_plan(args, gigabytes=80.0):
     except (OSError, ValueError) as error:
         raise tools.InputError(f"--plan: cannot read the configuration of {args.model}: "
                                f"{str(error).splitlines()[0]}") from None
-    flags = {"tokens": args.tokens, "slots": args.slots, "max_context": args.max_context,
-             "freeze_vision": args.freeze_vision}
-    have = {"shard": args.shard_optimizer, "checkpointing": args.checkpointing, **flags}
-    plans = {ranks: plan_memory(model, ranks, **have) for ranks in (1, 2, 4, 8, 64)}
-    parts, advice = list(plans[1]), []
+    flags = {"shard_optimizer": args.shard_optimizer, "checkpointing": args.checkpointing,
+             "slots": args.slots, "tokens": args.tokens, "freeze_vision": args.freeze_vision,
+             "max_context": args.max_context}
+    milder = {"checkpointing": True, "shard_optimizer": True, "slots": max(1, args.slots // 4),
+              "tokens": max(1, args.tokens // 4), "freeze_vision": True}
+    plans = {ranks: plan_memory(model, ranks, **flags) for ranks in (1, 2, 4, 8, 64)}
+    rows, advice = [], []
+    for ranks, plan in plans.items():
+        sizes = [f"{size / 1e9:.1f}" for size in (*plan.values(), *phases(plan))]
+        rows.append([str(ranks), *sizes, "yes" if fits(plan) else "no"])
+        have, extra = dict(flags), ""
+        for flag, value in milder.items():
+            if not fits(plan) and have[flag] != value:
+                have[flag] = value
+                extra += f" --{flag}" if value is True else f" --{flag} {value}"
+                plan = plan_memory(model, ranks, **have)
+        if extra:
+            advice.append(f"{ranks} GPU(s): " + (f"fits with{extra}" if fits(plan) else "does not "
+                          "fit with any of these flags: use more GPUs"))
     print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} "
           f"slots of {args.max_context}")
-    print(f"| GPUs | {' | '.join(parts)} | rollout | update | fits {gigabytes:.0f} GB |")
-    print("|---" * (len(parts) + 4) + "|")
-    for ranks, plan in plans.items():
-        columns = [*plan.values(), *phases(plan)]
-        # a tenth for the allocator's gaps and the libraries
-        fits = 1.1 * max(phases(plan)) < gigabytes * 1e9
-        print(f"| {ranks} | {' | '.join(f'{size / 1e9:.1f}' for size in columns)} | "
-              f"{'yes' if fits else 'no'} |")
-        if not fits:
-            advice.append((ranks, cheaper(model, ranks, args, flags, gigabytes)))
-    for ranks, flag in advice:
-        print(f"{ranks} GPU(s): " + (f"fits with {flag}" if flag else
-                                     "does not fit with any of these flags: use more GPUs"))
+    evaluate.print_rows(["GPUs", *plans[1], "rollout", "update", "fits 80 GB"], rows)
+    for line in advice:
+        print(line)
+    seconds = plan_seconds(model, args, 8)
     print(f"disk: {plans[1]['optimizer'] / 1e9:.1f} GB a checkpoint, {args.keep + 1} of them "
           f"during a save (--keep {args.keep}); {plans[1]['weights'] / 1e9:.1f} GB for the model "
           "in --out")
-    seconds = plan_seconds(model, args, 8)
     print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, "
           f"{seconds * args.steps * 8 / 3600:.0f} GPU-hours for --steps {args.steps}, if a "
           f"conversation has {args.max_context // 2} tokens (half of --max_context) and an eighth "
@@ -501,28 +507,12 @@ def plan_seconds(model, args, ranks):
     text = sum(p.numel() for p in model.parameters()) - tower
     passes = 1 + (4 if args.checkpointing else 3)
     each = 2 * tokens * (passes * text + 4 * (2 if args.freeze_vision else passes) * tower)  # FLOPs
-    cache = plan_memory(model, 1, tokens=1, slots=1, max_context=1, shard=False)["KV cache"]
+    cache = plan_memory(model, 1, tokens=1, slots=1, max_context=1,
+                        shard_optimizer=False)["KV cache"]  # of one token
     read = 2 * (text + tower) + args.slots * cache * tokens / 2  # bytes a pass
     mine = args.prompts_per_step * args.group / ranks
     decoding = mine / args.slots * tokens / 8 * read / (0.6 * 3.35e12)
     return mine * each / (0.4 * 989e12) + decoding
-
-
-def cheaper(model, ranks, args, flags, gigabytes):
-    """The first of a few sets of flags, from mild to hard, with which it fits; None if there is
-    none."""
-    extra, have = [], dict(flags, shard=args.shard_optimizer, checkpointing=args.checkpointing)
-    for flag, value in (("checkpointing", True), ("shard", True),
-                        ("slots", max(1, args.slots // 4)), ("tokens", max(1, args.tokens // 4)),
-                        ("freeze_vision", True)):
-        if have[flag] == value:
-            continue
-        have[flag] = value
-        name = {"shard": "--shard_optimizer"}.get(flag, f"--{flag}")
-        extra.append(name if value is True else f"{name} {value}")
-        if 1.1 * max(phases(plan_memory(model, ranks, **have))) < gigabytes * 1e9:
-            return " ".join(extra)
-    return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -729,17 +719,14 @@ def parse_args():
                "keep", "eval_turns", "dump_every", "min_pixels", "max_pixels"),
         ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
          "weight_decay", "eval_every", "eval_size", "overturn_penalty"))
-    if args.unfinished_value == "estimate" and not args.eval_every:
-        raise tools.InputError("--unfinished_value estimate comes from the evaluations: set "
-                               "--eval_every above 0")
-    if args.overturn_penalty and args.overturn_mask:
-        raise tools.InputError("--overturn_penalty needs --no-overturn_mask: a masked conversation "
-                               "has no reward to take from")
-    if 0 < args.clip_dual <= 1:
-        raise tools.InputError("--clip_dual must be above 1, where a ratio is, or 0 for none")
-    if args.group < 2:
-        raise tools.InputError("--group must be at least 2: an advantage compares conversations "
-                               "about the same question")
+    tools.need(args.eval_every or args.unfinished_value != "estimate",
+               "--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
+    tools.need(not (args.overturn_penalty and args.overturn_mask), "--overturn_penalty needs "
+               "--no-overturn_mask: a masked conversation has no reward to take from")
+    tools.need(not 0 < args.clip_dual <= 1,
+               "--clip_dual must be above 1, where a ratio is, or 0 for none")
+    tools.need(args.group >= 2,
+               "--group must be at least 2: an advantage compares conversations about one question")
     return args
 
 
@@ -748,18 +735,16 @@ def main():
     if args.plan:
         return print_plan(args)
     rank, world, device = sft.setup_distributed()
-    if args.prompts_per_step < world:
-        raise tools.InputError(f"--prompts_per_step {args.prompts_per_step} is less than the "
-                               f"number of processes {world}")
+    tools.need(args.prompts_per_step >= world, f"--prompts_per_step {args.prompts_per_step} is "
+               f"less than the number of processes {world}")
     sets, weights = read_sets(args.data)
     held_out = []
     if args.eval_every:
         rows = tools.read_questions(args.eval_data, "python build_data.py")[:args.eval_size]
         held_out = [(row, args.eval_data.parent) for row in rows]
     count = sum(map(len, sets))
-    if count < args.prompts_per_step:
-        raise tools.InputError(f"--data has {count} questions to train on, fewer than "
-                               f"--prompts_per_step {args.prompts_per_step}")
+    tools.need(count >= args.prompts_per_step, f"--data has {count} questions to train on, fewer "
+               f"than --prompts_per_step {args.prompts_per_step}")
     prompts = tools.load_prompts(args.prompts)
     policy = sft.load_policy(args.model, device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, "python sft.py")

@@ -124,8 +124,8 @@ def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
     policy = wide_policy(make_tiny, **text)
     sft.enable_checkpointing(policy.model)
     optimizer = sft.Optimizer(sft.trainable(policy, frozen), 1e-6, 0.0)
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=8, max_context=tokens, shard=False,
-                          freeze_vision=frozen, chunk=written)
+    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=8, max_context=tokens,
+                          shard_optimizer=False, freeze_vision=frozen, chunk=written)
     Image.effect_noise((3000, 2000), 60).convert("RGB").save(tmp_path / "noise.jpg")
     row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
     engine, rollouts = evaluate.Engine(policy, evaluate.Limits(2, 2, written, tokens), 8), []

@@ -363,7 +363,7 @@ def test_sets_and_weights(tmp_path):
 
 
 @pytest.mark.parametrize("spec, told", [
-    ("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a weight"),
+    ("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a positive number"),
     ("none.jsonl", "build_data.py")])
 def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
     tools.write_jsonl(tmp_path / "q.jsonl", [
@@ -575,7 +575,8 @@ def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
     tokens = batch["input_ids"].shape[1]
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=4, max_context=256, shard=False)
+    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=4, max_context=256,
+                          shard_optimizer=False)
     assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
     with LiveBytes() as memory:
         optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
@@ -608,8 +609,8 @@ def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, na
     sft.trainable(policy, frozen)
     for table in (policy.model.lm_head, policy.model.get_input_embeddings()):   # dominates all else
         table.requires_grad_(False)
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens, shard=False,
-                          freeze_vision=frozen, chunk=1)
+    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens,
+                          shard_optimizer=False, freeze_vision=frozen, chunk=1)
     gradients = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
     with LiveBytes() as memory:
         sft.token_logprobs(policy, batch, chunk=1).sum().backward()
