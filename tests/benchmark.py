@@ -11,6 +11,7 @@ depend on the machine.
                 drafts on a policy that is all chance, where they can only cost
     cached      the same against `generate` with its cache carried over turns, one conversation at
                 a time
+    prompt      what could be gained at most if a group read its prompt's keys and values only once
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and
                 DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
@@ -296,6 +297,47 @@ def case_cached(args):
     say(f"{f'cached: {len(some)} of {len(everything)} conversations (ours: their share)':60} "
         f"ours {ours_time:8.3f} s   "
         f"peer {peer_time:8.3f} s   ratio {peer_time / ours_time:6.2f}")
+
+
+def case_prompt(args):
+    """The attention calls of a run are recorded and played again: as they were, and without the
+    columns of the prompts, which all slots with the same question then read in one call. What
+    putting the two parts together costs is not counted."""
+    policy, rows, calls = load(args), questions(args), []
+    engine = evaluate.Engine(policy, evaluate.Limits(max_turns=6, max_images=6), slots=64)
+    attend = sft.attend_slots
+
+    def record(query, key, value, scaling, padded, back, spans):
+        if not calls or calls[-1][-1] is not spans:     # once for all layers
+            calls.append((query, key.shape, padded, back, spans))
+        return attend(query, key, value, scaling, padded, back, spans)
+
+    sft.attend_slots = record
+    rollouts = engine.run(rows, args.group, args.data.parent)
+    sft.attend_slots = attend
+    shared = min(r.mask.index(True) for r in rollouts) - 1
+    keys = torch.randn(max((shape for _, shape, *_ in calls), key=lambda shape: shape[2]))
+
+    def as_it_was():
+        for query, _, padded, back, spans in calls:
+            attend(query, keys, keys, 1.0, padded, back, spans)
+
+    def prompts_once():
+        for query, shape, padded, back, spans in calls:
+            attend(query, keys, keys, 1.0, padded, back, [
+                (place, slots, length, mask) if mask is None or length <= shared else
+                (place, slots, length - shared, mask[..., shared:])
+                for place, slots, length, mask in spans])
+            for part in query.chunk(max(1, shape[0] // args.group), dim=2):   # a question's slots
+                part = part.unflatten(1, (shape[1], -1)).flatten(2, 3)  # (1, K, n * H / K, D)
+                torch.nn.functional.scaled_dot_product_attention(
+                    part, keys[:1, :, :shared], keys[:1, :, :shared])
+
+    layers = policy.model.config.text_config.num_hidden_layers
+    sides = {"whole run": lambda: play_cold(engine, rows, args),
+             f"attention x {layers}": lambda: [as_it_was() for _ in range(layers)],
+             "prompts once": lambda: [prompts_once() for _ in range(layers)]}
+    alternate_all(f"prompt: {shared} tokens, 6 turns", sides, args.repeats)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -660,9 +702,10 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
     say(f"| total | | | | {seconds:.1f} |")
 
 
-CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached, "sft": case_sft,
-         "grpo": case_grpo, "images": case_images, "ddp": case_ddp, "fsdp": case_fsdp,
-         "rate": case_rate, "growth": case_growth, "paper": case_paper}
+CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
+         "prompt": case_prompt, "sft": case_sft, "grpo": case_grpo, "images": case_images,
+         "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth,
+         "paper": case_paper}
 
 
 def main():
