@@ -29,28 +29,25 @@ Commands:
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                        --rdzv_endpoint=HOST:29500 evaluate.py ...
     a server       python evaluate.py --model http://localhost:8000/v1 --model_name NAME --slots 16
-    a page         python evaluate.py --report results/rl results/sft --curves METRICS
+    a page         python docs/report.py results/rl results/sft
 """
 
 import argparse
 import collections
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
 import math
 import re
 import statistics
-import textwrap
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import sft
 import tools
@@ -819,235 +816,6 @@ def print_benchmarks(table, budgets, name):
 
 
 # -------------------------------------------------------------------------------------------------
-# A picture of one trajectory
-
-
-def draw_trajectory(row, root, path, side=560, size=110, pad=10):
-    """PNG of one trajectory: the image with numbered boxes, then each turn's view with its text.
-    Boxes of nested zooms are drawn where they lie in the original."""
-    image = tools.open_image(Path(root) / row["image"])
-    views, boxes, tiles = tools.replay(row, image), [(0.0, 0.0, 1.0, 1.0)], []
-    font = ImageFont.load_default(size=15)
-    scene = image.resize((side, round(side * image.height / image.width)))
-    draw, seen = ImageDraw.Draw(scene), image
-    for number, turn in enumerate(row["turns"], 1):
-        text = f"turn {number}  {turn['text']}"
-        tiles.append((seen, textwrap.fill(text, 78, break_on_hyphens=False)))
-        seen = None
-        if "zoom" in turn and number < len(row["turns"]):
-            a, b, c, d = boxes[tools.source_index(turn["zoom"]["source"])]
-            x0, y0, x1, y1 = turn["zoom"]["bbox_2d"]
-            box = a + x0 * (c - a), b + y0 * (d - b), a + x1 * (c - a), b + y1 * (d - b)
-            boxes.append(box)
-            inset = 2 + 2 * (len(boxes) % 3)    # so that equal boxes can be told apart
-            left, top, right, bottom = (round(v * s) for v, s in zip(box, scene.size * 2))
-            draw.rectangle((left + inset, top + inset, right - inset, bottom - inset),
-                           outline=(255, 0, 120), width=2)
-            draw.text((left + inset + 4, top + inset + 2), str(len(boxes) - 1), "white", font,
-                      stroke_width=2, stroke_fill="black")
-            seen = views[len(boxes) - 1]
-    facts = "\n".join(textwrap.wrap(row["question"], 75) + [
-        f"answer: {row['answer']}   prediction: {row['prediction']}   finish: {row['finish']}"])
-    heights = [max(size, draw.textbbox((0, 0), text, font)[3]) + pad for _, text in tiles]
-    tall = max(scene.height + draw.textbbox((0, 0), facts, font)[3] + pad, sum(heights))
-    sheet = Image.new("RGB", (2 * side + size + 4 * pad, tall + 2 * pad), "white")
-    sheet.paste(scene, (pad, pad))
-    draw, y = ImageDraw.Draw(sheet), pad
-    draw.text((pad, scene.height + 2 * pad), facts, "black", font)
-    for (seen, text), height in zip(tiles, heights):
-        if seen is not None:
-            sheet.paste(ImageOps.contain(seen, (size, size)), (side + 2 * pad, y))
-        draw.text((side + size + 3 * pad, y), text, "black", font)
-        y += height
-    tools.write_atomic(path, lambda file: sheet.save(file, "PNG"))
-
-
-# -------------------------------------------------------------------------------------------------
-# The report: tables, training curves and trajectories of any number of runs in one page. Runs
-# called NAME.seed0, NAME.seed1, ... are one experiment, shown as one line with its interval
-
-# Student's t by degrees of freedom; beyond ten the last one, which is a little wide
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
-
-
-def over_seeds(values, error=None):
-    """(mean, half of its 95% interval) of one figure over seeds: t s / sqrt(n), s the unbiased
-    deviation between seeds. Of a single run: 1.96 standard errors over questions, where there is
-    one (error), else None."""
-    n = len(values)
-    if n > 1:
-        mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        return mean, T95[min(n - 1, len(T95)) - 1] * deviation / math.sqrt(n)
-    return values[0], None if error is None else 1.96 * error
-
-
-def by_name(pairs):
-    """[(folder, thing)] -> {folder's name: thing}. Raises InputError if two share a name."""
-    found = {}
-    for folder, thing in pairs:
-        name = folder.absolute().name
-        tools.need(name not in found, f"two runs are called {name}: rename one, or NAME.seed0, "
-                   "NAME.seed1 if only seeds differ")
-        found[name] = thing
-    return found
-
-
-def by_experiment(tables):
-    """{run: table.json} -> {experiment: its seeds' tables}. Raises InputError if a run and an
-    experiment share a name, or if the seeds were not evaluated alike."""
-    experiments, alike = collections.defaultdict(list), {}
-    for run, table in tables.items():
-        name = re.sub(r"\.seed[0-9]+$", "", run)
-        tools.need(name == run or name not in tables, f"{run} would be a seed of {name}, which is "
-                   "there as a run of its own: rename one")
-        measured = {level: (list(part["accuracy"]), part.get("questions"), part.get("samples"))
-                    for level, part in table.items()}
-        first, expected = alike.setdefault(name, (run, measured))
-        tools.need(measured == expected, f"{first} and {run} are seeds of one experiment, but "
-                   "their levels, budgets, questions or samples differ: evaluate them alike, or "
-                   "rename one")
-        experiments[name].append(table)
-    return experiments
-
-
-def compare(tables):
-    """What evaluations have left, {run: table.json}, seeds put together: {level: {experiment:
-    {"seeds": count, "accuracy": {T: (mean, half)}, "turns": (mean, half) or None}}}. A seed without
-    any correct conversation has no turns. Raises InputError as by_experiment does."""
-    levels = collections.defaultdict(dict)
-    for name, seeds in by_experiment(tables).items():
-        for level, first in seeds[0].items():
-            parts = [table[level] for table in seeds]
-            turns = [p["mean_turns_correct"] for p in parts if p.get("mean_turns_correct")]
-            levels[level][name] = {
-                "seeds": len(seeds), "turns": over_seeds(turns) if turns else None,
-                "accuracy": {T: over_seeds([p["accuracy"][T] for p in parts], error)
-                             for T, error in first["standard_error"].items()}}
-    return levels
-
-
-def comparison(level, experiments):
-    """A table of texts, its head first, of all experiments at one level, in %, 95% intervals."""
-    def shown(figure, scale=1):
-        mean, half = figure or (None, None)
-        text = "" if mean is None else f"{scale * mean:.1f}"
-        return text + ("" if half is None else f" ± {scale * half:.1f}")
-
-    budgets = sorted({int(T) for found in experiments.values() for T in found["accuracy"]})
-    rows = [[name, str(found["seeds"]),
-             *(shown(found["accuracy"].get(str(T)), 100) for T in budgets), shown(found["turns"])]
-            for name, found in experiments.items()]
-    return [[level, "seeds", *(f"T={T}" for T in budgets), "turns (correct)"], *rows]
-
-
-def draw_accuracy(levels, path):
-    """Accuracy over turns with 95% intervals, one panel per level, as a picture (matplotlib)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 5 * len(levels), 4), layout="constrained")
-    panels = figure.subplots(1, len(levels), squeeze=False)[0]
-    for axes, (level, experiments) in zip(panels, levels.items()):
-        for i, (name, found) in enumerate(experiments.items()):
-            budgets = [int(T) for T in found["accuracy"]]
-            means, halves = zip(*found["accuracy"].values())
-            axes.errorbar(budgets, [100 * m for m in means], [100 * (h or 0) for h in halves],
-                          label=name, marker="o", markersize=4, capsize=3,
-                          linestyle="-" if i < 10 else "--")   # the ten colours come again
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, budgets, minor=False)
-        axes.set(title=level, ylim=(0, 100), ylabel="accuracy, %",
-                 xlabel="turns allowed at test time")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    kind = path.suffix[1:].lower()
-    tools.write_atomic(path, lambda file: figure.savefig(file, format=kind, dpi=110))
-    print(f"drew {path}")
-
-
-def read_run(folder):
-    """The table.json of an evaluation. Raises InputError if it is missing or something else."""
-    path = folder / "table.json"
-    tools.need(path.is_file(), f"{folder} has no table.json: evaluate into it first")
-    try:
-        table = tools.parse_json(path.read_text(encoding="utf-8"))
-        for part in table.values():
-            accuracy, errors = part["accuracy"], part["standard_error"]
-            figures, turns = [*accuracy.values(), *errors.values()], part.get("mean_turns_correct")
-            if not accuracy.keys() == errors.keys() == {str(int(T)) for T in accuracy}:
-                raise ValueError("turn budgets differ or are no numbers")
-            if min(figures) < 0 or max(figures) > 1 or not 0 <= (turns or 0) < 1e9:
-                raise ValueError("a figure is not possible")
-        if not table:
-            raise ValueError("there is no accuracy in it")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise tools.InputError(f"{path} is not what evaluate.py writes ({error!r}): evaluate into "
-                               f"{folder} again") from None
-    return table
-
-
-def _check_step(row):
-    tools.need(isinstance(row.get("step"), int), "field 'step' must be a whole number, as in the "
-               "metrics.jsonl of a training stage")
-
-
-def _check_played(row):
-    silent = row.get("turns") == []     # a server may have said nothing
-    (tools.check_question if silent else tools.check_trajectory)(row)
-    tools.need(row.get("reward") in (None, 0, 1), "field 'reward' must be 0, 1 or null")
-
-
-def read_trajectories(folders, tables, data, image_bytes=60_000):
-    """What was played in evaluations, {run: folder} with {run: table.json}: a list of {"name",
-    "rows"} for the page, and its images, {path: data URL of at most image_bytes}. data: their
-    question files, beside which the images lie. Raises InputError where something is missing."""
-    roots, images, runs = {file.stem: file.parent for file in data}, {}, []
-    for run, folder in folders.items():
-        played = []
-        for level in [level for level in tables[run] if level != "mean"]:
-            tools.need(level in roots, f"{folder} has a level '{level}', but --data names no file "
-                       f"{level}.jsonl for its images")
-            rows = tools.read_jsonl(folder / f"{level}.jsonl", _check_played)
-            samples = tables[run][level].get("samples")
-            tools.need(len(rows) == samples, f"{folder}/{level}.jsonl has {len(rows)} rows, but "
-                       f"table.json is about {samples} samples: evaluate into it again")
-            for row in tools.Progress(rows, desc=f"{run} {level}"):
-                picture = str(roots[level] / row["image"])
-                if picture not in images:
-                    images[picture] = tools.data_url(tools.open_image(picture), image_bytes)
-                kept = ("question", "answer", "prediction", "finish", "reward", "turns")
-                shown = {key: row.get(key) for key in kept}
-                played.append({**shown, "file": level, "picture": picture})
-        runs.append({"name": run, "rows": played})
-    return runs, images
-
-
-def report(args):
-    """--report: compare what is there in tables, a page and, if asked for, a chart."""
-    tools.need(not args.chart or importlib.util.find_spec("matplotlib"),
-               "--chart needs matplotlib: pip install matplotlib")
-    folders = by_name((folder, folder) for folder in args.report)
-    evaluated = {run: read_run(folder) for run, folder in folders.items()}
-    curves = by_name((file.absolute().parent, tools.read_jsonl(file, _check_step))
-                     for file in args.curves)
-    levels = compare(evaluated)
-    tables = {level: comparison(level, experiments) for level, experiments in levels.items()}
-    print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
-    for head, *rows in tables.values():
-        print()
-        print_rows(head, rows)
-    runs, images = read_trajectories(folders, evaluated, args.data)
-    data = json.dumps({"levels": levels, "tables": tables, "curves": curves, "runs": runs,
-                       "images": images})
-    page = (Path(__file__).parent / "docs" / "report.html").read_text(encoding="utf-8")
-    page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))   # no tag ends the script
-    tools.write_atomic(args.out / "report.html", lambda file: file.write(page.encode()))
-    print(f"\n{args.out}/report.html: {len(runs)} runs, {sum(len(run['rows']) for run in runs)} "
-          f"trajectories, {len(images)} images, {len(page) / 1e6:.1f} MB")
-    if args.chart:
-        draw_accuracy(levels, args.chart)
-
-
-# -------------------------------------------------------------------------------------------------
 
 
 def play_level(engine, path, rows, settings, args, rank, world):
@@ -1110,14 +878,6 @@ def parse_args():
     add_draft_flag(group)
     add("--seed", type=int, default=0, help="random numbers of the samples")
     add_judge_flags(parser)
-    add = parser.add_argument_group("pictures").add_argument
-    add("--picture", type=Path, help="draw a correct trajectory of five to seven turns, a PNG")
-    add("--report", type=Path, nargs="+", metavar="RUN", help="evaluate nothing: compare what "
-        "earlier evaluations have left in these folders, in tables and one page, report.html in "
-        "--out (default: results); folders NAME.seed0, NAME.seed1, ... are one experiment")
-    add("--curves", type=Path, nargs="+", default=[], metavar="METRICS",
-        help="metrics.jsonl files of training, for --report")
-    add("--chart", type=Path, help="with --report: draw accuracy over turns into this PNG or SVG")
     return check_args(parser.parse_args())
 
 
@@ -1128,18 +888,14 @@ def check_args(args):
                       ("seed", "draft"))
     args.budgets = sorted(set(args.budgets))
     tools.need(args.budgets[0] >= 1, "--budgets must be at least 1")
-    tools.need(args.report or not (args.chart or args.curves),
-               "--chart and --curves belong to --report: name the evaluations to compare")
-    tools.need(not args.chart or args.chart.suffix.lower() in (".png", ".svg"),
-               f"--chart {args.chart} must end in .png or .svg")
     levels = [path.stem for path in args.data]
     tools.need(len({*levels, "mean"}) > len(levels), "--data: file names are the names of levels; "
                "they must differ, and none may be 'mean'")
     args.served = args.model.startswith(("http://", "https://"))
     name = (args.model_name or "served") if args.served else Path(args.model).name
-    args.out = args.out or (Path("results") if args.report else Path("results") / name)
+    args.out = args.out or Path("results") / name
     written = {(args.out / f"{level}.jsonl").resolve() for level in levels}
-    tools.need(args.report or not written & {path.resolve() for path in args.data},
+    tools.need(not written & {path.resolve() for path in args.data},
                f"--out {args.out} would overwrite the questions in --data; choose another folder")
     return args
 
@@ -1175,23 +931,14 @@ def write_results(levels, engine, args):
               "tokens accepted".format(**drafting(engine.counts)))
     files = ", ".join(f"{level}.jsonl, {level}.rates.jsonl" for level in levels)
     print(f"written to {args.out}/: table.json, {files}")
-    if args.picture:
-        fits = [(row, path.parent) for path, rows in zip(args.data, levels.values()) for row in rows
-                if row["reward"] == 1.0 and 5 <= len(row["turns"]) <= 7]
-        if fits:
-            draw_trajectory(*fits[len(fits) // 2], args.picture)
-        print(f"drew {args.picture}" if fits else
-              "no correct trajectory of five to seven turns to draw")
 
 
 def main():
     args = parse_args()
-    if args.report:
-        return report(args)
     rank, world, device = sft.setup_distributed()
     prompts = tools.load_prompts(args.prompts)
     engine = make_player(args, prompts, rank, device)
-    irrelevant = ("data", "slots", "draft", "picture", "out")
+    irrelevant = ("data", "slots", "draft", "out")
     settings = {k: str(v) for k, v in vars(args).items() if k not in irrelevant}
     weights = Path(args.model) / "model.safetensors"    # trained anew: what was played is void
     settings.update(prompts=prompts, weights=weights.exists() and weights.stat().st_mtime)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import build_data
 import collect_coldstart

@@ -18,7 +18,7 @@ import tools
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["tools.py", "build_data.py", "collect_coldstart.py", "sft.py", "evaluate.py", "rl.py"]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-SCRIPTS = [*STAGES, *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")
+SCRIPTS = [*STAGES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[dt]*/*.py")
                             if not path.name.startswith(("test_", "conftest")))]
 # of torchrun and hf, which are named beside ours
 FOREIGN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts",
@@ -68,7 +68,7 @@ def test_names_by_hand():
 
 
 def test_every_entry_of_the_map_is_there():
-    entries = re.findall(r"`(\w+\.py):([\w.]+)`", read("docs/map.md"))
+    entries = re.findall(r"`((?:docs/)?\w+\.py):([\w.]+)`", read("docs/map.md"))
     assert len(entries) > 60
     gone = [f"{file}:{name}" for file, name in entries if name not in names(tree(file).body)]
     assert not gone, f"docs/map.md names what is not there (any more): {', '.join(gone)}"
@@ -80,7 +80,7 @@ def test_the_map_visits_every_stage():
 
 def test_every_row_of_the_map_has_an_entry():
     rows = [line for line in read("docs/map.md").splitlines() if re.match(r"\| (?!idea \|)", line)]
-    assert rows and all(re.search(r"`\w+\.py:[\w.]+`", row) for row in rows)
+    assert rows and all(re.search(r"`[\w/]+\.py:[\w.]+`", row) for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def commands(text):
     for line in text.splitlines():
         line = re.sub(r"(^|\s)#.*", "", line)
         for command in re.split(r"&&|\|\||[|;]", line):
-            script = re.search(r"(?:^|[ /])((?:tests/)?\w+\.py)(?: (.*))?$", command.strip())
+            script = re.search(r"(?:^|[ /])((?:tests/|docs/)?\w+\.py)(?: (.*))?$", command.strip())
             if script:
                 given = re.findall(r"(?<!\S)--[A-Za-z][\w-]*", script[2] or "")
                 found.append((script[1], given))

@@ -7,19 +7,13 @@ the same ids.
 
 import argparse
 import collections
-import html
 import json
-import math
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import crash
 import evaluate
@@ -478,7 +472,7 @@ def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, 
     common = ["evaluate.py", "--model", trained_folder, "--data", world / "train.jsonl",
               "--samples", 2, "--budgets", 1, 2, 4,
               "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 4]
-    one = run_script(*common, "--out", tmp_path / "one", "--picture", tmp_path / "p.png")
+    one = run_script(*common, "--out", tmp_path / "one")
     run_script(*common, "--out", tmp_path / "two", "--draft", 0, nproc=2)
     assert ((tmp_path / "one/train.jsonl").read_bytes()
             == (tmp_path / "two/train.jsonl").read_bytes())
@@ -556,11 +550,7 @@ def test_an_interrupted_run_on_other_questions_starts_over(tmp_path):
     (["--data", "q/mean.jsonl"], "mean"),
     (["--data", "q/easy.jsonl", "--out", "q"], "would overwrite"), (["--limit", -1], "--limit -1"),
     (["--seed", -1], "--seed"),
-    (["--budgets", 0, 2], "--budgets"), (["--chart", "c.png"], "belong to --report"),
-    (["--curves", "m.jsonl"], "belong to --report"),
-    (["--report", "r", "--chart", "c.doc"], "must end in .png"),
-    (["--report", "r", "--data", "q/easy.jsonl", "r/easy.jsonl"], "must differ"),
-    (["--max_pixels", 0], "--max_pixels")], ids=str)
+    (["--budgets", 0, 2], "--budgets"), (["--max_pixels", 0], "--max_pixels")], ids=str)
 def test_a_bad_flag_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=words):
@@ -580,27 +570,6 @@ def test_corrupt_image_is_one_line(trained_folder, world, tmp_path):
     done = run_script("evaluate.py", "--model", trained_folder, "--data", tmp_path / "q.jsonl",
                       "--out", tmp_path / "o", check=False)
     assert done.returncode == 1 and "bad.jpg" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_picture_of_a_trajectory(world, tmp_path):
-    """The first zoom's box stands where it lies in the original, 560 pixels wide at (10, 10);
-    beside it, 110 pixels wide at 580, what each turn has seen."""
-    solved = next(row for row in tools.read_jsonl(world / "coldstart.jsonl")
-                  if len(row["turns"]) > 1)
-    evaluate.draw_trajectory(solved, world, tmp_path / "t.png")
-    drawn, image = tools.open_image(tmp_path / "t.png"), tools.open_image(world / solved["image"])
-    x0, y0, x1, y1 = solved["turns"][0]["zoom"]["bbox_2d"]
-    inset = 2 + 2 * 2
-    edges = [(x0, (y0 + y1) / 2, inset, 0), ((x0 + x1) / 2, y0, 0, inset),
-             (x1, (y0 + y1) / 2, -inset, 0), ((x0 + x1) / 2, y1, 0, -inset)]
-    for x, y, dx, dy in edges:
-        at = 10 + round(x * 560) + dx, 10 + round(y * 560 * image.height / image.width) + dy
-        assert drawn.getpixel(at) == (255, 0, 120)
-    first = drawn.crop((580, 10, 690, 10 + round(110 * image.height / image.width)))
-    shown = image.resize(first.size, Image.Resampling.BICUBIC)
-    assert np.abs(np.asarray(first, float) - np.asarray(shown, float)).mean() < 2
-    column = [drawn.getpixel((582, y)) for y in range(first.height + 20, drawn.height - 10)]
-    assert any(pixel != (255, 255, 255) for pixel in column)    # another view below the first
 
 
 # -------------------------------------------------------------------------------------------------
@@ -839,224 +808,3 @@ def test_benchmarks_are_scored_as_their_authors_do(capsys):
     assert "| % | vstar | hrbench_4k |" in said
     assert "| Mini-o3 7B, published | 88.2 | 77.5 |" in said
     assert "| mine, here | 33.3 | 50.0 |" in said
-
-
-# -------------------------------------------------------------------------------------------------
-# The report page
-
-def make_report(runs, data, curves, path):
-    """--report RUN ... --data FILE --curves FILE ..., into the page `path`."""
-    evaluate.report(argparse.Namespace(report=runs, data=[data], curves=curves, out=path.parent,
-                                       chart=None))
-
-
-EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
-
-
-def test_an_interval_over_seeds_is_students():
-    """By hand: 0.7, 0.8, 0.9 have s = 0.1, and t = 4.303 for two degrees of freedom: half = 4.303 *
-    0.1 / sqrt(3)."""
-    mean, half = evaluate.over_seeds([0.7, 0.8, 0.9], 0.5)
-    assert mean == pytest.approx(0.8) and half == pytest.approx(0.248434, abs=1e-6)
-    assert evaluate.over_seeds([0.25], 0.1) == (0.25, pytest.approx(0.196))
-    assert evaluate.over_seeds([0.25]) == (0.25, None)
-    # s = 0.7071, over sqrt(2)
-    assert evaluate.over_seeds([1.0, 2.0])[1] == pytest.approx(12.706 / 2)
-
-
-def evaluated(accuracy, error, turns, samples=400):
-    """A table.json."""
-    return {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error),
-                     "mean_turns_correct": turns, "questions": 200, "samples": samples}}
-
-
-@pytest.fixture
-def levels():
-    """Three seeds of "full", and "llama-3.1"."""
-    seeds = enumerate([(0.2, 7.0), (0.3, None), (0.4, 8.0)])
-    tables = {f"full.seed{i}": evaluated({"6": a, "32": a + 0.5}, 0.01, turns)
-              for i, (a, turns) in seeds}
-    other = evaluated({"6": 0.1, "32": 0.125}, 0.05, None)
-    return evaluate.compare({**tables, "llama-3.1": other})
-
-
-def test_seeds_of_an_experiment_are_one_row(levels):
-    """By hand; a seed without any correct conversation has no turns."""
-    head, full, llama = evaluate.comparison("hard", levels["hard"])
-    assert head == ["hard", "seeds", "T=6", "T=32", "turns (correct)"]
-    assert full == ["full", "3", "30.0 ± 24.8", "80.0 ± 24.8", "7.5 ± 6.4"]
-    assert llama == ["llama-3.1", "1", "10.0 ± 9.8", "12.5 ± 9.8", ""]
-
-
-def test_runs_of_other_levels_and_budgets_share_a_table():
-    """Each level has the runs that were evaluated on it; a budget that a run lacks is left
-    empty."""
-    one, two = evaluated({"6": 0.1}, 0.0, None), evaluated({"4": 0.2}, 0.0, None)
-    levels = evaluate.compare({"one": {**one, "easy": one["hard"]}, "two": two})
-    assert evaluate.comparison("hard", levels["hard"])[1:] == [
-        ["one", "1", "", "10.0 ± 0.0", ""], ["two", "1", "20.0 ± 0.0", "", ""]]
-    assert list(levels["easy"]) == ["one"]
-
-
-@pytest.mark.parametrize("other", [
-    evaluated({"6": 0.1}, 0.0, None, samples=40), evaluated({"4": 0.1}, 0.0, None), {}], ids=str)
-def test_seeds_that_were_evaluated_differently_are_not_merged(other):
-    with pytest.raises(tools.InputError, match="full.seed0 and full.seed2 are seeds of one exp"):
-        evaluate.compare({"full.seed0": evaluated({"6": 0.1}, 0.0, None), "full.seed2": other})
-
-
-def test_names_are_never_taken_for_seeds_by_chance():
-    with pytest.raises(tools.InputError, match="two runs are called one"):
-        evaluate.by_name([(Path("a/one"), None), (Path("b/one"), None)])
-    with pytest.raises(tools.InputError, match="one.seed0 would be a seed of one, which is there"):
-        evaluate.by_experiment({"one.seed0": {}, "one": {}})
-    found = evaluate.by_experiment({"llama-3.1": {}, "llama-3.2": {}, "a.seed1": {}})
-    assert list(found) == ["llama-3.1", "llama-3.2", "a"]
-
-
-@pytest.mark.parametrize("name, start", [("chart.png", b"\x89PNG"), ("chart.svg", b"<?xml")])
-def test_a_chart_of_accuracy_over_turns(levels, tmp_path, name, start):
-    pytest.importorskip("matplotlib", reason="matplotlib is not in requirements.txt")
-    evaluate.draw_accuracy(levels, tmp_path / name)
-    assert (tmp_path / name).read_bytes().startswith(start)
-
-
-def test_a_chart_without_matplotlib_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = "^--chart needs matplotlib: pip install matplotlib$"
-    with pytest.raises(tools.InputError, match=told):
-        evaluate.report(argparse.Namespace(chart=tmp_path / "chart.png"))
-
-
-@pytest.fixture
-def report(world, tmp_path):
-    """The page about two runs of three trajectories each: right, wrong (what the model writes
-    attacks the page), unscored."""
-    row = tools.read_jsonl(world / "coldstart.jsonl")[0]
-    rows = [row, dict(row, reward=0.0, prediction=EVIL, finish="void",
-                      turns=[dict(turn, text=EVIL) for turn in row["turns"]]),
-            dict(row, reward=None)]
-    for name, kept in (("one", rows), ("two", rows[:1] * 150)):
-        tools.write_jsonl(tmp_path / name / "train.jsonl", kept)
-        (tmp_path / name / "table.json").write_text(json.dumps(evaluate.summarise({"train": kept},
-                                                                                  [2, 32])))
-    tools.write_jsonl(tmp_path / "run" / "metrics.jsonl",
-                      [{"step": i, "reward": i / 9, "eval": None} for i in range(1, 4)])
-    make_report([tmp_path / "one", tmp_path / "two"], world / "train.jsonl",
-                [tmp_path / "run/metrics.jsonl"],
-                tmp_path / "report.html")
-    return tmp_path / "report.html"
-
-
-def test_the_report_holds_everything_and_escapes_what_models_write(report, world):
-    page = report.read_text()
-    assert page.count("<script") == page.count("</script>") == 2 and "<img src=x" not in page
-    # no network, no parsing of texts
-    assert not re.search(r"(src|href)=.?(https?:)?//", page) and "innerHTML" not in page
-    script = r'<script type="application/json" id="data">(.*)</script>\n<script>'
-    data = json.loads(re.search(script, page, re.DOTALL)[1])
-    assert [(run["name"], len(run["rows"])) for run in data["runs"]] == [("one", 3), ("two", 150)]
-    assert data["runs"][0]["rows"][1]["turns"][0]["text"] == EVIL
-    assert data["curves"]["run"][2]["reward"] == 3 / 9
-    assert list(data["levels"]["train"]) == ["one", "two"]
-    assert data["tables"]["train"][1][:2] == ["one", "1"]
-    shown = data["runs"][0]["rows"][0]
-    assert list(data["images"]) == [shown["picture"]]
-    assert data["images"][shown["picture"]].startswith("data:image/")
-    assert shown["picture"] == str(world / tools.read_jsonl(world / "coldstart.jsonl")[0]["image"])
-
-
-ASKED = '"id": "a", "question": "q", "answer": "a"'
-GOOD = {"train": {"accuracy": {"6": 0.5}, "standard_error": {"6": 0.1}, "mean_turns_correct": 3.0,
-                  "samples": 3}}
-
-
-def damaged(part):
-    """A table.json of which a part is something else."""
-    return json.dumps({"train": {**GOOD["train"], **part}})
-
-
-@pytest.mark.parametrize("file, text, words", [
-    ("one/table.json", None, "has no table.json: evaluate into it first"),
-    ("one/table.json", "[1]", "table.json is not what"),
-    ("one/table.json", "[" * 100_000, "table.json is not what"),
-    ("one/table.json", "{}", "there is no accuracy"),
-    ("one/table.json", damaged({"accuracy": {}, "standard_error": {}}), "table.json is not what"),
-    ("one/table.json", damaged({"standard_error": {}}), "turn budgets differ"),
-    ("one/table.json", damaged({"accuracy": {"6": math.nan}}), "not JSON"),
-    ("one/table.json", damaged({"accuracy": {"6": "0.5"}}), "table.json is not what"),
-    ("one/table.json", damaged({"accuracy": {"6": -3}}), "a figure is not possible"),
-    ("one/table.json", damaged({"accuracy": {"6": 1.5}}), "a figure is not possible"),
-    ("one/table.json", damaged({"mean_turns_correct": "many"}), "table.json is not what"),
-    ("one/table.json", damaged({"mean_turns_correct": 10 ** 400}), "a figure is not possible"),
-    ("one/table.json", damaged({"accuracy": {" 6": 0.5}, "standard_error": {" 6": 0.1}}),
-     "budgets"),
-    ("one/table.json", damaged({"samples": 4}),
-     "train.jsonl has 3 rows, but table.json is about 4 samples"),
-    ("one/train.jsonl", None, "train.jsonl does not exist"),
-    ("one/train.jsonl", '{"turns": 3}', "train.jsonl:1: field 'id'"),
-    ("one/train.jsonl", '{%s, "image": "../a.png", "turns": []}' % ASKED, "must stay inside"),
-    ("one/train.jsonl", '{%s, "image": "a", "turns": [], "reward": "1"}' % ASKED, "'reward'"),
-    ("run/metrics.jsonl", '\n{"reward": 1}',
-     "metrics.jsonl:2: field 'step' must be a whole number")],
-    ids=lambda value: str(value)[:60])
-def test_a_report_of_what_is_missing_or_damaged_is_one_line(report, world, file, text, words):
-    path = report.parent / file
-    path.unlink() if text is None else path.write_text(text)
-    before = report.read_bytes()
-    with pytest.raises(tools.InputError, match=words):
-        make_report([report.parent / "one"], world / "train.jsonl",
-                    [report.parent / "run/metrics.jsonl"], report)
-    assert report.read_bytes() == before
-
-
-def test_a_level_without_questions_is_one_line(report, world):
-    with pytest.raises(tools.InputError, match="names no file train.jsonl"):
-        make_report([report.parent / "two"], world / "coldstart.jsonl", [], report)
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-               None)
-DRIVE = """<script>
-const seen = {}, find = id => document.getElementById(id);
-const all = what => [...document.querySelectorAll(what)], count = what => all(what).length;
-const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const choose = (id, value) => {
-  find(id).value = value;
-  find(id).dispatchEvent(new Event("change"));
-};
-const chosen = () => all("#list button").findIndex(b => b.getAttribute("aria-current") === "true");
-const look = name => {
-  seen[name] = [find("count").textContent, count("#list button"), chosen(),
-    count("#shown ol.turns li"), count("#shown rect")];
-};
-addEventListener("load", () => {
-  look("all"); press("j"); press("j"); look("third"); press("k"); look("second");
-  seen.text = document.querySelector("#shown pre").textContent;
-  choose("filter_run", "two"); find("after").click(); look("page two");
-  choose("filter_verdict", "wrong"); look("none"); choose("filter_run", "one"); look("wrong");
-  choose("filter_verdict", "all"); choose("filter_finish", "answer"); look("answered");
-  seen.lines = count("#accuracy polyline"); seen.curves = count("#curves svg");
-  seen.crop = document.querySelector("#shown canvas").width; seen.evil = find("evil");
-  document.body.replaceChildren(JSON.stringify(seen)); });
-</script></html>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_the_report_in_a_browser(report, world):
-    """Filters, pages and keys, in a real browser; nothing that a model wrote has run."""
-    report.write_text(report.read_text().replace("</html>", DRIVE))
-    dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
-                          "--virtual-time-budget=5000", "--dump-dom",
-                          report.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    seen = json.loads(html.unescape(re.search(r"<body>(.*)</body>", dom, re.DOTALL)[1]))
-    row = tools.read_jsonl(world / "coldstart.jsonl")[0]
-    turns, zooms = len(row["turns"]), sum("zoom" in turn for turn in row["turns"][:-1])
-    assert seen["all"] == ["153 of 153 trajectories", 100, 0, turns, zooms]
-    assert seen["third"][2] == 2 and seen["second"][2] == 1 and seen["text"] == EVIL
-    assert seen["page two"] == ["150 of 153 trajectories", 50, 0, turns, zooms]
-    assert seen["none"] == ["0 of 153 trajectories", 0, -1, 0, 0]
-    assert seen["wrong"][:2] == ["1 of 153 trajectories", 1]
-    assert seen["answered"][:2] == ["2 of 153 trajectories", 2]
-    assert seen["lines"] == 2 and seen["curves"] == 1 and seen["evil"] is None
-    assert "<title>Mini-o3 report</title>" in dom

@@ -3,8 +3,8 @@
 Runs take minutes each and their results are large, so what the tables need of each is kept as one
 line of docs/experiments.jsonl: rerun a row, and compare. Add finished runs, and print everything:
 
-    python tests/experiments.py results/*.seed*
-    python tests/experiments.py --chart docs/value.png      # needs matplotlib
+    python docs/experiments.py results/*.seed*
+    python docs/experiments.py --chart docs/value.png      # needs matplotlib
 """
 
 import argparse
@@ -13,14 +13,16 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import evaluate
 import failures
+import report
 import tools
 from build_data import LEVELS
 
-FIGURES = Path(__file__).parent.parent / "docs" / "experiments.jsonl"
+FIGURES = ROOT / "docs" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
 SHARES = ["wrong", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
 BASELINES = {"b_0": 0, "b_017": 0.17, "half": 0.5, "b_085": 0.85, "b_1": 1}     # figure over b
@@ -30,7 +32,7 @@ def measure(folder):
     """One run, evaluated at results/NAME.seedN and trained at checkpoints/NAME.seedN, as a row of
     docs/experiments.jsonl. Shares are of all conversations, levels weighing the same."""
     name, _, seed = folder.name.rpartition(".seed")
-    table = evaluate.read_run(folder)
+    table = report.read_table(folder)
     steps = tools.read_jsonl(Path("checkpoints") / folder.name / "metrics.jsonl")
     shares = collections.defaultdict(list)
     for level in LEVELS:
@@ -57,7 +59,7 @@ def measure(folder):
 
 def shown(values, scale=100):
     """Mean ± half of its 95% interval over seeds; the mean alone of one seed."""
-    mean, half = evaluate.over_seeds(values)
+    mean, half = report.over_seeds(values)
     return f"{scale * mean:.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
 
 
@@ -82,7 +84,7 @@ def draw(runs, path):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, T in zip(figure.subplots(1, 2), ("6", "32")):
         for level in ("mean", "hard"):
-            found = [(b, *evaluate.over_seeds([row["accuracy"][level][T] for row in runs[name]]))
+            found = [(b, *report.over_seeds([row["accuracy"][level][T] for row in runs[name]]))
                      for name, b in BASELINES.items() if name in runs]
             axes.errorbar([b for b, _, _ in found], [100 * mean for _, mean, _ in found],
                           [100 * (half or 0) for _, _, half in found], marker="o", capsize=3,
