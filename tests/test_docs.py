@@ -17,7 +17,7 @@ import tools
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["tools.py", "build_data.py", "collect_coldstart.py", "sft.py", "evaluate.py", "rl.py"]
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 SCRIPTS = [*STAGES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[dt]*/*.py")
                             if not path.name.startswith(("test_", "conftest")))]
 # of torchrun and hf, which are named beside ours

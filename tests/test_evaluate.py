@@ -366,6 +366,44 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypat
     assert sampler_trainer_gap(trained, again) < 1e-10
 
 
+def test_what_is_kept_of_a_draft_by_hand(make_tiny):
+    """Behind ids 5, 6, of which 5 is in the cache, 7, 8, 9 were drafted. The policy drew 7, 8, 3:
+    two are right, and 3 is what it writes next. Four tokens were fed, up to position 4; the last
+    one is forgotten."""
+    policy = make_tiny()
+    engine, stop = evaluate.Engine(policy, LIMITS, 1, draft=0), policy.end_id
+
+    def kept(draft, drawn, turn_start=2):
+        r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, next_position=1,
+                             turn_start=turn_start)
+        scores = [-0.5 * n for n in range(len(drawn))]
+        over = engine.keep(r, draft, drawn, scores, 2 + len(draft))
+        return over, r.ids[2:], r.mask[2:], r.logprobs, r.fed, r.next_position
+
+    assert kept([7, 8, 9], [7, 8, 3, 4]) == (False, [7, 8, 3], [True] * 3, [0.0, -0.5, -1.0], 4, 4)
+    assert kept([7, 8, 9], [7, 8, 9, 4])[1:] == ([7, 8, 9, 4], [True] * 4, [0.0, -0.5, -1.0, -1.5],
+                                                 5, 5)
+    assert kept([], [3]) == (False, [3], [True], [0.0], 2, 2)
+    assert kept([7], [stop, 8]) == (True, [stop], [True], [0.0], 2, 2)
+    assert kept([7], [7, 8], turn_start=4 - LIMITS.max_turn_tokens)[0]      # the turn is full
+    assert engine.counts["accepted"] == 2 + 3 + 1
+
+
+def test_what_is_drafted_by_hand(make_tiny):
+    """Not the last token of a turn: with 3 left of a turn, 2 at most. Nothing that ends a turn, no
+    image placeholder, nor what would come behind."""
+    policy = make_tiny()
+    engine = evaluate.Engine(policy, evaluate.Limits(2, 2, 10, 100), 1, draft=4)
+    r = evaluate.Rollout(ids=[1] * 12, turn_start=5)
+    for said, expected in ((lambda ids, most: [7] * most, [7, 7]),
+                           (lambda ids, most: [7, policy.image_id], [7]),
+                           (lambda ids, most: [policy.end_id, 7], []), (lambda ids, most: [], [])):
+        engine.drafts.after = said
+        assert engine.guess(r) == expected
+    engine.draft = 0
+    assert engine.guess(r) == []
+
+
 def test_draft_table_by_hand():
     """Known after one turn, believed the more the oftener it is right, forgotten when it is wrong
     often, bounded."""
@@ -402,6 +440,11 @@ def attend_over(policy, fed, pieces, seed=0):
     new = [torch.randn(1, K, N, D, dtype=torch.float64, generator=g) for _ in "kv"]
     query = torch.randn(1, H, N, D, dtype=torch.float64, generator=g)
     keys, values = cache.update(*new, 0)
+    at = 0
+    for slot, (old, count) in enumerate(zip(fed, pieces)):      # new ones lie behind the old ones
+        for store, x in zip((keys, values), new):
+            assert torch.equal(store[slot, :, old:old + count], x[0, :, at:at + count])
+        at += count
     ours = sft.conversations(None, query, keys, values, None, scaling=D**-0.5, spans=spans)[0][0]
     theirs, at = [], 0
     for slot, (old, count) in enumerate(zip(fed, pieces)):
@@ -420,6 +463,24 @@ def test_attention_over_slots_equals_a_softmax(every, fed, pieces):
     """Prompts, observations behind a conversation and short pieces, of slots side by side."""
     ours, theirs = attend_over(every, fed, pieces)
     assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("fed, pieces", [([90], [70]), ([5, 300, 0, 40], [1, 50, 33, 4]),
+                                         ([7, 7, 50, 50, 1], [32, 31, 40, 40, 0])], ids=str)
+def test_attention_over_slots_of_an_untrained_policy(make_tiny, fed, pieces):
+    ours, theirs = attend_over(make_tiny(), fed, pieces)
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_spans_by_hand():
+    """At most 8 slots; a long piece, or one of quite another length, begins a new one; nothing to
+    attend, no span."""
+    for pieces, expected in (([1, 1, 1], [(0, 3)]), ([1] * 9, [(0, 8), (8, 9)]),
+                             ([65, 1], [(0, 1), (1, 2)]), ([1, 14, 14], [(0, 1), (1, 3)]),
+                             ([1, 13], [(0, 2)]), ([0, 0], []), ([0, 3], [(0, 2)])):
+        assert list(evaluate.neighbours(pieces)) == expected
+    owner, offset = evaluate.count_off(np.array([2, 0, 3]))
+    assert owner.tolist() == [0, 0, 2, 2, 2] and offset.tolist() == [0, 1, 0, 1, 2]
 
 
 def test_a_long_piece_builds_no_mask(trained):
@@ -459,6 +520,9 @@ def test_avg_at_k_by_hand():
     # deviation of (0.5, 0) is 0.3536, over sqrt 2
     assert evaluate.avg_at_k(rows, 3) == pytest.approx((0.25, 0.25))
     assert evaluate.avg_at_k(rows, 6) == pytest.approx((0.75, 0.25))
+    # samples of a question that agree are no more evidence than one: deviation of (1, 0) is 0.7071
+    agreeing = [row("a", 1.0, 2), row("a", 1.0, 2), row("b", 0.0, 2), row("b", 0.0, 2)]
+    assert evaluate.avg_at_k(agreeing, 3) == pytest.approx((0.5, 0.5))
     table = evaluate.summarise({"easy": rows, "hard": rows}, [3, 6])
     assert table["mean"]["accuracy"] == {"3": 0.25, "6": 0.75}
     assert table["mean"]["standard_error"]["6"] == pytest.approx(0.25 / 2**0.5)

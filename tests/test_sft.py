@@ -72,8 +72,16 @@ def test_positions_by_hand(policy):
 
 
 def test_positions_like_the_library(every):
+    positions_agree(every)
+
+
+def test_positions_like_the_library_of_an_untrained_policy(policy):
+    positions_agree(policy)
+
+
+def positions_agree(policy):
     """Random layouts: zero to four images of random grids, with text before, between and after."""
-    draw, image = random.Random(0), every.image_id
+    draw, image = random.Random(0), policy.image_id
     for _ in range(20):
         grids = [(1, 2 * draw.randint(1, 9), 2 * draw.randint(1, 9))
                  for _ in range(draw.randint(0, 4))]
@@ -81,10 +89,10 @@ def test_positions_like_the_library(every):
         for _, h, w in grids:
             ids += [image] * (h * w // 4) + [1] * draw.randint(1, 9)
         tensor = torch.tensor([ids])
-        reference, delta = every.model.model.get_rope_index(
+        reference, delta = policy.model.model.get_rope_index(
             input_ids=tensor, mm_token_type_ids=(tensor == image).long(),
             image_grid_thw=torch.tensor(grids) if grids else None)
-        where, after = sft.positions(ids, grids, image, every.merge)
+        where, after = sft.positions(ids, grids, image, policy.merge)
         assert torch.equal(where, reference[:, 0]) and after == len(ids) + delta.item()
 
 
@@ -144,6 +152,53 @@ def test_views_are_as_large_as_the_familys_processor_makes_them(family, factor, 
         if max(width, height) < 8 * min(width, height):
             w, h = tools.size_for_model(width, height, *limits, factor)
             assert w * h * 4 == factor**2 * processor.get_number_of_image_patches(height, width)
+
+
+def test_a_packed_batch_by_hand(policy):
+    """Conversations of nine tokens with an image of 4 x 6 patches, of three, and of two with an
+    image of 2 x 2: positions begin anew, places of written tokens count on."""
+    image = policy.image_id
+    one, two, three = sft.Sequence(), sft.Sequence(), sft.Sequence()
+    patches = torch.randn(24, 1176, dtype=torch.float64)
+    one.add([1, 2, *[image] * 6], False, (patches, (1, 4, 6)))
+    one.add([3], True)
+    two.add([4], False)
+    two.add([5, 6], True)
+    three.add([image], False, (patches[:4], (1, 2, 2)))
+    three.add([7], True)
+    batch = sft.collate(policy, [one, two, three])
+    assert batch["input_ids"].tolist() == [[1, 2, *[image] * 6, 3, 4, 5, 6, image, 7]]
+    assert batch["position_ids"].tolist() == [[[0, 1, 2, 2, 2, 2, 2, 2, 5, 0, 1, 2, 0, 1]],
+                                              [[0, 1, 2, 2, 2, 3, 3, 3, 5, 0, 1, 2, 0, 1]],
+                                              [[0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2, 0, 1]]]
+    assert batch["written"].tolist() == [8, 10, 11, 13] and batch["lengths"] == [9, 3, 2]
+    assert torch.equal(batch["pixel_values"], torch.cat([patches, patches[:4]]))
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
+    assert "pixel_values" not in sft.collate(policy, [two])
+
+
+def test_logprobs_of_texts_equal_the_library(policy):
+    """Two texts in one row against two forward passes of the library; `chunk` changes neither
+    values nor gradients; banned ids have no share."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 400, (1, 12), generator=g)
+    written = torch.tensor([2, 3, 6, 9, 11])    # the second text begins at 5
+    batch = {"input_ids": ids, "lengths": [5, 7], "written": written, "position_ids":
+             torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]).expand(3, 1, -1)}
+    expected = []
+    with torch.no_grad(), library_attention(policy):
+        for first, last in ((0, 5), (5, 12)):
+            logits = policy.model(input_ids=ids[:, first:last]).logits[0]       # (T, V)
+            logits[:, policy.banned] = -torch.inf
+            scores = logits.log_softmax(-1)
+            expected += [scores[t - first - 1, ids[0, t]].item() for t in written.tolist()
+                         if first <= t < last]
+    weight, grads = policy.model.lm_head.weight, []
+    for chunk in (100, 2):
+        found = sft.token_logprobs(policy, batch, chunk)
+        assert found.tolist() == pytest.approx(expected, abs=1e-10)
+        grads += torch.autograd.grad((found * torch.arange(5)).sum(), weight)
+    assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().max() > 1e-3
 
 
 def test_packed_batch_equals_padded_single_conversations(every, rows, world):
@@ -390,6 +445,121 @@ def test_a_rank_without_any_sample_joins_every_collective(trained_folder, world,
     # rank 1 never has a row
     run_script(*common, "--aggregation", "response", "--out", tmp_path / "two", nproc=2)
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
+
+
+def test_buckets_by_hand():
+    """A bucket is closed once it is larger than the limit, here 1,000 bytes, and where the dtype
+    changes. Nothing is lost, and the order stays."""
+    sizes = [100, 200, 50, 10, 300, 1]      # 400, 800, 200, 40, 1,200, 4 bytes
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
+    params.append(torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    cut = list(sft.buckets(params, megabytes=1000 / 2**20))
+    assert [[p.numel() for p in bucket] for bucket in cut] == [[100, 200], [50, 10, 300], [1], [2]]
+    assert all(a is b for a, b in zip(sum(cut, []), params, strict=True))
+    assert list(sft.buckets([])) == []
+
+
+@pytest.mark.parametrize("dtype, wide", [("float64", "float64"), ("float32", "float32"),
+                                         ("bfloat16", "float32")])
+def test_a_bucket_by_hand(dtype, wide):
+    """Two parameters of 6 and 4 numbers, cut into three pieces of 4: the last two of the twelve
+    places are padding. A parameter without a gradient takes part with zeros."""
+    dtype, wide = getattr(torch, dtype), getattr(torch, wide)
+    a = torch.nn.Parameter(torch.arange(6.0).view(2, 3).to(dtype))
+    b = torch.nn.Parameter(torch.arange(6.0, 10.0).to(dtype))
+    bucket = sft.Bucket([a, b], 3, 1)
+    assert bucket.flat.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]
+    assert bucket.own.tolist() == bucket.master.tolist() == [4, 5, 6, 7]
+    assert bucket.master.dtype == wide and bucket.size == 10
+    bucket.own.add_(1.0)        # parameters are views of the flat tensor
+    assert a.tolist() == [[0, 1, 2], [3, 5, 6]] and b.tolist() == [7, 8, 8, 9]
+    shared = dtype == wide      # then the master is the piece itself
+    assert bucket.master.tolist() == ([5, 6, 7, 8] if shared else [4, 5, 6, 7])
+    a.grad = torch.full((2, 3), 0.5, dtype=dtype)
+    flat = bucket.take_gradients()
+    assert flat.tolist() == [0.5] * 6 + [0.0] * 6 and flat.dtype == wide
+    assert a.grad is None and b.grad is None
+
+
+SUMS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import sft
+rank, world, device = sft.setup_distributed()
+if {what!r} == "ranks":
+    assert sft.over_ranks([rank + 1, 0.5], device) == [3.0, 1.0]
+    assert sft.over_ranks([rank, -rank], device, torch.distributed.ReduceOp.MAX) == [1.0, 0.0]
+    assert sft.gather([10 * rank + i for i in range(rank + 1)]) == [0, 10, 11]
+    module = torch.nn.BatchNorm1d(2)
+    module.weight.data.fill_(rank + 3.0)
+    module.running_mean.fill_(rank + 5.0)
+    sft.broadcast_weights(module)
+    assert module.weight.tolist() == [3.0, 3.0] and module.running_mean.tolist() == [5.0, 5.0]
+else:
+    sft.buckets = lambda params, megabytes: [[p] for p in params]      # one each
+    reduce, sent = torch.distributed.all_reduce, []
+    torch.distributed.all_reduce = lambda flat, **how: (
+        sent.append((flat.numel(), how.get("async_op"))) if flat.numel() > 1 else None,
+        reduce(flat, **how))[1]
+    a, b, c = params = [torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (2, 3, 5)]
+    optimizer = sft.Optimizer(params, 0.1, 0.0)
+
+    def loss_of(micro):     # a gets a gradient on rank 0 only
+        left = (a * 1.0).sum() if rank == 0 else 0.0
+        return (b * (rank + 1)).sum() * 2.0 + left + (c * 10.0).sum()
+
+    # rank 0 has one micro-batch, rank 1 two: b gets 2 + 4 + 4, c 10 + 20
+    optimizer.backward(range(rank + 1), loss_of)
+    found = {{bucket.size: bucket.master.grad.tolist() for bucket in optimizer.buckets}}
+    assert found == {{2: [1.0] * 2, 3: [10.0] * 3, 5: [30.0] * 5}}, found
+    # one message a bucket, in the order of the buckets, on both ranks
+    assert sent == [(5, True), (3, True), (2, True)], sent
+    assert all(p.grad is None for p in params)
+print("right", flush=True)
+sft.close_distributed()
+"""
+
+
+def on_two_processes(what, folder):
+    """Run a part of SUMS."""
+    (folder / "worker.py").write_text(SUMS.format(root=str(ROOT), what=what))
+    assert run_script(folder / "worker.py", nproc=2).stdout.count("right") == 2
+
+
+def test_numbers_objects_and_weights_of_two_processes(tmp_path):
+    on_two_processes("ranks", tmp_path)
+
+
+def test_gradients_of_two_processes_by_hand(tmp_path):
+    """Another number of micro-batches on each, and a parameter that only one of them reaches."""
+    on_two_processes("gradients", tmp_path)
+
+
+def test_state_is_cut_anew_by_hand():
+    """A bucket of 10 numbers, saved by two ranks (5 + 5) or by three (4 + 4 + 4, two of them
+    padding), taken over by three, two and one; the count of steps is no piece of anything."""
+    def part(numbers):
+        return [{"size": 10, "master": torch.tensor(numbers), "exp_avg": torch.tensor(numbers) * 10,
+                 "step": torch.tensor(7.0)}]
+
+    two = [part([0.0, 1, 2, 3, 4]), part([5.0, 6, 7, 8, 9])]
+    three = [part([0.0, 1, 2, 3]), part([4.0, 5, 6, 7]), part([8.0, 9, 0, 0])]
+    for saved, pieces, piece, expected in (
+            (two, 3, 1, [4, 5, 6, 7]), (two, 3, 2, [8, 9, 0, 0]), (two, 2, 1, [5, 6, 7, 8, 9]),
+            (three, 2, 0, [0, 1, 2, 3, 4]), (three, 1, 0, list(range(10)))):
+        length = -(-10 // pieces)
+        bucket = SimpleNamespace(size=10, own=torch.zeros(length),
+                                 master=torch.nn.Parameter(torch.zeros(length)))
+        optimizer = SimpleNamespace(
+            buckets=[bucket], pieces=pieces, piece=piece, spread=lambda: None,
+            adam=SimpleNamespace(state={bucket.master: {}}))
+        sft.Optimizer.load(optimizer, saved)
+        assert bucket.master.tolist() == expected
+        state = optimizer.adam.state[bucket.master]
+        assert state["exp_avg"].tolist() == [10 * n for n in expected] and state["step"] == 7
+    bucket.size = 11
+    with pytest.raises(ValueError, match="another model"):
+        sft.Optimizer.load(optimizer, saved)
 
 
 WORKER = """
@@ -730,7 +900,8 @@ def test_gradients_are_sent_while_backward_runs(monkeypatch):
     sizes, log = [(2, 3), (3, 4), (4, 5)], []
     layers = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
     layer_of = {rows * columns: i for i, (rows, columns) in enumerate(sizes)}
-    optimizer = sft.Optimizer(layers, 0.1, 0.0, megabytes=1e-6)
+    monkeypatch.setattr(sft, "buckets", lambda params, megabytes: [[p] for p in params])
+    optimizer = sft.Optimizer(layers, 0.1, 0.0)
     optimizer.world = 2
     monkeypatch.setattr(sft.dist, "all_reduce",
                         lambda flat, async_op: log.append(layer_of[len(flat)]))

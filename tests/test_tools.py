@@ -111,7 +111,8 @@ def test_boxes_that_are_refused(box):
                                     {"original_image": 0}])
 def test_sources_that_are_refused(source):
     kind, sentence = tools.parse_turn(call_text(WHOLE, source))
-    assert kind == "error" and is_sentence(sentence) and "source" in sentence
+    assert kind == "error" and is_sentence(sentence)
+    assert "source" in sentence and "JSON" not in sentence
 
 
 @pytest.mark.parametrize("body",
@@ -296,6 +297,34 @@ def test_a_turn_at_the_image_cap_keeps_its_refused_zoom():
     turn, finish, _ = tools.take_turn(views, call_text(WHOLE, "observation_1"), 2, 99, 2)
     assert finish == "over_turn" and turn["zoom"]["source"] == "observation_1" and len(views) == 2
     assert tools.take_turn(views, call_text([0, 0, 0, 0]), 2, 99, 2)[1] is None
+
+
+def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch):
+    """However it is read, and however a crop is made: both are replaced here."""
+    call = {"bbox_2d": WHOLE, "source": "original_image"}
+    asked = {"a": ("answer", "7"), "v": ("void", None), "e": ("error", "No."), "z": ("zoom", call)}
+
+    def crop(views, call):
+        if len(views) > 2:
+            raise tools.ToolError("Too far.")
+        return "crop"
+
+    monkeypatch.setattr(tools, "parse_turn", asked.__getitem__)
+    monkeypatch.setattr(tools, "zoom", crop)
+    views = ["image"]
+    zoomed, refused = {"text": "z", "zoom": call}, {"text": "e", "error": "No."}
+    assert tools.take_turn(views, "z", 1, 3, 3) == (zoomed, None, None)
+    assert views == ["image", "crop"]
+    assert tools.take_turn(views, "e", 2, 3, 3) == (refused, None, None)
+    assert tools.take_turn(views, "a", 3, 3, 3) == ({"text": "a"}, "answer", "7")   # in time
+    assert tools.take_turn(views, "v", 3, 3, 3) == ({"text": "v"}, "void", None)
+    assert tools.take_turn(views, "z", 3, 3, 9) == (zoomed, "over_turn", None)
+    assert tools.take_turn(views, "e", 3, 3, 9) == (refused, "over_turn", None)
+    assert tools.take_turn(views, "z", 1, 9, 2) == (zoomed, "over_turn", None)  # no image is left
+    assert tools.take_turn(views, "e", 1, 9, 2) == (refused, None, None)        # needs none
+    assert views == ["image", "crop"]
+    views.append("another")
+    assert tools.take_turn(views, "z", 1, 9, 9) == ({"text": "z", "error": "Too far."}, None, None)
 
 
 def test_replay_shows_what_the_model_was_shown():

@@ -1,0 +1,121 @@
+"""Specification of assignments.py, on a toy function; what it says of the six assignments is proved
+by `python tests/assignments.py prove`, which CI runs too."""
+
+import ast
+
+import pytest
+
+import assignments
+from assignments import ASSIGNMENTS, ROOT
+from mutants import MUTANTS
+
+SOURCE = '''"""A module."""
+
+
+def f(x):
+    """Doubles x, (N,) -> (N,)."""
+    twice = x + x
+    return twice
+
+
+class C:
+    def g(self):
+        def inner():
+            return 1
+        return inner()
+
+    @staticmethod
+    def h(a,
+          b=2):
+        """Says so."""
+        # a comment
+        return (a
+                + b)
+'''
+
+
+def test_bodies_become_one_line():
+    """Signature and docstring stay, decorators too; names of methods have their class's."""
+    assert assignments.blank(SOURCE, ["f", "C.h"], "task 1") == '''"""A module."""
+
+
+def f(x):
+    """Doubles x, (N,) -> (N,)."""
+    raise NotImplementedError("task 1")
+
+
+class C:
+    def g(self):
+        def inner():
+            return 1
+        return inner()
+
+    @staticmethod
+    def h(a,
+          b=2):
+        """Says so."""
+        raise NotImplementedError("task 1")
+'''
+    assert 'def g(self):\n        raise NotImplementedError("2")\n\n    @static' in \
+        assignments.blank(SOURCE, ["C.g"], "2")
+    with pytest.raises(KeyError):
+        assignments.blank(SOURCE, ["C.nothing"], "")
+
+
+def test_points_are_for_tests_that_passed_in_all_their_cases(tmp_path):
+    (tmp_path / "report.xml").write_text("""<testsuites><testsuite>
+        <testcase classname="tests.test_rl" name="test_a[1]"/>
+        <testcase classname="tests.test_rl" name="test_a[2]"><failure message="assert 1 == 2&#10;x"/>
+        </testcase>
+        <testcase classname="tests.test_rl" name="test_a[3]"/>
+        <testcase classname="tests.test_rl" name="test_b"/>
+        <testcase classname="tests.test_rl" name="test_c"><error message=""/></testcase>
+        <testcase classname="tests.test_rl" name="test_d"><skipped message="no GPU"/></testcase>
+        </testsuite></testsuites>""")
+    tests = [f"test_rl.py::test_{name}" for name in "abcde"]
+    assert list(assignments.outcomes(tmp_path / "report.xml", tests).values()) == [
+        "assert 1 == 2", None, "no message", "no GPU",
+        "did not run: see that the files can be imported"]
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_an_assignment_is_whole(number):
+    """100 points; its functions and tests are there; every task has a mutant, there are at least
+    eight, and its page names every function and says the same points and hours."""
+    title, hours, tasks = ASSIGNMENTS[number]
+    page = (ROOT / f"docs/assignments/{number}.md").read_text()
+    assert sum(sum(task.tests.values()) for task in tasks) == 100
+    assert len(page.splitlines()) <= 150 and f"100 points, about {hours} hours" in page
+    for place, task in enumerate(tasks, 1):
+        for function in task.functions:
+            file, name = function.split(":")
+            assignments.find(ast.parse((ROOT / file).read_text()), name)
+            assert f"`{name}`" in page
+        for test in task.tests:
+            file, name = test.split("::")
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
+        assert f"\n| {place}. " in page and f"| {sum(task.tests.values())} |" in page
+        assert any((m.assignment, m.task) == (number, place) for m in MUTANTS)
+    assert sum(m.assignment == number for m in MUTANTS) >= 8
+
+
+def test_every_mutant_applies_once():
+    """A mutant of code that has changed would prove nothing."""
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.mistake
+
+
+def test_a_students_copy(tmp_path):
+    """Blank functions that compile, no answers, and no project's own files."""
+    (tmp_path / "mine").mkdir()
+    assignments.start(4, tmp_path / "mine")
+    source = (tmp_path / "mine" / "rl.py").read_text()
+    assert source.count("raise NotImplementedError(\"assignment 4, task ") == 7
+    assert "A'_i = M_i (r_i - b) / (s + eps)" in source
+    ast.parse(source)
+    names = {path.name for path in (tmp_path / "mine").rglob("*")}
+    assert {"tools.py", "conftest.py", "4.md", "assignments.py"} <= names
+    assert not {".git", "mutants.py", "teaching.md"} & names
+    for folder, told in ((tmp_path / "mine", "is not empty"), (ROOT / "mine", "in the project")):
+        with pytest.raises(SystemExit, match=told):
+            assignments.start(4, folder)
