@@ -25,7 +25,8 @@ from build_data import LEVELS
 FIGURES = ROOT / "docs" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
 SHARES = ["wrong", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
-BASELINES = {"b_0": 0, "b_017": 0.17, "half": 0.5, "b_085": 0.85, "b_1": 1}     # figure over b
+# rows of the figure over b: without the mask an unfinished conversation is paid nothing
+BASELINES = {"tight_no_mask": 0, "tight_017": 0.17, "tight": 0.5, "tight_085": 0.85, "tight_1": 1}
 
 
 def measure(folder):
@@ -49,7 +50,7 @@ def measure(folder):
             found = sum(row["source"].endswith(kind) for row in guesses)
             shares[f"guess, {kind}"].append(found / asked)
     return {"run": name, "seed": int(seed),
-            "seconds": round(sum(s["seconds_rollout"] + s["seconds_update"] for s in steps)),
+            "tokens": sum(s["sampled_tokens"] for s in steps),
             "accuracy": {level: {T: round(table[level]["accuracy"][T], 4) for T in BUDGETS}
                          for level in [*LEVELS, "mean"]},
             "turns": round(statistics.fmean(table[level]["mean_turns_correct"] or 0
@@ -71,9 +72,10 @@ def print_tables(runs):
              *(shown([row["accuracy"][level][T] for row in rows]) for T in BUDGETS)]
             for name, rows in runs.items()])
         print()
-    evaluate.print_rows(["shares at 32 turns", *SHARES, "turns of correct ones", "seconds"], [
+    evaluate.print_rows(["shares at 32 turns", *SHARES, "turns of correct ones",
+                         "1,000 tokens sampled in RL"], [
         [f"`{name}`", *(shown([row["shares"][kind] for row in rows]) for kind in SHARES),
-         shown([row["turns"] for row in rows], 1), shown([row["seconds"] for row in rows], 1)]
+         shown([row["turns"] for row in rows], 1), shown([row["tokens"] for row in rows], 0.001)]
         for name, rows in runs.items()])
 
 
