@@ -372,18 +372,19 @@ class Optimizer:
         if [part["size"] for part in parts[0]] != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
         for i, bucket in enumerate(self.buckets):
-            length = len(bucket.own)
-            for key in parts[0][i].keys() - {"size"}:
-                if len(parts) == self.pieces or key == "step":
-                    piece = parts[self.piece if key != "step" else 0][i][key]
+            saved, length, state = [part[i] for part in parts], len(bucket.own), {}
+            for key in saved[0].keys() - {"size"}:
+                if key == "step":       # is the same for all
+                    piece = saved[0][key]
+                elif len(saved) == self.pieces:
+                    piece = saved[self.piece][key]
                 else:
-                    whole = torch.cat([part[i][key] for part in parts])[:bucket.size]
+                    whole = torch.cat([part[key] for part in saved])[:bucket.size]
                     whole = F.pad(whole, (0, length * self.pieces - bucket.size))
                     piece = whole[length * self.piece:length * (self.piece + 1)]
-                if key == "master":
-                    bucket.master.data.copy_(piece)
-                else:
-                    self.adam.state[bucket.master][key] = piece.to(bucket.master.device, copy=True)
+                state[key] = piece.to(bucket.master.device, copy=True)
+            bucket.master.data.copy_(state.pop("master"))
+            self.adam.state[bucket.master].update(state)
         self.spread()
 
 
@@ -568,19 +569,17 @@ def check_family(path):
     is supported (OSError if there is none)."""
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise tools.InputError(f"{path}: model family '{family}' is not supported; use one of "
-                               f"{', '.join(FAMILIES)}")
+    tools.need(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
+               f"{', '.join(FAMILIES)}")
     return config
 
 
 def check_device(path, config, device, dtype):
     """Raise InputError if a model of billions of parameters is about to run on a CPU by mistake."""
     width = config.get("text_config", config).get("hidden_size", 0)
-    if width >= 1024 and torch.device(device).type == "cpu" and dtype == "auto":
-        raise tools.InputError(f"{path}: no GPU was found for a model as large as this (width "
-                               f"{width}); to run it on the CPU all the same, say so with --dtype "
-                               "bfloat16 or float32")
+    tools.need(width < 1024 or torch.device(device).type != "cpu" or dtype != "auto",
+               f"{path}: no GPU was found for a model as large as this (width {width}); to run it "
+               "on the CPU all the same, say so with --dtype bfloat16 or float32")
 
 
 def head_size(text):
@@ -593,9 +592,8 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
                 hint=""):
     """A policy from a local folder or hub id. Raises InputError (hint: how to make the folder)."""
     local = str(path).startswith(("checkpoints", ".", "/")) or Path(path).is_dir()
-    if local and not (Path(path) / "config.json").exists():
-        raise tools.InputError(f"{path} holds no model"
-                               + (f"; make it with: {hint}" if hint else ""))
+    tools.need(not local or (Path(path) / "config.json").exists(),
+               f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
     try:
         check_device(path, check_family(path), device, dtype)
         parts = (AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device)),
@@ -655,8 +653,7 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
                 module.forward = partial(exact_norm, module)
     smallest = min_pixels or processor.size["shortest_edge"]
     largest = max_pixels or processor.size["longest_edge"]
-    if smallest > largest:
-        raise tools.InputError(f"--min_pixels {smallest} is above --max_pixels {largest}")
+    tools.need(smallest <= largest, f"--min_pixels {smallest} is above --max_pixels {largest}")
     policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS), smallest, largest)
     # a served copy must not write image placeholders either
     model.generation_config.suppress_tokens = policy.banned
@@ -859,9 +856,8 @@ def load_state(out, optimizer, resume, total):
         reason = str(error).strip().splitlines()[0]
         raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start "
                                "over") from None
-    if facts["step"] > total:
-        raise tools.InputError(f"{path} is at step {facts['step']}, beyond the {total} steps of "
-                               "this run; ask for more steps")
+    tools.need(facts["step"] <= total, f"{path} is at step {facts['step']}, beyond the {total} "
+               "steps of this run; ask for more steps")
     if facts["world"] != world_size() and rank == 0:
         print(f"{path} was saved by {facts['world']} processes, now there are {world_size()}: the "
               "run goes on with the same data and order, but equals the uninterrupted one only "
@@ -960,10 +956,9 @@ def end_step(args, optimizer, done, total, device):
     """What every trainer does after `done` steps: save where that is due. Returns whether the run
     must stop before its end, because a rank has received SIGTERM. Raises InputError after too many
     steps in a row without a finite loss and gradient (all ranks count alike)."""
-    if optimizer.skipped >= MAX_SKIPPED:
-        raise tools.InputError(f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times "
-                               "in a row (these steps were skipped); lower --lr and start again, "
-                               "or go on from the last checkpoint with --resume")
+    tools.need(optimizer.skipped < MAX_SKIPPED, f"step {done}: loss or gradient was not finite "
+               f"{MAX_SKIPPED} times in a row (these steps were skipped); lower --lr and start "
+               "again, or go on from the last checkpoint with --resume")
     stop = done < total and asked_to_stop(device)
     # after skipped steps weights may be broken: keep the older ones
     due = done % args.save_every == 0 and not optimizer.skipped
@@ -1010,10 +1005,9 @@ def train(policy, rows, root, args, rank, world):
     for step, sequences in zip(bar, batches):
         lr = learning_rate(step, total, args.lr, args.warmup)
         longest = max((len(s.ids) for s in sequences), default=0)
-        if longest > args.max_tokens:
-            raise tools.InputError(f"a conversation has {longest} tokens, more than --max_tokens "
-                                   f"{args.max_tokens}: raise it, lower --max_pixels, or remove "
-                                   "the longest rows")
+        tools.need(longest <= args.max_tokens, f"a conversation has {longest} tokens, more than "
+                   f"--max_tokens {args.max_tokens}: raise it, lower --max_pixels, or remove the "
+                   "longest rows")
         loss, norm, count = train_step(policy, optimizer, sequences, lr, args)
         if rank == 0:
             log.write(tools.json_line({"step": step + 1, "loss": finite(loss),
@@ -1097,8 +1091,7 @@ def main():
     rank, world, device = setup_distributed()
     stage = "build_data.py" if args.data.name == "instruct.jsonl" else "collect_coldstart.py"
     rows = tools.read_jsonl(args.data, tools.check_trajectory, f"python {stage}")
-    if not rows:
-        raise tools.InputError(f"{args.data} has no rows")
+    tools.need(rows, f"{args.data} has no rows")
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = tools.load_prompts(args.prompts)
     if args.model == "tiny":
