@@ -10,20 +10,16 @@ pixels, so it reads an image on three scales:
 
 Look-alikes of the target share its colour, and differ in what decides the question: the shape in
 "What digit is on the red square?", the digit in "Which shape is the red object with digit 7?".
-Levels differ as in the paper: target size, number of look-alikes, resolution (see LEVELS).
 
 What differs from the paper's VisualProbe:
 1. Drawn, not photographed, so that a 1.6 M parameter model, which is made here too (sft.py --model
    tiny), can learn it in minutes without a network.
-2. The layout of the scene is kept in the row ("objects", "walls"); only the scripted teacher reads
-   it, never the policy.
-3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows
-   already: naming what is in a view, comparing it with what is wanted, keeping a list.
+2. A row keeps the layout of its scene ("objects", "walls"); only the scripted teacher reads it.
+3. `instruct.jsonl` holds single-view questions that stand in for what a pretrained VLM knows.
 
 What differs from the published data: options are texts that the question lists once, (A), (B), ...;
 of a cold-start conversation only the original image is stored, since crops follow from its zooms;
-every image was decoded once and has a name made from its content. Nothing outside --source is
-read, and a row that cannot be used is skipped and counted.
+an image is named after its content. A row that cannot be used is skipped and counted.
 
 Commands (all of this is CPU work: a GPU or more nodes change nothing):
     1 CPU         python build_data.py --workers 1
@@ -96,12 +92,11 @@ def any_object(rng):
 
 
 def make_scene(rng, level, lookalikes=None, others=None):
-    """Draw lots for one image: its objects and its question. Returns the question row without id
-    and image. lookalikes, others: numbers of objects, instead of the level's.
+    """Draw lots for one image. Returns its question row without id and image. lookalikes, others:
+    numbers of objects, instead of the level's.
 
-    objects: list of [part, place, colour, shape, digit], parts and places by index into PLACES,
-    the target first. walls: the wallpaper of each part: the colour of one of its objects, or None.
-    """
+    objects: [part, place, colour, shape, digit] of each, parts and places by index into PLACES, the
+    target first. walls: the wallpaper of each part, the colour of one of its objects, or None."""
     lookalikes = LEVELS[level]["lookalikes"] if lookalikes is None else lookalikes
     others = LEVELS[level]["others"] if others is None else others
     kind = ["digit", "shape"][rng.integers(2)]
@@ -131,7 +126,7 @@ def make_scene(rng, level, lookalikes=None, others=None):
 def draw_shape(draw, shape, x, y, radius, fill):
     """Fill one shape whose circumscribed circle has centre (x, y) and this radius, in pixels."""
     if shape == "circle":
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+        draw.circle((x, y), radius, fill=fill)
         return
     if shape == "square":
         half = 0.86 * radius
@@ -148,8 +143,7 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 
 def draw_scene(rng, scene):
-    """Paint a scene: softly tinted noise, a thick frame around the wall, a thin one around each
-    part, objects with digits."""
+    """Paint a scene: tinted noise, a frame around the wall and each part, objects with digits."""
     side = LEVELS[scene["level"]]["side"]
     cell = side / 9
     noise = rng.integers(90, 160, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
@@ -181,8 +175,7 @@ def draw_scene(rng, scene):
 
 def save_image(image, path, quality):
     """A JPEG, never half of one. draw_world() flushes them to disk together."""
-    def write(file):
-        image.save(file, "JPEG", quality=quality, subsampling=0)
+    write = partial(image.save, format="JPEG", quality=quality, subsampling=0)
     tools.write_atomic(path, write, sync=False)
 
 
@@ -205,21 +198,32 @@ def make_question(job, out, seed):
 # Instruction data: one view, one question, one reply in the words that the teacher uses
 
 
+def colours_of(objects, part):
+    """The colours, or None, at the nine places of a part."""
+    held = {o[1]: o[2] for o in objects if o[0] == part}
+    return [held.get(place) for place in range(9)]
+
+
 def places_with(objects, part, colour):
     """Names of the places of a part that hold this colour, in reading order."""
-    return [PLACES[i] for i in sorted(o[1] for o in objects if o[0] == part and o[2] == colour)]
+    return [place for place, held in zip(PLACES, colours_of(objects, part)) if held == colour]
+
+
+def describe(kind, colours, wanted):
+    """Where in a view of nine a colour is, in the words for a kind: "part" or "walls"."""
+    places = [place for place, colour in zip(PLACES, colours) if colour == wanted]
+    phrase = PHRASES[kind if places else f"no_{kind}"]
+    return phrase.format(colour=wanted, places=" ".join(places))
 
 
 def describe_part(objects, part, colour):
     """"I see red in top left." / "I see no red." """
-    places = places_with(objects, part, colour)
-    return PHRASES["part" if places else "no_part"].format(colour=colour, places=" ".join(places))
+    return describe("part", colours_of(objects, part), colour)
 
 
 def describe_walls(walls, colour):
     """"I see red walls in top left." / "I see no red walls." """
-    places = [place for place, wall in zip(PLACES, walls) if wall == colour]
-    return PHRASES["walls" if places else "no_walls"].format(colour=colour, places=" ".join(places))
+    return describe("walls", walls, colour)
 
 
 def describe_cell(objects, part, place):
@@ -230,25 +234,36 @@ def describe_cell(objects, part, place):
     return PHRASES["empty"]
 
 
-def describe_all(describe, what, colours):
-    """Every colour that is there, in the same words: one reply trains many places at once."""
-    found = [describe(what, colour) for colour in COLOURS if colour in colours]
-    return " ".join(found) or PHRASES["empty"]
+def lessons_on_nine(kind, colours, question, asked, crowded):
+    """(question, reply) pairs about a view of nine: a part, or the walls of the whole image.
+    question: of the world, about the first of the colours `asked`."""
+    where, everything, noun, mapped = "Where is", "everything", "", asked[-1]
+    if kind == "walls":
+        where, everything, noun, mapped = "Which walls are", "what", " walls", asked[0]
+    yield question, describe(kind, colours, asked[0])
+    for colour in asked[1:]:
+        yield f"{where} {colour}?", describe(kind, colours, colour)
+    every = [describe(kind, colours, colour) for colour in COLOURS if colour in colours]
+    yield f"{where} {everything}?", " ".join(every) or PHRASES["empty"]
+
+    def place_by_place(shown):  # nine lessons in one reply on where a place is
+        names = [colour + noun if colour in shown else "nothing" for colour in colours]
+        return " ".join(f"{place} {name}." for place, name in zip(PLACES, names))
+
+    if not crowded:
+        yield "What is where?", place_by_place(COLOURS)
+    yield f"{where} {mapped}, place by place?", place_by_place([mapped])
 
 
-def describe_map(names):
-    """"top-left red. top nothing. ..." Nine lessons in one reply on where a place is."""
-    return " ".join(f"{place} {name or 'nothing'}." for place, name in zip(PLACES, names))
-
-
-def make_sorting(rng):
+def lesson_on_sorting(rng):
     """(question, reply): objects, each compared with what is wanted: many verdicts in one reply."""
     names = [any_object(rng) for _ in range(rng.integers(2, 5))]
     kind = int(rng.choice([1, 2], p=[0.3, 0.7]))  # ten digits are harder to tell than four shapes
     wanted = names[0][kind]
     names = [name if rng.random() < 0.5 else (*name[:kind], wanted, *name[kind + 1:])
              for name in names]
-    names, replies = [names[i] for i in rng.permutation(len(names))], []
+    names = [names[i] for i in rng.permutation(len(names))]
+    replies = []
     for colour, shape, digit in names:
         seen = PHRASES["cell"].format(colour=colour, shape=shape, digit=digit)
         verdict = "Yes" if wanted in (shape, digit) else "No"
@@ -257,7 +272,7 @@ def make_sorting(rng):
     return f"Want {wanted}: {listed}.", " ".join(replies)
 
 
-def make_errand(rng):
+def lesson_on_errands(rng):
     """(question, reply): a search's to-do list, and what is left of it after one step."""
     later = rng.permutation(PLACES)[:rng.integers(0, 10)].tolist()
     here = [PLACES[i] for i in sorted(rng.permutation(9)[:rng.integers(0, 4)])]
@@ -274,7 +289,7 @@ def make_errand(rng):
     return f"Done:{before} What next?", f"Next:{state()}"
 
 
-def make_comparison(rng, objects, part, place):
+def lesson_on_a_place(rng, objects, part, place):
     """(question, reply): what is at a place, perhaps compared with what a question looks for."""
     reply, kind = describe_cell(objects, part, place), ["name", "digit", "shape"][rng.integers(3)]
     if kind == "name":
@@ -291,78 +306,45 @@ def make_comparison(rng, objects, part, place):
     return question, reply
 
 
-def about_walls(walls, question, first, *more):
-    """(question, reply) pairs about a whole image. question: of the world, about colour `first`."""
-    names = [wall and f"{wall} walls" for wall in walls]
-    yield question, describe_walls(walls, first)
-    for colour in more:
-        yield f"Which walls are {colour}?", describe_walls(walls, colour)
-    yield "Which walls are what?", describe_all(describe_walls, walls, walls)
-    yield "What is where?", describe_map(names)
-    named = [name if wall == first else None for wall, name in zip(walls, names)]
-    yield f"Which walls are {first}, place by place?", describe_map(named)
-
-
-def about_part(objects, part, question, first, second, crowded):
-    """(question, reply) pairs about a part. question: of the world, about colour `first`."""
-    held = {o[1]: o[2] for o in objects if o[0] == part}
-    colours = [held.get(place) for place in range(9)]
-    yield question, describe_part(objects, part, first)
-    yield f"Where is {second}?", describe_part(objects, part, second)
-    yield "Where is everything?", describe_all(partial(describe_part, objects), part, colours)
-    if not crowded:
-        yield "What is where?", describe_map(colours)
-    named = [colour if colour == second else None for colour in colours]
-    yield f"Where is {second}, place by place?", describe_map(named)
-
-
-def closer(view, place):
-    """One of the nine places of a view, cut by the agent's own tool at its usual coordinates."""
-    return tools.zoom([view], {"bbox_2d": place_box(PLACES[place]), "source": "original_image"})
-
-
 def make_instructions(index, out, seed, min_pixels, max_pixels):
     """Rows about one scene: views of some parts and places, and every other time of the whole
     image, stored at the size at which the model sees them. Scenes without a view of the whole are
     crowded: a reply then names many places, and each of them is a lesson."""
     rng = np.random.default_rng([seed, SPLITS.index("instruct"), index])
     level, crowded = list(LEVELS)[rng.integers(3)], index % 2 == 1
-    numbers = [int(rng.integers(4, 16)), int(rng.integers(16, 40))] if crowded else []
+    numbers = [rng.integers(4, 16), rng.integers(16, 40)] if crowded else []
     scene = make_scene(rng, level, *numbers)
     objects, image, rows = scene["objects"], draw_scene(rng, scene), []
 
-    def save(view, name):
+    def add(view, name, lessons):
         path = f"views/{seed}_{index:05d}_{name}.jpg"
         save_image(tools.resize_for_model(view, min_pixels, max_pixels), out / path, quality=95)
-        return path
+        for question, reply in lessons:
+            rows.append({"id": f"instruct_{index:05d}_{len(rows):02d}", "image": path,
+                         "question": question, "answer": reply, "source": "synthetic_instruct",
+                         "system": "", "turns": [{"text": reply}]})
 
-    def add(path, question, reply):
-        rows.append({"id": f"instruct_{index:05d}_{len(rows):02d}", "image": path,
-                     "question": question, "answer": reply, "source": "synthetic_instruct",
-                     "system": "", "turns": [{"text": reply}]})
-
-    def some_colours(count):  # the one that the scene is about comes first
+    def add_nine(view, name, kind, colours, count):
         others = [c for c in rng.permutation(list(COLOURS)).tolist() if c != scene["colour"]]
-        return [scene["colour"], *others][:count]
+        asked = [scene["colour"], *others][:count]  # what the scene is about comes first
+        which = ["digit", "shape"][rng.integers(2)]
+        question = ask(which, asked[0], str(rng.choice(SHAPES)), int(rng.integers(10)))[0]
+        add(view, name, lessons_on_nine(kind, colours, question, asked, crowded))
 
-    def some_question(colour):
-        kind = ["digit", "shape"][rng.integers(2)]
-        return ask(kind, colour, str(rng.choice(SHAPES)), int(rng.integers(10)))[0]
+    def closer(view, place):  # cut by the agent's own tool at its usual coordinates
+        call = {"bbox_2d": place_box(PLACES[place]), "source": "original_image"}
+        return tools.zoom([view], call)
 
     if not crowded:
-        path, colours = save(image, "all"), some_colours(3)
-        for lesson in about_walls(scene["walls"], some_question(colours[0]), *colours):
-            add(path, *lesson)
+        add_nine(image, "all", "walls", scene["walls"], 3)
     for part in rng.permutation(9)[:6 if crowded else 3].tolist():
-        path, colours = save(closer(image, part), f"p{part}"), some_colours(2)
-        for lesson in about_part(objects, part, some_question(colours[0]), *colours, crowded):
-            add(path, *lesson)
+        add_nine(closer(image, part), f"p{part}", "part", colours_of(objects, part), 2)
     filled = [objects[i][:2] for i in rng.permutation(len(objects))[:10]]
     for part, place in [*filled, rng.integers(9, size=2).tolist()]:
-        path = save(closer(closer(image, part), place), f"p{part}{place}")
-        if rng.random() < 0.6:  # easier than the bookkeeping of text
-            add(path, *make_comparison(rng, objects, part, place))
-        add(path, *(make_errand(rng) if rng.random() < 0.4 else make_sorting(rng)))
+        # naming is easier than the bookkeeping of text
+        named = [lesson_on_a_place(rng, objects, part, place)] if rng.random() < 0.6 else []
+        text = lesson_on_errands(rng) if rng.random() < 0.4 else lesson_on_sorting(rng)
+        add(closer(closer(image, part), place), f"p{part}{place}", [*named, text])
     return rows
 
 
@@ -399,11 +381,10 @@ def build_tokenizer(texts, vocab_size=700):
         "<think>", "</think>", '<grounding>{"bbox_2d": [', '], "source": "', '"}</grounding>',
         "<answer>", "</answer>", "0.0", "0.333", "0.667", "1.0", ", ", "original_image",
         *(f"observation_{i}" for i in range(63, 0, -1))])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+        additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE)
 
 
 def build_tiny(texts, seed):
@@ -463,55 +444,53 @@ def project_texts(data):
 # Published data sets: reading
 
 
-def records(path, columns=None):
-    """Yield ("file:row", row as a dict) of a .jsonl, .json, .tsv or .parquet file, one by one:
-    memory does not grow with the rows, except for .json. columns: the only ones to read of a
-    .parquet file. A row that is not readable, or not an object, comes as None. Raises InputError
-    if a table is broken as a whole."""
-    def parsed(text):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return None
-
-    try:  # what is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            if path.suffix == ".parquet":
-                rows = parquet_rows(path, columns)
-            elif path.suffix == ".tsv":
-                csv.field_size_limit(2**31 - 1)  # a cell may hold an image
-                rows = csv.DictReader(file, delimiter="\t", strict=True)
-            elif path.suffix == ".jsonl":
-                rows = (parsed(line) for line in file if line.strip())
-            else:
-                rows = parsed(file.read())
-                rows = rows if isinstance(rows, list) else [rows]
-            number = 0
-            for number, row in enumerate(rows, 1):
-                yield f"{path.name}:{number}", row if isinstance(row, dict) else None
-            if number == 0:
-                yield f"{path.name}:1", None  # so that a file without rows is counted
-    except tools.InputError:
-        raise
-    except (ValueError, OSError, csv.Error) as error:
-        message = f"{path}: cannot be read to its end ({error}); download it again"
-        raise tools.InputError(message) from None
-
-
-def parquet_rows(path, columns):
-    """Rows of a .parquet file as dicts, None for one whose text is not UTF-8."""
+def parsed(text):
     try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_rows(path, columns):
+    """Rows of a file, one by one: memory does not grow with them, except for .json."""
+    if path.suffix == ".parquet":
         from pyarrow import parquet
+        # page by page, not a whole row group at once
+        file = parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
+        for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
+            try:
+                yield batch.to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
+        return
+    # what is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a cell may hold an image
+            yield from csv.DictReader(file, delimiter="\t", strict=True)
+        elif path.suffix == ".jsonl":
+            yield from (parsed(line) for line in file if line.strip())
+        else:
+            rows = parsed(file.read())
+            yield from rows if isinstance(rows, list) else [rows]
+
+
+def records(path, columns=None):
+    """Yield ("file:row", row as a dict, or None if it is not readable) of a .jsonl, .json, .tsv or
+    .parquet file. columns: the only ones to read of a .parquet file. Raises InputError if a file is
+    broken as a whole."""
+    try:
+        number = 0
+        for number, row in enumerate(read_rows(path, columns), 1):
+            yield f"{path.name}:{number}", row if isinstance(row, dict) else None
+        if number == 0:
+            yield f"{path.name}:1", None  # so that a file without rows is counted
     except ImportError:
         message = "reading .parquet files needs pyarrow: pip install pyarrow"
         raise tools.InputError(message) from None
-    # page by page, not a whole row group at once
-    file = parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
-    for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
-        try:
-            yield batch.to_pylist()[0]
-        except UnicodeDecodeError:
-            yield None
+    except (ValueError, OSError, csv.Error) as error:
+        message = f"{path}: cannot be read to its end ({error}); download it again"
+        raise tools.InputError(message) from None
 
 
 def text_of(record, key):
@@ -522,7 +501,8 @@ def text_of(record, key):
     return value.strip()
 
 
-def only_image(images):
+def only_image(record):
+    images = record.get("images")
     need(isinstance(images, list) and len(images) == 1, "not exactly one image")
     return images[0]
 
@@ -543,27 +523,22 @@ def inside(root, base, name):
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 
 
-def load(image, whole=True):
-    """(bytes, PIL image) of an image file, given as bytes, base64 text or {"bytes": either}. It is
-    decoded as every later stage will (whole False: its header only). Images so large that PIL only
-    warns are refused too."""
+def load(image):
+    """(bytes, suffix, PIL image as every later stage will see it) of an image file, given as bytes,
+    base64 text or {"bytes": either}. Images so large that PIL only warns are refused too."""
     data = image.get("bytes") if isinstance(image, dict) else image
+    need(isinstance(data, (bytes, str)) and data, "image is missing")
     try:
-        data = base64.b64decode(data.strip(), validate=True) if isinstance(data, str) else data
-    except ValueError:
-        raise ValueError("image is not base64") from None
-    need(isinstance(data, bytes) and data, "image is missing")
-    try:
+        if isinstance(data, str):
+            data = base64.b64decode(data.strip(), validate=True)
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(io.BytesIO(data), formats=list(SUFFIXES))
-            if whole:
-                kind, image = image.format, tools.as_shown(image)
-                image.format = kind     # the new image has none
+            suffix = SUFFIXES.get(image.format, "jpg")  # or MPO, a JPEG
+            return data, suffix, tools.as_shown(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError("image has too many pixels") from None
+        raise tools.InputError("image has too many pixels") from None
     except Exception:  # PIL's decoders raise nearly anything on broken data
-        raise ValueError("image cannot be decoded") from None
-    return data, image
+        raise tools.InputError("image cannot be decoded") from None
 
 
 def unlettered(options):
@@ -573,36 +548,30 @@ def unlettered(options):
             options = ast.literal_eval(options.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         pass  # a text is no list
-    need(isinstance(options, list), "options are not a list")
+    options = options if isinstance(options, list) else []
     found = [re.fullmatch(r"\(?([A-Z])[).:]\s*(.*\S)\s*", str(o), re.DOTALL) for o in options]
     letters = list(string.ascii_uppercase[:len(found)])
     need(found and [m and m[1] for m in found] == letters,
-         "options are not (A), (B), ... in this order")
+         "options are not a list of (A), (B), ... in this order")
     return [m[2] for m in found]
 
 
 def conversation(record):
     """A cold-start row's texts [system, user, reply, user, reply, ...], hashes up to each reply."""
     try:
-        messages = json.loads((record or {}).get("conversations"))
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError("conversations is not JSON") from None
-    need(isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-         and all(isinstance(m.get("value"), str) for m in messages),
-         "conversations is not a list of texts")
-    if messages and messages[0].get("from") != "system":
-        messages.insert(0, {"from": "system", "value": ""})
-    pairs = ["human", "gpt"] * (len(messages) // 2)
-    need(pairs and [m.get("from") for m in messages[1:]] == pairs,
-         "conversation is not system, human, gpt, ..., gpt in turn")
-    texts, digests = [m["value"] for m in messages], []
-    rollout = [record.get("sample_index"), record.get("rollout_index")]
-    digest = hashlib.sha256(repr(rollout).encode())
-    for number, text in enumerate(texts):
-        digest.update(json.dumps(text).encode())
-        if number > 1 and number % 2 == 0:
-            digests.append(digest.hexdigest())
-    return texts, digests
+        said = [(m["from"], m["value"]) for m in json.loads(record["conversations"])]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise tools.InputError("conversations is not a JSON list of messages") from None
+    if said and said[0][0] != "system":
+        said.insert(0, ("system", ""))
+    roles, texts = [role for role, _ in said], [text for _, text in said]
+    need(len(said) > 2 and roles[1:] == ["human", "gpt"] * (len(said) // 2)
+         and all(isinstance(text, str) for text in texts),
+         "conversation is not texts by system, human, gpt, ..., gpt in turn")
+    rollout = repr([record.get("sample_index"), record.get("rollout_index")])
+    parts = [rollout, *map(json.dumps, texts)]
+    return texts, [hashlib.sha256("".join(parts[:end]).encode()).hexdigest()
+                   for end in range(4, len(parts) + 1, 2)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -613,10 +582,10 @@ def conversation(record):
 
 def visualprobe(record, path, stem, root, known):
     folder = path.absolute().parent.parent  # the path of an image begins with its data set's folder
-    image = inside(root, folder, only_image(record.get("images")))
-    row = {"id": text_of(record, "doc_id"), "image": image,
+    row = {"id": text_of(record, "doc_id"), "image": inside(root, folder, only_image(record)),
            "question": text_of(record, "problem").replace("<image>", "", 1).strip(),
-           "answer": text_of(record, "solution"), "source": text_of(record, "data_source")}
+           "answer": text_of(record, "solution"),
+           "source": text_of(record, "data_source")}
     return {**row, "level": stem} if stem in LEVELS else row
 
 
@@ -658,7 +627,7 @@ def mme_realworld(record, path, stem, root, known):
 def deepeyes(record, path, stem, root, known):
     info, kind = record.get("extra_info"), text_of(record, "data_source")
     name = f"{path.stem}_{kind}_{text_of(info, 'index')}"  # it counts within a file and a kind
-    return {"id": name, "image": only_image(record.get("images")),
+    return {"id": name, "image": only_image(record),
             "question": text_of(info, "question").replace("<image>", "", 1).strip(),
             "answer": text_of(record.get("reward_model"), "ground_truth"),
             "source": f"deepeyes_{kind}"}
@@ -679,17 +648,17 @@ def mini_o3_coldstart(record, path, stem, root, known):
 
 def always_a(files):
     """First pass over V*: the files in which every label is A."""
-    return {path for _, path in files
+    return {path for path in files
             if all(record.get("label") == "A" for _, record in records(path) if record)}
 
 
 def going_on(files):
     """First pass over the cold start's texts: hashes of all beginnings that go on in some row."""
     found, columns = set(), ["conversations", "sample_index", "rollout_index"]
-    for _, path in tools.Progress(files, desc="beginnings", unit=" files"):
+    for path in tools.Progress(files, desc="beginnings", unit=" files"):
         for _, record in records(path, columns):
             try:
-                found.update(conversation(record)[1][:-1])
+                found.update(conversation(record or {})[1][:-1])
             except ValueError:
                 pass  # counted when it is read again
     return found
@@ -703,8 +672,7 @@ IMPORTERS = {
                     "folders such as VisualProbe_Hard with train.json or val.json and data/*.jpg"),
     "vstar": (vstar, {r"/test_questions\.jsonl$": "test", r"\.json$": "test"},
               "test_questions.jsonl, or folders of images with a JSON file beside each"),
-    "hrbench": (hrbench, {"(4k|8k)" + TABLE: None},
-                "hr_bench_4k or hr_bench_8k as .tsv or .parquet"),
+    "hrbench": (hrbench, {"(4k|8k)" + TABLE: None}, "hr_bench_4k or _8k as .tsv or .parquet"),
     "mme_realworld": (mme_realworld, {r"mme[^/]?realworld(?:[^/](lite|cn)\b)?" + TABLE: "test"},
                       "MME-RealWorld, -Lite or -CN as .tsv or .parquet"),
     "deepeyes": (deepeyes, {r"\.parquet$": "train"}, "the .parquet files of DeepEyes-Datasets-47k"),
@@ -769,7 +737,7 @@ def same_shape(stored, size):
     """Whether a stored observation has our crop's aspect ratio, to first order: its sides may have
     been rounded to multiples of 28 for the model, the crop's edges by up to two pixels in all."""
     try:
-        w, h = load(stored, whole=False)[1].size
+        w, h = load(stored)[-1].size
     except ValueError:
         return False
     ratio = w * size[1] / (h * size[0])
@@ -779,9 +747,8 @@ def same_shape(stored, size):
 def complete(row, out, seed):
     """Make a row of what a record became, in place, and store its image, once for all rows that
     share it. Returns the number of observations that differ. Raises ValueError if it is no use."""
-    data, image = load(row["image"])
-    name = hashlib.sha256(data).hexdigest()[:20]
-    row["image"] = f"images/{name}.{SUFFIXES.get(image.format, 'jpg')}"  # or MPO, a JPEG
+    data, suffix, image = load(row["image"])
+    row["image"] = f"images/{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
     if "options" in row:
         add_options(row, seed)
     differing = add_turns(row, image) if "conversation" in row else 0
@@ -795,10 +762,10 @@ def complete(row, out, seed):
 def import_rows(make, files, path, seed):
     """Yield the rows of one output file, then print what was read, written and skipped. make:
     (record, its file) -> what it becomes. Raises InputError if no row is left."""
-    ids, read, notes = set(), 0, {}  # notes: {what: [how often, the first place]}
-    found = ((file, *row) for file in files for row in records(file))
-    for file, place, record in tools.Progress(found, desc=path.stem, unit=" rows"):
-        read += 1
+    ids, notes = set(), {}  # notes: {what: [how often, the first place]}
+    found = tools.Progress(((file, *row) for file in files for row in records(file)),
+                           desc=path.stem, unit=" rows")
+    for read, (file, place, record) in enumerate(found, 1):
         try:
             need(record is not None, "not a readable row")
             row = make(record, file)
@@ -822,21 +789,21 @@ def import_rows(make, files, path, seed):
 
 def import_data(name, source, out, seed):
     """Write the rows of a published data set. Raises InputError if there is none of it."""
-    function, patterns, expected = IMPORTERS[name]
-    paths, found = [source] if source.is_file() else [*source.rglob("*")], []
-    for pattern, default in patterns.items():
-        for path in paths:
+    make, patterns, expected = IMPORTERS[name]
+    root = source if source.is_dir() else source.parent
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    found = {}  # {stem of what is written: the files that it is made from}
+    for pattern, stem in patterns.items():
+        for path in paths if not found else []:
             match = re.search(pattern, f"{path.absolute().parent.name}/{path.name}".lower())
             if match and path.is_file():
-                found.append((next(filter(None, match.groups()), default), path))
-        if found:
-            break
+                found.setdefault(next(filter(None, match.groups()), stem), []).append(path)
     need(found, f"{source}: nothing to import; {name} expects {expected}")
-    known = FIRST_PASS[name](found) if name in FIRST_PASS else None
-    root = source if source.is_dir() else source.parent
-    for stem, files in itertools.groupby(sorted(found), key=lambda file: file[0]):
-        path, make = out / f"{stem}.jsonl", partial(function, stem=stem, root=root, known=known)
-        tools.write_jsonl(path, import_rows(make, [file for _, file in files], path, seed))
+    known = FIRST_PASS[name](sum(found.values(), [])) if name in FIRST_PASS else None
+    for stem, files in sorted(found.items()):
+        of_stem = partial(make, stem=stem, root=root, known=known)
+        path = out / f"{stem}.jsonl"
+        tools.write_jsonl(path, import_rows(of_stem, files, path, seed))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -919,13 +886,6 @@ def parse_args():
     add("--out", type=Path, help="folder to write to (data, or data/NAME with --import)")
     args = parser.parse_args()
     given = {flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)}
-    check_mode(args, given)
-    return args
-
-
-def check_mode(args, given):
-    """Raises InputError if a flag is out of range or does not belong to the others that were given;
-    fills in the defaults that depend on others."""
     sizes = ["train", "test", "val", "scenes", "workers", "min_pixels", "max_pixels"]
     tools.check_flags(args, sizes, ["seed"])
     need(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
@@ -936,38 +896,35 @@ def check_mode(args, given):
         mode, fitting = "with --filter", {"filter", "source", "keep"}
     wrong = " and ".join(f"--{flag}" for flag in sorted(given - fitting))
     need(not wrong, f"{wrong} cannot be used {mode}")
-    need(not args.data_set or args.source,
-         "--import needs --source, the folder that the data set was downloaded to")
-    need(not args.data_set or args.source.exists(), f"--source {args.source} does not exist")
+    if args.data_set:
+        need(args.source, "--import needs --source, the folder that the data set was downloaded to")
+        need(args.source.exists(), f"--source {args.source} does not exist")
     args.source, args.keep = args.source or Path("data/train.jsonl"), args.keep or [0.1, 0.9]
     need(0 <= args.keep[0] <= args.keep[1] <= 1,
          "--keep must be two pass rates, 0 <= LOW <= HIGH <= 1")
     args.out = args.out or Path("data", args.data_set or "")
+    return args
 
 
 def draw_world(args):
-    """Write the questions of the synthetic world, train.jsonl and its parts train_LEVEL.jsonl,
-    val.jsonl and the test sets LEVEL.jsonl, then the instruction data, instruct.jsonl."""
+    """Write every file of the synthetic world: questions, then the instruction data."""
+    def write(name, rows, what):
+        os.sync()  # the images, before the rows that name them
+        tools.write_jsonl(args.out / f"{name}.jsonl", rows)
+        print(f"{args.out / name}.jsonl: {len(rows)} {what}")
+
     levels, make = list(LEVELS), partial(make_question, out=args.out, seed=args.seed)
     counts = {"train": args.train, "val": args.val, **dict.fromkeys(levels, args.test)}
     for split, count in counts.items():
         jobs = [(split, i, split if split in levels else levels[i % 3]) for i in range(count)]
         rows = list(parallel(make, jobs, args.workers, f"{split:8}"))
-        os.sync()  # the images, before the rows that name them
-        tools.write_jsonl(args.out / f"{split}.jsonl", rows)
-        sources = [row["source"] for row in rows]
-        kinds = {kind: sources.count(kind) for kind in ("synthetic_digit", "synthetic_shape")}
-        print(f"{args.out / split}.jsonl: {len(rows)} questions, {kinds}")
+        write(split, rows, "questions")
         for level in levels if split == "train" else []:  # once more: for RL on a level or a mix
-            chosen = [row for row in rows if row["level"] == level]
-            tools.write_jsonl(args.out / f"train_{level}.jsonl", chosen)
+            write(f"train_{level}", [row for row in rows if row["level"] == level], "questions")
     make = partial(make_instructions, out=args.out, seed=args.seed, min_pixels=args.min_pixels,
                    max_pixels=args.max_pixels)
     scenes = parallel(make, range(args.scenes), args.workers, "instruct")
-    rows = [row for rows in scenes for row in rows]
-    os.sync()
-    tools.write_jsonl(args.out / "instruct.jsonl", rows)
-    print(f"{args.out / 'instruct.jsonl'}: {len(rows)} single-view questions")
+    write("instruct", [row for rows in scenes for row in rows], "single-view questions")
 
 
 def main():

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -581,15 +580,17 @@ def test_descriptions_by_hand():
                [5, 0, "red", "star", 2]]
     assert build_data.describe_part(objects, 0, "red") == "I see red in top-right bottom-right."
     assert build_data.describe_part(objects, 5, "blue") == "I see no blue."
-    of_part = partial(build_data.describe_part, objects)
     every = "I see red in top-right bottom-right. I see blue in center."
-    assert build_data.describe_all(of_part, 0, {"blue", "red"}) == every
-    assert build_data.describe_all(of_part, 1, set()) == "I see nothing."
+    for part, reply in ((0, every), (1, "I see nothing.")):
+        colours = build_data.colours_of(objects, part)
+        lessons = build_data.lessons_on_nine("part", colours, "?", ["red", "blue"], False)
+        assert ("Where is everything?", reply) in list(lessons)
     walls = ["blue", None, "red", None, None, "blue", None, None, None]
     assert build_data.describe_walls(walls, "blue") == "I see blue walls in top-left right."
     assert build_data.describe_walls(walls, "green") == "I see no green walls."
     every = "I see red walls in top-right. I see blue walls in top-left right."
-    assert build_data.describe_all(build_data.describe_walls, walls, walls) == every
+    lessons = build_data.lessons_on_nine("walls", walls, "?", ["red", "blue"], False)
+    assert ("Which walls are what?", every) in list(lessons)
     assert build_data.describe_cell(objects, 0, 8) == "I see red star 7."
     assert build_data.describe_cell(objects, 0, 0) == "I see nothing."
 
@@ -769,7 +770,8 @@ def test_vstar_keeps_the_options_in_their_order(tmp_path, capsys):
     found, counts, notes = imported(capsys, "vstar", tmp_path / "in", tmp_path / "out")
     assert counts == {"test": (9, 2)} and notes == {
         "2 skipped: the label is not the letter of an option (first: test_questions.jsonl:3)",
-        "2 skipped: options are not (A), (B), ... in this order (first: test_questions.jsonl:5)",
+        "2 skipped: options are not a list of (A), (B), ... in this order "
+        "(first: test_questions.jsonl:5)",
         "2 skipped: not a readable row (first: test_questions.jsonl:7)",
         "1 skipped: id stands in an earlier row too (first: test_questions.jsonl:9)"}
     assert found["test"][0] == {
@@ -847,11 +849,10 @@ def test_hrbench(tmp_path, capsys):
     write_tsv(source / "hr_bench_8k.tsv", [hrbench_row(0)])
     rows, counts, notes = imported(capsys, "hrbench", source, tmp_path / "out")
     assert counts == {"4k": (10, 5), "8k": (1, 1)} and notes == {
-        "1 skipped: image is not base64 (first: hr_bench_4k.tsv:5)",
         "1 skipped: image is missing (first: hr_bench_4k.tsv:6)",
         "1 skipped: the label is not the letter of an option (first: hr_bench_4k.tsv:7)",
         "1 skipped: field 'B' is missing or not text (first: hr_bench_4k.tsv:8)",
-        "1 skipped: image cannot be decoded (first: hr_bench_4k.tsv:9)"}
+        "2 skipped: image cannot be decoded (first: hr_bench_4k.tsv:5)"}
     assert rows["4k"][3] == {
         "id": "hrbench_4k_3", "image": stored(picture(0)), "source": "hrbench_4k",
         "question": "What is\nthere?\n(A) 5%\n(B) 5\n(C) $5\n(D) six", "answer": "(C)",
@@ -882,7 +883,8 @@ def test_mme_realworld(tmp_path, capsys):
                    + b"\tcaf\xe9?\t\"['(A) x', '(B) y']\"\tA\tc\tl\r\n")
     rows, counts, notes = imported(capsys, "mme_realworld", source, tmp_path / "out")
     assert counts == {"test": (6, 2), "lite": (5, 2)} and not trap.exists()
-    assert "2 skipped: options are not a list (first: MME-RealWorld.tsv:2)" in notes
+    order = "options are not a list of (A), (B), ... in this order"
+    assert f"3 skipped: {order} (first: MME-RealWorld.tsv:2)" in notes
     assert "1 skipped: text is not UTF-8 (first: MME-RealWorld.tsv:6)" in notes
     assert rows["lite"][0] == {
         "id": "perception/remote sensing/0", "image": stored(picture(0)), "category": "Perception",
@@ -1181,7 +1183,7 @@ def test_coldstart_rows_that_contradict_themselves_are_counted(tmp_path, capsys)
         "the conversation goes on after an answer": [USER, ANSWER, REFUSED, ANSWER],
         "no final answer": [USER, FIRST],
         "the first message does not show exactly one image": [USER + "<image>", ANSWER],
-        "conversation is not system, human, gpt, ..., gpt in turn": [USER, FIRST, SHOWN],
+        "conversation is not texts by system, human, gpt, ..., gpt in turn": [USER, FIRST, SHOWN],
     }
     rows = [cold_row([USER, ANSWER], sample=0),
             *(cold_row(texts, sample=i) for i, texts in enumerate(bad.values(), 1)),
@@ -1207,9 +1209,10 @@ def test_coldstart_rows_that_contradict_themselves_are_counted(tmp_path, capsys)
     matches = (re.match(r"(\d+) skipped: (.*) \(first", note) for note in notes)
     assert {m[2]: int(m[1]) for m in matches} == {
         **dict.fromkeys(bad, 1), "no final answer": 2, "image is missing": 1,
-        "image has too many pixels": 1, "text is not UTF-8": 1, "conversations is not JSON": 2,
+        "image has too many pixels": 1, "text is not UTF-8": 1,
+        "conversations is not a JSON list of messages": 3,
         "an observation although there was no zoom, or an impossible one": 2,
-        "images and observations differ in number": 1, "conversations is not a list of texts": 1,
+        "images and observations differ in number": 1,
         "field 'sample_index' is missing or not text": 1}
 
 
