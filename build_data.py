@@ -60,7 +60,7 @@ from tools import PHRASES, PLACES, need
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
            "yellow": (205, 175, 0), "purple": (150, 50, 180), "cyan": (0, 165, 185)}
 SHAPES = ["circle", "square", "triangle", "star"]
-# side of the image in pixels, radius of an object relative to its place, look-alikes, other objects
+# side of the image in pixels, a multiple of 9; radius of an object relative to its place; numbers
 LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 3},
           "medium": {"side": 630, "radius": 0.40, "lookalikes": 5, "others": 5},
           "hard": {"side": 756, "radius": 0.37, "lookalikes": 10, "others": 7}}
@@ -127,38 +127,36 @@ def draw_shape(draw, shape, x, y, radius, fill):
     """Fill one shape whose circumscribed circle has centre (x, y) and this radius, in pixels."""
     if shape == "circle":
         draw.circle((x, y), radius, fill=fill)
-        return
-    if shape == "square":
+    elif shape == "square":
         half = 0.86 * radius
         draw.rectangle([x - half, y - half, x + half, y + half], fill=fill)
-        return
-    if shape == "triangle":
-        angles, radii = -np.pi / 2 + 2 * np.pi / 3 * np.arange(3), np.full(3, 1.15 * radius)
-        y = y + 0.15 * radius
+    elif shape == "triangle":
+        angles, y = -np.pi / 2 + 2 * np.pi / 3 * np.arange(3), y + 0.15 * radius
+        corners = [(x + 1.15 * radius * np.cos(a), y + 1.15 * radius * np.sin(a)) for a in angles]
+        draw.polygon(corners, fill=fill)
     else:  # a star with five points
         angles = -np.pi / 2 + np.pi / 5 * np.arange(10)
         radii = np.where(np.arange(10) % 2, 0.5, 1.12) * radius
-    corners = [(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)]
-    draw.polygon(corners, fill=fill)
+        corners = [(x + r * np.cos(a), y + r * np.sin(a)) for a, r in zip(angles, radii)]
+        draw.polygon(corners, fill=fill)
 
 
 def draw_scene(rng, scene):
     """Paint a scene: tinted noise, a frame around the wall and each part, objects with digits."""
     side = LEVELS[scene["level"]]["side"]
-    cell = side / 9
+    third, cell = side // 3, side / 9  # sides of a part and of a place
     noise = rng.integers(90, 160, size=(14, 14, 1)) + rng.integers(-8, 9, size=(14, 14, 3))
     image = Image.fromarray(noise.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     tint = {colour: [round(0.35 * (c - 128)) for c in rgb] for colour, rgb in COLOURS.items()}
     paper = np.array([tint.get(wall, [0, 0, 0]) for wall in scene["walls"]], dtype=np.int16)
-    third = np.bincount(np.arange(side) * 3 // side)         # pixels of each part, along one axis
     paper = paper.reshape(3, 3, 3).repeat(third, axis=0).repeat(third, axis=1)    # (side, side, 3)
     grain = rng.integers(-5, 6, size=(side, side, 1), dtype=np.int16)
     image = Image.fromarray(np.clip(np.asarray(image) + paper + grain, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     thin, thick = round(cell / 10), round(cell / 3.5)  # frames tell where in a view a place lies
     for part in range(9):
-        x, y = side * (part % 3) // 3, side * (part // 3) // 3
-        box = [x, y, x + side // 3 - 1, y + side // 3 - 1]
+        x, y = third * (part % 3), third * (part // 3)
+        box = [x, y, x + third - 1, y + third - 1]
         draw.rectangle(box, outline=(20, 20, 20), width=thin)
     draw.rectangle([0, 0, side - 1, side - 1], outline=(20, 20, 20), width=thick)
     font = ImageFont.load_default(size=0.58 * cell)
