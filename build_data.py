@@ -359,7 +359,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_tokenizer(texts, vocab_size=700):
+def build_tokenizer(texts):
     """Byte-level BPE over `texts`, with the protocol's strings as single tokens: a turn is short,
     and a word that must be copied is the same token everywhere."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -373,7 +373,7 @@ def build_tokenizer(texts, vocab_size=700):
         byte_level(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=byte_level.alphabet(),
+        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=byte_level.alphabet(),
         show_progress=False))
     tokenizer.add_tokens([
         "<think>", "</think>", '<grounding>{"bbox_2d": [', '], "source": "', '"}</grounding>',
@@ -386,8 +386,8 @@ def build_tokenizer(texts, vocab_size=700):
 
 
 def build_tiny(texts, seed):
-    """A Qwen2.5-VL with random weights that can learn the default world in minutes. Returns
-    (model, tokenizer, image processor).
+    """(model, tokenizer, image processor): a Qwen2.5-VL with random weights that can learn the
+    default world in minutes.
 
     Rotary frequencies: M-RoPE gives the axes t, h, w consecutive blocks of theta^(-i/16).
     Neighbouring image columns must differ by roughly 0.3 rad or more, while many frequencies must
@@ -399,19 +399,18 @@ def build_tiny(texts, seed):
                               Qwen2VLImageProcessorPil)
 
     tokenizer = build_tokenizer(texts)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL)
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
-            bos_token_id=None, eos_token_id=ids["<|im_end|>"], rope_parameters={
+            bos_token_id=None, eos_token_id=end, rope_parameters={
                 "rope_type": "default", "rope_theta": 3000.0, "mrope_section": [0, 1, 15]}),
         vision_config=dict(
             depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128,
             window_size=112, fullatt_block_indexes=[2]),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False)
+        image_token_id=image, video_token_id=video, vision_start_token_id=vision_start,
+        vision_end_token_id=vision_end, tie_word_embeddings=False)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     with torch.no_grad():  # the library's std 0.02 is for wide models: here signals would vanish
@@ -420,8 +419,8 @@ def build_tiny(texts, seed):
                 param.normal_()
             elif param.dim() > 1:
                 param.normal_(std=param[0].numel() ** -0.5)  # 1 / sqrt(fan in)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.generation_config.eos_token_id = [end, pad]
+    model.generation_config.pad_token_id = pad
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 6000, "longest_edge": 8000})
     return model, tokenizer, processor
 
@@ -508,7 +507,7 @@ def only_image(record):
 def inside(root, base, name):
     """Bytes of the file that an untrusted name means in folder `base`, if it lies in the folder
     `root`, also behind links."""
-    need(isinstance(name, str) and name, "image path is missing")
+    need(isinstance(name, str) and name, "image is missing")
     path = base / name
     there = os.path.isfile(path)  # unlike Path.is_file, False for a name that no file can have
     straight = not Path(name).is_absolute() and ".." not in Path(name).parts
@@ -588,22 +587,22 @@ def visualprobe(record, path, stem, root, known):
 
 
 def vstar(record, path, stem, root, known):
-    """Options are shuffled where the right one always comes first: in the JSON beside an image, and
-    in a table in which every label is A."""
+    """A row of the table, or the JSON beside an image. known: the files in which the right option
+    always comes first, as it does in every JSON; there the options are shuffled."""
     if path.suffix == ".json":
         pictures = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png", ".webp"))
-        names, category = [p.name for p in pictures if p.is_file()], path.parent.name
-        need(names, "image is missing")
-        return {"id": f"{category}/{path.stem}", "image": inside(root, path.parent, names[0]),
-                "question": text_of(record, "question"), "options": record.get("options"),
-                "right": "A", "shuffle": True, "source": "vstar", "category": category}
-    name = text_of(record, "image")
-    question, *options = re.split(r"\n(?=\([A-Z]\))", text_of(record, "text"))
-    # what follows the options (answer with the letter) goes: the prompts say how to answer
-    options = unlettered([option.splitlines()[0] for option in options])
-    return {"id": str(Path(name).with_suffix("")), "image": inside(root, path.parent, name),
-            "question": question, "options": options, "right": text_of(record, "label"),
-            "shuffle": path in known, "source": "vstar", "category": text_of(record, "category")}
+        image = next((picture.name for picture in pictures if picture.is_file()), None)
+        name, category, label = f"{path.parent.name}/{path.stem}", path.parent.name, "A"
+        question, options = text_of(record, "question"), record.get("options")
+    else:
+        image, category = text_of(record, "image"), text_of(record, "category")
+        name, label = str(Path(image).with_suffix("")), text_of(record, "label")
+        question, *options = re.split(r"\n(?=\([A-Z]\))", text_of(record, "text"))
+        # what follows the options (answer with the letter) goes: the prompts say how to answer
+        options = unlettered([option.splitlines()[0] for option in options])
+    return {"id": name, "image": inside(root, path.parent, image), "question": question,
+            "options": options, "right": label, "shuffle": path in known, "source": "vstar",
+            "category": category}
 
 
 def hrbench(record, path, stem, root, known):
@@ -645,9 +644,9 @@ def mini_o3_coldstart(record, path, stem, root, known):
 
 
 def always_a(files):
-    """First pass over V*: the files in which every label is A."""
+    """First pass over V*: the files in which every label is A, or there is none."""
     return {path for path in files
-            if all(record.get("label") == "A" for _, record in records(path) if record)}
+            if all(record.get("label", "A") == "A" for _, record in records(path) if record)}
 
 
 def going_on(files):
@@ -707,7 +706,6 @@ def add_turns(row, image):
     """Turn a conversation into a trajectory's fields. Replays the zooms on the image; returns how
     many stored observations have another shape than our crops."""
     (system, user, *texts), seen = row.pop("conversation"), row.pop("seen")
-    need(user.count("<image>") == 1, "the first message does not show exactly one image")
     views, turns = [image], []
     for text, reply in itertools.zip_longest(texts[::2], texts[1::2]):
         turn, finish, prediction = tools.take_turn(views, text, 1, math.inf, math.inf)
@@ -715,13 +713,10 @@ def add_turns(row, image):
         if reply is None:
             break
         need(finish != "answer", "the conversation goes on after an answer")
-        if "zoom" in turn:
-            need(reply.count("<image>") == 1, "a zoom without its observation")
-        else:
-            need("<image>" not in reply,
-                 "an observation although there was no zoom, or an impossible one")
+        if "zoom" not in turn:
             turn["error"] = reply
         turn["reply"] = reply
+    # that each zoom, and nothing else, is shown an image is left to check_trajectory
     need(finish == "answer" and prediction, "no final answer")
     need(len(seen) == len(views) - 1, "images and observations differ in number")
     # kept conversations are correct and there is no column with the truth: what was answered is it
@@ -759,7 +754,7 @@ def complete(row, out, seed):
 
 def import_rows(make, files, path, seed):
     """Yield the rows of one output file, then print what was read, written and skipped. make:
-    (record, its file) -> what it becomes. Raises InputError if no row is left."""
+    (record, its file) -> what it becomes."""
     ids, notes = set(), {}  # notes: {what: [how often, the first place]}
     found = tools.Progress(((file, *row) for file in files for row in records(file)),
                            desc=path.stem, unit=" rows")
@@ -786,13 +781,15 @@ def import_rows(make, files, path, seed):
 
 
 def import_data(name, source, out, seed):
-    """Write the rows of a published data set. Raises InputError if there is none of it."""
+    """Write the rows of a published data set, one file per stem."""
     make, patterns, expected = IMPORTERS[name]
     root = source if source.is_dir() else source.parent
     paths = sorted(source.rglob("*")) if source.is_dir() else [source]
     found = {}  # {stem of what is written: the files that it is made from}
     for pattern, stem in patterns.items():
-        for path in paths if not found else []:
+        if found:
+            break  # the earlier pattern fits
+        for path in paths:
             match = re.search(pattern, f"{path.absolute().parent.name}/{path.name}".lower())
             if match and path.is_file():
                 found.setdefault(next(filter(None, match.groups()), stem), []).append(path)

@@ -733,10 +733,9 @@ def test_rows_that_cannot_be_used_are_counted_and_the_others_kept(tmp_path, caps
         "5 skipped: image path leaves the folder of the data (first: val.json:2)",
         "3 skipped: image cannot be decoded (first: val.json:7)",
         "2 skipped: image has too many pixels (first: val.json:10)",
-        "4 skipped: image is missing (first: val.json:12)",
+        "5 skipped: image is missing (first: val.json:12)",
         "1 skipped: not a readable row (first: val.json:16)",
         "2 skipped: not exactly one image (first: val.json:17)",
-        "1 skipped: image path is missing (first: val.json:18)",
         "1 skipped: text is not UTF-8 (first: val.json:20)",
         "1 skipped: field 'solution' is missing or not text (first: val.json:21)",
         "1 skipped: field 'problem' is missing or not text (first: val.json:22)",
@@ -915,7 +914,7 @@ def test_vstar_json_without_an_image_is_counted(tmp_path, capsys):
     about = json.dumps({"question": "What is it?", "options": ["rubber", "wool"]})
     write(tmp_path / "direct_attributes" / "sa_0.jpg", picture(0))
     write(tmp_path / "direct_attributes" / "sa_0.json", about)
-    write(tmp_path / "package.json", "{}")
+    write(tmp_path / "package.json", about)
     rows, _, notes = imported(capsys, "vstar", tmp_path, tmp_path / "out")
     assert [row["id"] for row in rows["test"]] == ["direct_attributes/sa_0"]
     assert notes == {"1 skipped: image is missing (first: package.json:1)"}
@@ -1177,16 +1176,20 @@ def test_coldstart_rows_that_contradict_themselves_are_counted(tmp_path, capsys)
     impossible = FIRST.replace("original_image", "observation_3")
     extra = {"bytes": picture(9), "path": None}
     bad = {
-        "a zoom without its observation": [USER, FIRST, REFUSED, ANSWER],
-        "an observation although there was no zoom, or an impossible one":
-            [USER, BROKEN, SHOWN, ANSWER],
+        "turn 1: 'reply' must be a string with <image> 1 times, and absent on the last turn":
+            [USER, FIRST, REFUSED, BROKEN, SHOWN, ANSWER],
+        "field 'user' must be a string with <image> exactly once, or absent":
+            [USER + "<image>", FIRST, REFUSED, ANSWER],
         "the conversation goes on after an answer": [USER, ANSWER, REFUSED, ANSWER],
         "no final answer": [USER, FIRST],
-        "the first message does not show exactly one image": [USER + "<image>", ANSWER],
         "conversation is not texts by system, human, gpt, ..., gpt in turn": [USER, FIRST, SHOWN],
     }
     rows = [cold_row([USER, ANSWER], sample=0),
             *(cold_row(texts, sample=i) for i, texts in enumerate(bad.values(), 1)),
+            # observations that are too few or too many
+            cold_row([USER, FIRST, REFUSED, ANSWER], sample=8),
+            cold_row([USER, BROKEN, SHOWN, ANSWER], sample=9),
+            cold_row([USER + "<image>", ANSWER], sample=10),
             cold_row([USER, impossible, SHOWN, ANSWER], sample=11),
             cold_row([USER, "<answer> </answer>"], sample=12),
             cold_row([USER, ANSWER], sample=13, images=[extra, extra]),
@@ -1211,8 +1214,7 @@ def test_coldstart_rows_that_contradict_themselves_are_counted(tmp_path, capsys)
         **dict.fromkeys(bad, 1), "no final answer": 2, "image is missing": 1,
         "image has too many pixels": 1, "text is not UTF-8": 1,
         "conversations is not a JSON list of messages": 3,
-        "an observation although there was no zoom, or an impossible one": 2,
-        "images and observations differ in number": 1,
+        "images and observations differ in number": 5,
         "field 'sample_index' is missing or not text": 1}
 
 
