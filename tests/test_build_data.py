@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import struct
-import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -29,7 +28,7 @@ import crash
 import sft
 import tools
 from build_data import COLOURS, LEVELS, SHAPES
-from conftest import ROOT, run_script
+from conftest import run_script
 from tools import PLACES
 
 
@@ -1024,16 +1023,11 @@ def test_a_folder_without_the_data_set_is_one_line(monkeypatch, tmp_path, name):
     assert not out.exists()
 
 
-def test_parquet_without_pyarrow_is_one_line(tmp_path):
+def test_parquet_without_pyarrow_is_one_line(monkeypatch, tmp_path):
     write(tmp_path / "hr_bench_4k.parquet", b"PAR1")
-    code = ("import sys; sys.modules['pyarrow'] = None; sys.argv = ['build_data.py', *sys.argv[1:]]"
-            f"\nsys.path.insert(0, {str(ROOT)!r}); import build_data, tools\n"
-            "tools.run(build_data.main)")
-    flags = ["--import", "hrbench", "--source", tmp_path, "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == \
-        "build_data.py: error: reading .parquet files needs pyarrow: pip install pyarrow"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    line = refused(monkeypatch, "--import", "hrbench", "--source", tmp_path, "--out", tmp_path)
+    assert line == "reading .parquet files needs pyarrow: pip install pyarrow"
 
 
 def test_a_parquet_row_that_is_not_utf8_is_counted(tmp_path, capsys):
@@ -1259,7 +1253,7 @@ def with_rates(folder, rates):
     return ["build_data.py", "--source", source, "--filter", known], questions
 
 
-def test_filter_keeps_what_is_neither_too_easy_nor_too_hard(tmp_path):
+def test_filter_keeps_what_is_neither_too_easy_nor_too_hard(monkeypatch, tmp_path):
     """Both ends belong to the interval; what was never rated is left out and counted."""
     rates = {0: 0, 1: 0.1, 2: 0.5, 3: 0.9, 4: 1, 5: 0.95, 6: 0.05, 77: 0.5}
     command, questions = with_rates(tmp_path, rates)
@@ -1272,7 +1266,8 @@ def test_filter_keeps_what_is_neither_too_easy_nor_too_hard(tmp_path):
     assert tools.read_questions(out) == rows
     assert (f"{out}: 4 questions kept with a pass rate from 0.1 to 0.9, left out: 2 below, "
             "2 above, 2 without a rate; 1 rates belong to no question") in done.stdout
-    run_script(*command, "--keep", 0, 0.05)
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--keep", "0", "0.05"])
+    build_data.main()
     assert [row["id"] for row in tools.read_questions(out)] == ["q0", "q6"]
 
 
