@@ -581,8 +581,7 @@ def visualprobe(record, path, stem, root, known):
     folder = path.absolute().parent.parent  # the path of an image begins with its data set's folder
     row = {"id": text_of(record, "doc_id"), "image": inside(root, folder, only_image(record)),
            "question": text_of(record, "problem").replace("<image>", "", 1).strip(),
-           "answer": text_of(record, "solution"),
-           "source": text_of(record, "data_source")}
+           "answer": text_of(record, "solution"), "source": text_of(record, "data_source")}
     return {**row, "level": stem} if stem in LEVELS else row
 
 
