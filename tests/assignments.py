@@ -213,8 +213,6 @@ def start(number, folder):
         sys.exit(f"{folder} is not empty: name a new folder")
     if ROOT in folder.resolve().parents:
         sys.exit(f"{folder} lies in the project itself: name a folder outside of it")
-    if not (ROOT / "tests" / "mutants.py").exists():
-        sys.exit("this is a student's copy already: start from the project")
     copy_project(folder)
     blank_tasks(folder, number, range(len(ASSIGNMENTS[number].tasks)))
     print(f"assignment {number} is in {folder}: read docs/assignments/{number}.md there, and grade "
@@ -225,18 +223,17 @@ def start(number, folder):
 # Grading
 
 
-def outcomes(report, tests):
+def outcomes(report, tests, otherwise="did not run"):
     """{test: None if it passed, else the first line of what went wrong}, from pytest's report. A
     test with several cases passes if all of them do; one that did not run has not passed."""
     found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
         file, name = case.get("classname", "").split(".")[-1], case.get("name").split("[")[0]
         wrong = [part.get("message", "").splitlines() or ["no message"]
                  for kind in ("failure", "error", "skipped") for part in case.findall(kind)]
         name = f"{file}.py::{name}"
         found[name] = found.get(name) or (wrong[0][0] if wrong else None)
-    return {test: found.get(test, "did not run: see that the files can be imported")
-            for test in tests}
+    return {test: found.get(test, otherwise) for test in tests}
 
 
 def arguments(task, report):
@@ -251,11 +248,17 @@ def grade_task(task):
         report = Path(scratch) / "report.xml"
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         try:
-            subprocess.run([sys.executable, "-m", "pytest", *arguments(task, report)], cwd=ROOT,
-                           env=environment, capture_output=True, timeout=TIMEOUT)
+            done = subprocess.run([sys.executable, "-m", "pytest", *arguments(task, report)],
+                                  cwd=ROOT, env=environment, capture_output=True, text=True,
+                                  timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return dict.fromkeys(task.tests, f"not done after {TIMEOUT} seconds")
-        return outcomes(report, task.tests)
+        # a file that cannot be imported stops pytest before its first test
+        errors = [line[1:].strip() for line in (done.stdout + done.stderr).splitlines()
+                  if line.startswith("E ")]
+        where = [line for line in errors if line.startswith("File ")]
+        why = " in ".join([*errors[-1:], *where[-1:]]) or "did not run"
+        return outcomes(report, task.tests, why)
 
 
 def grade(number):
@@ -342,11 +345,11 @@ def prove(number):
         mutants = [ask(mutant.task - 1, (), mutant) for mutant in mine]
         for place, (blanked, only) in enumerate(zip(blank, alone), 1):
             wrong += [f"task {place}: {test} passes on the blank copy"
-                      for test, why in blanked.get().items() if why is None]
+                      for test, why in blanked.get(TIMEOUT).items() if why is None]
             wrong += [f"task {place} alone: {test}: {why}"
-                      for test, why in only.get().items() if why]
+                      for test, why in only.get(TIMEOUT).items() if why]
         wrong += [f"task {mutant.task}: nothing is lost by '{mutant.mistake}'"
-                  for mutant, graded in zip(mine, mutants) if not any(graded.get().values())]
+                  for mutant, graded in zip(mine, mutants) if not any(graded.get(TIMEOUT).values())]
     if len(mine) < 8:
         wrong.append(f"there are {len(mine)} mutants, fewer than eight")
     for line in wrong:
@@ -368,6 +371,8 @@ def main():
             print(f"{number}  {title}: {len(tasks)} tasks, {functions}; {points} points, about "
                   f"{hours} hours")
         return
+    if args.action in ("start", "prove") and not (ROOT / "tests" / "mutants.py").exists():
+        sys.exit(f"this is a student's copy: {args.action} is for the project itself")
     if args.action == "prove":
         import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401, before the forks
         numbers = [args.number] if args.number else list(ASSIGNMENTS)

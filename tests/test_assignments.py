@@ -74,8 +74,9 @@ def test_points_are_for_tests_that_passed_in_all_their_cases(tmp_path):
         </testsuite></testsuites>""")
     tests = [f"test_rl.py::test_{name}" for name in "abcde"]
     assert list(assignments.outcomes(tmp_path / "report.xml", tests).values()) == [
-        "assert 1 == 2", None, "no message", "no GPU",
-        "did not run: see that the files can be imported"]
+        "assert 1 == 2", None, "no message", "no GPU", "did not run"]
+    nothing = assignments.outcomes(tmp_path / "no.xml", tests[:1], "SyntaxError")
+    assert nothing == {tests[0]: "SyntaxError"}
 
 
 @pytest.mark.parametrize("number", ASSIGNMENTS)
