@@ -4,7 +4,7 @@ Runs take minutes each and their results are large, so what the tables need of e
 line of docs/experiments.jsonl: rerun a row, and compare. Add finished runs, and print everything:
 
     python docs/experiments.py results/*.seed*
-    python docs/experiments.py --chart docs/value.png      # needs matplotlib
+    python docs/experiments.py --chart docs/mask.png      # needs matplotlib
 """
 
 import argparse
@@ -25,7 +25,9 @@ from build_data import LEVELS
 FIGURES = ROOT / "docs" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
 SHARES = ["wrong", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
-# rows of the figure over b: without the mask an unfinished conversation is paid nothing
+# rows of the chart: over turns, and over b (without the mask nothing is paid)
+CURVES = {"tight": "masked, b = 0.5", "tight_completed": "masked, b = precision of the completed",
+          "tight_group": "masked, b = the group's success rate", "tight_no_mask": "not masked"}
 BASELINES = {"tight_no_mask": 0, "tight_017": 0.17, "tight": 0.5, "tight_085": 0.85, "tight_1": 1}
 
 
@@ -39,16 +41,16 @@ def measure(folder):
     for level in LEVELS:
         rows = tools.read_jsonl(folder / f"{level}.jsonl")
         guesses = [row for row in rows if "Guess" in row["turns"][-1]["text"]]
-        for kind, found in {
-                "wrong": [r for r in rows if r["finish"] == "answer" and r["reward"] == 0],
-                "unfinished": [r for r in rows if r["finish"].startswith("over_")],
-                "void": [r for r in rows if r["finish"] == "void"], "guess": guesses,
-                "hint first": [r for r in rows if failures.plan_of(r) == failures.PLANS[0]]}.items():
-            shares[kind].append(len(found) / len(rows))
+        found = {"wrong": [r for r in rows if r["finish"] == "answer" and r["reward"] == 0],
+                 "unfinished": [r for r in rows if r["finish"].startswith("over_")],
+                 "void": [r for r in rows if r["finish"] == "void"], "guess": guesses,
+                 "hint first": [r for r in rows if failures.plan_of(r) == failures.PLANS[0]]}
+        for kind, part in found.items():
+            shares[kind].append(len(part) / len(rows))
         for kind in ("shape", "digit"):
             asked = sum(row["source"].endswith(kind) for row in rows)
-            found = sum(row["source"].endswith(kind) for row in guesses)
-            shares[f"guess, {kind}"].append(found / asked)
+            guessed = sum(row["source"].endswith(kind) for row in guesses)
+            shares[f"guess, {kind}"].append(guessed / asked)
     return {"run": name, "seed": int(seed),
             "tokens": sum(s["sampled_tokens"] for s in steps),
             "accuracy": {level: {T: round(table[level]["accuracy"][T], 4) for T in BUDGETS}
@@ -80,28 +82,41 @@ def print_tables(runs):
 
 
 def draw(runs, path):
-    """Accuracy (mean over levels) at 6 and at 32 turns over b, with 95% intervals."""
+    """Accuracy, the mean of levels with its 95% interval over seeds: over turns, for some ways to
+    treat what is unfinished; and at 6 and at 32 turns over b."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, T in zip(figure.subplots(1, 2), ("6", "32")):
-        for level in ("mean", "hard"):
-            found = [(b, *report.over_seeds([row["accuracy"][level][T] for row in runs[name]]))
-                     for name, b in BASELINES.items() if name in runs]
-            axes.errorbar([b for b, _, _ in found], [100 * mean for _, mean, _ in found],
-                          [100 * (half or 0) for _, _, half in found], marker="o", capsize=3,
-                          label={"mean": "mean of levels"}.get(level, level))
-        axes.set(title=f"at most {T} turns", xlabel="b, paid for an unfinished conversation",
-                 ylabel="accuracy, %")
+    def line(axes, xs, values, label):
+        means, halves = zip(*map(report.over_seeds, values))
+        axes.errorbar(xs, [100 * mean for mean in means], [100 * (half or 0) for half in halves],
+                      marker="o", markersize=4, capsize=3, label=label)
+
+    def values(name, T):
+        return [row["accuracy"]["mean"][T] for row in runs[name]]
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in CURVES.items():
+        if name in runs:
+            line(left, [int(T) for T in BUDGETS], [values(name, T) for T in BUDGETS], label)
+    left.set_xscale("log", base=2)
+    left.set_xticks([int(T) for T in BUDGETS], BUDGETS, minor=False)
+    left.set(xlabel="turns allowed at test time", title="RL with at most 4 turns")
+    known = {name: b for name, b in BASELINES.items() if name in runs}
+    for T in ("6", "32"):
+        line(right, list(known.values()), [values(name, T) for name in known], f"{T} turns")
+    right.set(xlabel="b, paid for an unfinished conversation", title="the same, over b")
+    for axes in (left, right):
+        axes.set(ylim=(0, 100), ylabel="accuracy, %")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
     tools.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Tables of the experiments.")
     parser.add_argument("results", nargs="*", type=Path, help="folders NAME.seedN to add")
-    parser.add_argument("--chart", type=Path, help="draw accuracy over b into this PNG")
+    parser.add_argument("--chart", type=Path, help="draw accuracy over turns and b into this PNG")
     args = parser.parse_args()
     rows = {(row["run"], row["seed"]): row
             for row in (tools.read_jsonl(FIGURES) if FIGURES.exists() else [])}
