@@ -867,6 +867,21 @@ def test_the_loss_is_a_mean_over_tokens_or_over_responses(policy, rows, world, a
         assert loss == pytest.approx(expected, rel=1e-12) and count == sum(counts)
 
 
+def test_a_gradient_within_the_limit_is_left_as_it_is():
+    """Norms 1, 5 and 20 with a limit of 10, against AdamW on gradients cut by hand: the moments
+    remember how long they were."""
+    direction = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
+    ours, theirs = (torch.nn.Parameter(torch.ones(2, 1, dtype=torch.float64)) for _ in "ab")
+    optimizer = sft.Optimizer([ours], 0.1, 0.0)
+    adam = torch.optim.AdamW([theirs], 0.1, (0.9, 0.95), weight_decay=0.0)
+    for norm in (1.0, 5.0, 20.0):
+        optimizer.backward([norm], lambda norm: (ours * direction * norm).sum())
+        assert optimizer.step(0.1, 10.0) == pytest.approx(norm)
+        theirs.grad = direction * min(norm, 10.0)
+        adam.step()
+    assert (ours - theirs).abs().max() < 1e-6
+
+
 def test_steps_that_are_not_finite_are_skipped_and_counted():
     params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))]
     optimizer = sft.Optimizer(params, 0.1, 0.0)
