@@ -198,7 +198,11 @@ def parser_flags(module, function):
 
 @functools.cache
 def flags(script):
-    """Flags of a script, whose parser is made in parse_args or main; None if it has no parser."""
+    """Flags of a script, whose parser is made in parse_args or main, or is another script's: then
+    it calls, say, rl.parse_args(). None if it has no parser."""
+    borrowed = re.search(r"\b(\w+)\.parse_args\(\)", read(script))
+    if borrowed and (ROOT / f"{borrowed[1]}.py").exists():
+        return flags(f"{borrowed[1]}.py")
     makers = [name for name, node in functions(script).items()
               if any(getattr(getattr(n, "func", None), "attr", "") == "ArgumentParser"
                      for n in ast.walk(node))]
@@ -241,6 +245,7 @@ def test_flags_by_hand():
     assert {"--steps", "--decay", "--no-decay", "--min_pixels", "--resume", "--judge"} <= known
     assert not {"--no-steps", "--epochs", "--lr_decay"} & known
     assert "--kills" in flags("tests/crash.py") and flags("tools.py") is None
+    assert flags("docs/plan.py") == known
 
 
 @pytest.mark.parametrize("where", [*PAGES, *SCRIPTS])

@@ -20,6 +20,7 @@ import rl
 import sft
 import tools
 from conftest import RELEASED, ROOT, narrowed, run_script
+from plan import phases, plan_memory
 from test_rl import update_args
 from test_sft import largest_difference, weights
 
@@ -112,7 +113,7 @@ def wide_policy(make_tiny, **text):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
     """Peaks of rollouts and of an update, almost all of it images: at most a tenth above what
-    rl.plan_memory says, which is what --plan allows for, and not far below it."""
+    plan_memory says, which is what docs/plan.py allows for, and not far below it."""
     def held(run):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -124,7 +125,7 @@ def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
     policy = wide_policy(make_tiny, **text)
     sft.enable_checkpointing(policy.model)
     optimizer = sft.Optimizer(sft.trainable(policy, frozen), 1e-6, 0.0)
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=8, max_context=tokens,
+    plan = plan_memory(policy.model, 1, tokens=tokens, slots=8, max_context=tokens,
                           shard_optimizer=False, freeze_vision=frozen, chunk=written)
     Image.effect_noise((3000, 2000), 60).convert("RGB").save(tmp_path / "noise.jpg")
     row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
@@ -140,7 +141,7 @@ def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
         rl.update_policy(policy, optimizer, rollouts, args, 1e-6)
 
     update()    # makes the moments, which the plan of a rollout counts, too
-    peaks["update"], (rollout, planned) = held(update), rl.phases(plan)
+    peaks["update"], (rollout, planned) = held(update), phases(plan)
     planned = {"rollout": rollout - plan["optimizer"] * 2 // 3, "update": planned}
     for name, peak in peaks.items():
         print(f"{name}, frozen tower {frozen}: measured {peak / 1e9:.2f} GB, plan "

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 import crash
 import evaluate
 import rl
 import sft
 import tools
-from conftest import RELEASED, ChatServer, LiveBytes, run_script
+from conftest import ChatServer, run_script
 
 T, F = True, False
 
@@ -557,114 +556,6 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
         assert [m["trained_responses"] for m in read(out / "half1")] == [
             m["trained_responses"] for m in read(out / f"half{nproc}")]
     assert largest_difference(out / "half1", trained_folder) > 1e-6
-
-
-def planned(folder, **flags):
-    """A policy with checkpointing, ready to train."""
-    policy = sft.load_policy(str(folder), "cpu", "float32", **flags)
-    sft.enable_checkpointing(policy.model)
-    policy.model.train()
-    return policy
-
-
-def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
-    """Weights, gradients and optimizer to 5%; the peak of backward, with checkpointing, to 15%; the
-    cache exactly."""
-    policy = planned(trained_folder, prompts=prompts)
-    # so long that the text's activations dominate
-    rows = tools.read_jsonl(world / "coldstart.jsonl") * 3
-    sequences = [sft.encode(policy, row, world) for row in rows]
-    batch = sft.collate(policy, sequences)
-    tokens = batch["input_ids"].shape[1]
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=4, max_context=256,
-                          shard_optimizer=False)
-    assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
-    with LiveBytes() as memory:
-        optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
-        before = memory.live()          # the flat weights; the old ones were made outside
-        optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).sum())
-        used = memory.peak - before
-        optimizer.step(1e-5, 1.0)
-        assert before == pytest.approx(plan["weights"], rel=0.05)
-        assert memory.live() - before == pytest.approx(plan["optimizer"], rel=0.05)
-    cache = evaluate.SlotCache(policy.model.config.text_config, 4, torch.float32, "cpu", 256)
-    assert sum(t.nbytes for layer in cache.layers for t in layer) == plan["KV cache"]
-    assert used == pytest.approx(plan["activations"] + plan["logits"] + plan["gradients"], rel=0.15)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", ["tiny", "Qwen3-VL-8B"])
-def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, name, frozen):
-    """A conversation that is all image but for some words, so that the tower dominates: the peak of
-    forward and backward, to 15%; a frozen tower takes no part in backward and keeps nothing. The
-    tower dominates prefill, too (2,400 tokens in one forward pass): to 20%."""
-    policy = planned(trained_folder if name == "tiny" else released_folder(name))
-    visual, grid = policy.model.model.visual, (1, 96, 100)
-    tokens = policy.image_tokens(grid)
-    patches = torch.randn(96 * 100, visual.patch_embed.proj.weight[0].numel())
-    s = sft.Sequence()
-    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False,
-          (patches, grid))
-    s.add(policy.text("red square"), True)
-    batch = sft.collate(policy, [s])
-    sft.trainable(policy, frozen)
-    for table in (policy.model.lm_head, policy.model.get_input_embeddings()):   # dominates all else
-        table.requires_grad_(False)
-    plan = rl.plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens,
-                          shard_optimizer=False, freeze_vision=frozen, chunk=1)
-    gradients = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
-    with LiveBytes() as memory:
-        sft.token_logprobs(policy, batch, chunk=1).sum().backward()
-    expected = plan["activations"] + plan["logits"] + plan["vision"]
-    assert max(rl.vision_memory(policy.model, tokens, True, frozen)) > 0.6 * expected
-    assert memory.peak == pytest.approx(expected + gradients, rel=0.15)
-    assert (visual.patch_embed.proj.weight.grad is None) == frozen
-    with torch.inference_mode(), LiveBytes() as memory:
-        visual(patches, grid_thw=torch.tensor([grid]))
-    assert memory.peak == pytest.approx(plan["prefill"], rel=0.2)
-
-
-@pytest.mark.parametrize("name, billions, cache", [
-    # published; key and value, layers x key heads x 128, 2 bytes each
-    ("Qwen2.5-VL-7B", 8.292, 2 * 28 * 4 * 128 * 2), ("Qwen2.5-VL-3B", 3.755, 2 * 36 * 2 * 128 * 2),
-    ("Qwen3-VL-8B", 8.767, 2 * 36 * 8 * 128 * 2), ("Qwen3-VL-4B", 4.438, 2 * 36 * 8 * 128 * 2)])
-def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billions, cache):
-    """From config.json alone: the number of parameters, and bytes of cache per token."""
-    plans, plan_memory = [], rl.plan_memory
-    monkeypatch.setattr(rl, "plan_memory", lambda *args, **flags: plans.append(
-        plan_memory(*args, **flags)) or plans[-1])
-    (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
-    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path), "--slots", "16",
-                                     "--max_context", "1000", "--no-freeze_vision"])
-    rl.main()
-    assert (plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4)
-            and plans[0]["KV cache"] == cache * 16 * 1000)
-    out = capsys.readouterr().out
-    assert f"| 1 | {2 * billions:.1f} | " in out
-    # float32 master weights and two moments: 12 bytes a parameter, 99.5 GB for 7B
-    assert f"disk: {12 * billions:.1f} GB a checkpoint, 3 of them during a save" in out
-
-
-def test_seconds_of_a_step_of_7b_by_hand(tmp_path):
-    """512 conversations a GPU of 16,384 tokens, 7.615 billion parameters of text and 0.677 of the
-    tower. FLOPs of one: 2 x 16,384 x (5 x 7.615 + 4 x 2 x 0.677) billion = 1.425e15; all of them at
-    395.6e12 a second: 1,844 s. Decoding: 32 fills of the slots, 2,048 passes each, of 16.58 GB of
-    weights and 16 x 57,344 x 8,192 bytes of cache: 24.1 GB at 2.01 TB/s: 786 s."""
-    (tmp_path / "config.json").write_text(json.dumps(RELEASED["Qwen2.5-VL-7B"]))
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path),
-                                                        dtype=torch.bfloat16)
-    args = argparse.Namespace(prompts_per_step=256, group=16, slots=16, max_context=32768,
-                              checkpointing=True, freeze_vision=True)
-    assert rl.plan_seconds(model, args, 8) == pytest.approx(1844 + 786, rel=0.002)
-
-
-def test_plan_refuses_other_families(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
-    monkeypatch.setattr("sys.argv", ["rl.py", "--plan", "--model", str(tmp_path)])
-    with pytest.raises(tools.InputError, match="'qwen3_vl_moe' is not supported; "
-                                               "use one of qwen2_5_vl, qwen3_vl"):
-        rl.main()
 
 
 @pytest.mark.parametrize("flag, mask, value, expected", [
