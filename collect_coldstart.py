@@ -183,9 +183,11 @@ class Teacher:
         yield f"<think>{seen}</think><answer>{answer}</answer>", True
 
 
-def solve(row, index, root, prompts, max_turns, seed):
+def solve(job, root, prompts, max_turns, seed):
     """One trajectory: the teacher's turns, played through the real tool on the real image; where it
-    guesses, the last of several ("attempts"). Returns a trajectory row."""
+    guesses, the last of several ("attempts"). job: (number, question row). Returns a trajectory
+    row."""
+    index, row = job
     rng = np.random.default_rng([seed, index])
     pattern = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
     image = tools.open_image(root / row["image"])
@@ -253,7 +255,7 @@ def solved_examples(path, prompts, folder, count=6):
     for index in itertools.count():
         level = ("easy", "medium", "hard")[index % 3]
         question = make_question(("instruct", index, level), folder, 0)
-        row = solve(question, index, folder, prompts, 8, 0)
+        row = solve((index, question), folder, prompts, 8, 0)
         if row["reward"] == 1.0 and row["pattern"] != "guess":
             found.setdefault(row["pattern"], row)
         if len(found) == count:
@@ -300,7 +302,7 @@ def collect(rows, args, prompts, client=None, examples=()):
     jobs = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
     common = {"root": args.data.parent, "prompts": prompts, "seed": args.seed}
     if client is None:
-        work = partial(_solve, max_turns=args.max_turns, **common)
+        work = partial(solve, max_turns=args.max_turns, **common)
         results = parallel(work, jobs, args.workers, "collect", len(done))
     else:
         limits = types.SimpleNamespace(max_turns=args.max_turns, max_images=args.max_turns,
@@ -319,10 +321,6 @@ def collect(rows, args, prompts, client=None, examples=()):
     if len(done) == len(rows):
         journal.path.unlink()
     return done, kept
-
-
-def _solve(job, **settings):
-    return solve(job[1], job[0], **settings)
 
 
 def parse_args():

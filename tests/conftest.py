@@ -130,7 +130,7 @@ def world(tmp_path_factory):
     tools.write_jsonl(out / "train.jsonl", rows)
     # a short system prompt keeps the tests fast
     prompts = dict(tools.PROMPTS, system="Look closer.")
-    solved = [collect_coldstart.solve(row, i, out, prompts, 32, 0) for i, row in enumerate(rows)]
+    solved = [collect_coldstart.solve(job, out, prompts, 32, 0) for job in enumerate(rows)]
     # searches only: they hold what tests look at
     solved = [row for row in solved if row["pattern"] != "guess"]
     tools.write_jsonl(out / "coldstart.jsonl", sorted(solved, key=lambda r: len(r["turns"]))[:8])

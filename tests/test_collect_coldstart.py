@@ -359,7 +359,7 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
     rows, seen = tools.read_jsonl(world / "train.jsonl"), set()
     for index in range(160):
         row = rows[index % len(rows)]
-        solved = collect_coldstart.solve(row, index, world, prompts, 32, 0)
+        solved = collect_coldstart.solve((index, row), world, prompts, 32, 0)
         if solved["finish"] == "over_turn" or solved["pattern"] == "guess" and not solved["reward"]:
             continue
         tools.check_trajectory(solved)
@@ -385,7 +385,7 @@ def test_a_guess_is_asked_again_until_it_is_right(world, prompts, monkeypatch):
     are never asked again."""
     monkeypatch.setattr(collect_coldstart, "PATTERNS", {"guess": 1.0})
     rows = tools.read_jsonl(world / "train.jsonl")
-    solved = [collect_coldstart.solve(rows[i % len(rows)], i, world, prompts, 32, 0)
+    solved = [collect_coldstart.solve((i, rows[i % len(rows)]), world, prompts, 32, 0)
               for i in range(60)]
     guesses = [row for row in solved if row["pattern"] == "guess"]
     assert all(row["reward"] == 1.0 or row["attempts"] == collect_coldstart.ATTEMPTS
@@ -393,14 +393,14 @@ def test_a_guess_is_asked_again_until_it_is_right(world, prompts, monkeypatch):
     assert 0.5 < sum(row["reward"] for row in guesses) / len(guesses) < 1.0
     assert max(row["attempts"] for row in guesses if row["reward"] == 1.0) > 3
     monkeypatch.setattr(collect_coldstart, "PATTERNS", {"scan": 1.0})
-    solved = collect_coldstart.solve({**rows[0], "answer": "none"}, 0, world, prompts, 32, 0)
+    solved = collect_coldstart.solve((0, {**rows[0], "answer": "none"}), world, prompts, 32, 0)
     assert solved["attempts"] == 1
 
 
 def test_a_trajectory_depends_on_seed_and_index_only(world, prompts):
     row = tools.read_jsonl(world / "train.jsonl")[0]
     jobs = list(itertools.product(range(4), range(2)))
-    once, again = ([collect_coldstart.solve(row, index, world, prompts, 32, seed)
+    once, again = ([collect_coldstart.solve((index, row), world, prompts, 32, seed)
                     for index, seed in jobs] for _ in range(2))
     assert once == again and len({str(solved["turns"]) for solved in once}) > 4
 
@@ -596,7 +596,7 @@ class Oracle:
 
     def __init__(self, world, prompts, wrong=(), failing=()):
         rows = tools.read_jsonl(world / "train.jsonl")
-        self.solved = {row["question"]: collect_coldstart.solve(row, i, world, prompts, 32, 5)
+        self.solved = {row["question"]: collect_coldstart.solve((i, row), world, prompts, 32, 5)
                        for i, row in enumerate(rows)}
         self.wrong, self.failing = wrong, list(failing)
 
