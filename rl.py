@@ -85,8 +85,8 @@ def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
     variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
     baseline = mean if isinstance(unfinished_value, str) else unfinished_value
     advantages = (rewards - baseline) / (variance.sqrt() + eps)                          # (P, G)
-    advantages = torch.where((count >= 2) & (variance > 0), advantages, 0.0)
-    return advantages * completed  # (P, G)
+    # one response alone has no spread
+    return torch.where(completed & (variance > 0), advantages, 0.0)                      # (P, G)
 
 
 def count_denominator(mask, completed, *, divisor="completed", aggregation="response",

@@ -39,6 +39,10 @@ def test_group_advantages_by_hand():
                                              dtype=torch.float64), atol=1e-12)
     zero = rl.group_advantages(rewards, completed, unfinished_value=0.0, eps=0.0)
     assert torch.allclose(zero, torch.tensor([[2.0, 0, 0, 0]], dtype=torch.float64), atol=1e-12)
+    # eps is added to the deviation: (1 - 1/4) / (1/2 + 1/2)
+    damped = rl.group_advantages(rewards, completed, eps=0.5)
+    assert torch.allclose(damped, torch.tensor([[0.75, -0.25, 0, 0]], dtype=torch.float64),
+                          atol=1e-12)
     ones, done = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[T, T, F, F]])
     # a value below 1: right ones still gain
     paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)
@@ -560,7 +564,7 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
 
 @pytest.mark.parametrize("flag, mask, value, expected", [
     (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
-    ("estimate", True, 0.9, 0.9), ("estimate", True, None, "group"),
+    ("estimate", True, 0.9, 0.9), ("estimate", True, 0.0, 0.0), ("estimate", True, None, "group"),
     ("outcome", True, 0.9, "group"),
     (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
 def test_what_is_subtracted_in_a_step(flag, mask, value, expected):
