@@ -83,6 +83,9 @@ def test_the_first_complete_tag_wins():
     assert tools.parse_turn("<answer>7</grounding>") == ("void", None)
     assert tools.parse_turn("</answer><answer>") == ("void", None)
     assert tools.parse_turn("<answer></answer>") == ("answer", "")
+    # it ends where the closing tag does, in the text with its thoughts
+    said = "<think>Is it <answer>1</answer>?</think><answer>7</answer>"
+    assert tools.first_tag(said + " More.") == ("answer", "7", len(said))
 
 
 @pytest.mark.parametrize("box", [
@@ -151,6 +154,7 @@ def test_calls_that_are_accepted():
     ((90, 90), [0.333, 0.0, 0.667, 0.333], (29, 0, 61, 30)),      # 29.97 and 60.03
     ((1, 1), [0.4, 0.4, 0.6, 0.6], (0, 0, 1, 1)),
     ((200, 1), [0, 0, 1, 1], (0, 0, 200, 1)),  # an aspect ratio of 200 is still allowed
+    ((2, 250), [0, 0, 1, 0.004], (0, 0, 2, 1)),     # narrow in fractions, not in pixels
     ((250, 250), [5e-324, 0, 1 - 2**-53, 1], (0, 0, 250, 250)),
 ])
 def test_zoom_returns_exactly_these_pixels(size, box, expected):
@@ -181,7 +185,8 @@ def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
 
 @pytest.mark.parametrize("box, source, word", [
     (WHOLE, "observation_2", "observation_2"), (WHOLE, "observation_999999", "observation_999999"),
-    ([0, 0, 1, 0.001], "original_image", "narrow"), ([0, 0, 2, 1], "original_image", "x1 <= 1")])
+    ([0, 0, 1, 0.001], "original_image", "narrow"), ([0, 0, 0.001, 1], "original_image", "narrow"),
+    ([0, 0, 2, 1], "original_image", "x1 <= 1")])
 def test_zoom_refuses_with_one_sentence(box, source, word):
     with pytest.raises(tools.ToolError) as error:
         tools.zoom([picture(250, 250), picture(2, 2)], {"bbox_2d": box, "source": source})
@@ -360,6 +365,7 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
     ((1000, 500), (3136, 1_000_000), (1008, 504)),
     ((2000, 1000), (3136, 1_000_000), (1400, 700)),
     ((100, 20), (6272, 1_000_000), (196, 56)),    # 177.1 x 35.4
+    ((10, 1000), (100, 1_000_000), (28, 1008)),   # no side is below one factor
     ((5000, 30), (784, 10_000), (336, 28)),  # 1290.99 x 7.7: 28 high, so 10000 / 28 = 357.1 wide
 ])
 def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
