@@ -100,7 +100,8 @@ class Rollout(sft.Sequence):
     job: tuple = None
 
     def uniform(self, count):
-        """Random numbers for the next `count` tokens: float32 from 0 to 1, 1 excluded."""
+        """Random numbers for the next `count` tokens behind those that logprobs counts: a list of
+        floats from 0 to 1, 1 excluded, drawn as float32 from `random` and kept in `numbers`."""
         at = len(self.logprobs)
         while len(self.numbers) < at + count:
             self.numbers += self.random.random(64, dtype=np.float32).tolist()
@@ -140,9 +141,10 @@ LONG = 64   # a piece of more new tokens (a prompt, an observation) attends alon
 
 
 def neighbours(pieces):
-    """Cut slots with these numbers of new tokens into spans that attend in one call: (first, last).
-    A span has at most CHUNK slots. A LONG piece, or one much longer than the one before it, begins
-    another span, since all of a span is padded to its longest piece."""
+    """Cut slots with these numbers of new tokens into spans that attend in one call: (first, last),
+    last excluded. A span has at most CHUNK slots, and some new token: others are left out. A LONG
+    piece is a span of its own. One that is longer or shorter than the one before it by more than 12
+    begins another, since all of a span is padded to its longest piece."""
     first = 0
     for i in range(1, len(pieces) + 1):
         if (i == len(pieces) or i - first == CHUNK or max(pieces[i - 1:i + 1]) > LONG
@@ -153,8 +155,8 @@ def neighbours(pieces):
 
 
 def count_off(counts):
-    """For counts[i] things of each i, whose each is and its number there: [2, 1] -> [0, 0, 1] and
-    [0, 1, 0]."""
+    """For counts[i] things of each i, whose each is and its number there, two arrays: [2, 1] ->
+    [0, 0, 1] and [0, 1, 0]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
 
@@ -190,16 +192,19 @@ class SlotCache:
 
     def at(self, slots, fed, pieces, device):
         """Next forward: pieces[i] new tokens behind fed[i] old ones in slots[i], all N of them end
-        to end in one row; slots are neighbours. Returns what sft.attend_slots needs:
-        padded (P,): which token stands where if pieces are padded to the longest of their span,
+        to end in one row; slots are neighbours. Makes room, and keeps the (2, N) slots and columns
+        of the tokens for update() in self.where. Returns what sft.attend_slots needs:
+        padded (P,): which token stands where if pieces are padded to the longest of their span
+        (token 0 where none does),
         back (N,): where among these P places the tokens are,
-        spans: (first place, last place, width), slots, columns in use, and a mask
-        (b, 1, w * H / K, length) or, of a LONG piece, None: a large model's would take gigabytes.
+        spans: (first place, last place, width), a slice of slots, columns in use, and a mask
+        (b, 1, w * H / K, length): 0 where a query sees, else -inf; rows of one place stand
+        together. Of a LONG piece None: a large model's would take gigabytes.
 
         Two slots with 5 and 6 old tokens and pieces of 1 and 2, in one span, N = 3 and P = 4:
             token           0   1   2
             place       0   1   2   3       place 1 is padding
-            padded      0   0   1   2       back = 0, 2, 3
+            padded      0   0   1   2       back = 0, 2, 3          slice(0, 2), 8 columns
             last seen   5   6   6   7       a query sees the columns up to its own
         """
         slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
@@ -263,8 +268,11 @@ class Drafts:
         self.ngrams, self.most, self.guesses = ngrams, most, {}
 
     def learn(self, ids, start):
-        """Take in what the policy wrote: ids[start:]. A longer n-gram is kept once a shorter one at
-        its end has been seen before: what comes only once costs little."""
+        """Take in what the policy wrote: ids[start:]. For the n-gram in front of each, which may
+        begin before start, shortest first: guesses[n-gram] = (token, rate), a moving average
+        (weight 0.2, from 0.7 on) of how often it was right; at 0.3 or below this token replaces it.
+        A longer n-gram is kept once a shorter one at its end was known before: what comes only once
+        costs little. A table of more than `most` begins anew."""
         if len(self.guesses) > self.most:
             self.guesses.clear()  # bounds memory; what is common is soon known again
         for end in range(start, len(ids)):
@@ -280,8 +288,9 @@ class Drafts:
                 self.guesses[context] = (guess, rate) if rate > 0.3 else (token, 0.7)
 
     def after(self, ids, most, least=0.5):
-        """A guess at what follows ids: up to `most` tokens that are right together with a chance of
-        at least `least`. A token's guess is that of the longest n-gram known."""
+        """A guess at what follows ids: a list of up to `most` tokens that are right together with a
+        chance of at least `least`. A token's guess is that of the longest n-gram known, however
+        often it is right. ids stay as they are."""
         ids, chance, draft = ids[-self.ngrams[-1]:], 1.0, []
         while len(draft) < most:
             guess, rate = None, 0.0
@@ -410,8 +419,9 @@ class Engine:
         return [i for i, end in zip(waiting, ends) if end <= self.limits.max_context]
 
     def guess(self, r):
-        """What to draft behind a conversation: never the last token of a turn or beyond, since what
-        comes then is not written by the policy, and nothing that it may not write."""
+        """What to draft behind a conversation: at most `draft` tokens, never the last token of a
+        turn or beyond, since what comes then is not written by the policy, and nothing from the
+        first token on that is in `never`."""
         left = self.limits.max_turn_tokens - (len(r.ids) - r.turn_start)
         draft = self.drafts.after(r.ids, min(self.draft, left - 1)) if self.draft else []
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
@@ -449,7 +459,8 @@ class Engine:
 
     def draw(self, logprobs, numbers):
         """A token from each row of log-probs (M, V), by inverting its cumulative distribution at
-        the conversation's own random number. Returns (ids, log-probs of these), two lists."""
+        the conversation's own random number; the likeliest one if `greedy`. numbers: a list of them
+        for each slot, M in all. Returns (ids, log-probs of these), two lists."""
         if self.greedy:
             ids = logprobs.argmax(-1)
         else:
@@ -464,8 +475,10 @@ class Engine:
     def keep(self, r, draft, ids, scores, after):
         """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn
         before it. So the first that differs from the draft is the last to count. What was fed
-        beyond it is forgotten: the next tokens take its columns of the cache. Returns whether the
-        turn is over."""
+        beyond it is forgotten: the next tokens take its columns of the cache. Appends what counts
+        to the conversation, counts drafts that were right in `accepted`, lets the drafts learn what
+        is new, and moves fed and next_position; after: the position behind all that was fed.
+        Returns whether the turn is over: it is full, or ends in any token of policy.stop."""
         right = next((n for n, token in enumerate(draft) if token != ids[n]), len(draft))
         wrong = len(draft) - right
         r.next_position = after - wrong
@@ -699,7 +712,8 @@ def group_by(items, key):
 
 
 def per_question(rows, budget):
-    """{question: share of its scored samples that are right and finished within `budget` turns}."""
+    """{question: share of its scored samples that are right and finished within `budget` turns};
+    a question without any is left out."""
     scored = group_by((row for row in rows if row["reward"] is not None), lambda row: row["id"])
     return {ident: statistics.fmean(r["reward"] == 1.0 and len(r["turns"]) <= budget for r in part)
             for ident, part in scored.items()}
@@ -709,8 +723,8 @@ def avg_at_k(rows, budget):
     """Avg@K at a turn budget: the share of samples that are correct and finished within `budget`
     turns, first per question, then over questions. rows: trajectory rows of one level. Returns
     (mean, standard error). HR-Bench asks a question in several cycles, its options in another order
-    each: there the score is the mean over cycles, and the four forms of a question, which share an
-    image, are one for the error."""
+    each: where rows have a `cycle`, the score is the mean over cycles of the mean over a cycle's
+    questions, and the forms of a question, which share an image, are one for the error."""
     shares = per_question(rows, budget)
     mean, error = mean_and_error(list(shares.values()))
     if any("cycle" in row for row in rows):

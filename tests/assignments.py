@@ -101,14 +101,17 @@ ASSIGNMENTS = {
                  "test_evaluate.py::test_random_numbers_are_indexed_by_position": 10}),
         Task("slots that attend each to itself",
              ["evaluate.py:neighbours", "evaluate.py:count_off", "evaluate.py:SlotCache.at"], {
-                 "test_evaluate.py::test_spans_by_hand": 8,
-                 "test_evaluate.py::test_attention_over_slots_of_an_untrained_policy": 17}),
+                 "test_evaluate.py::test_spans_by_hand": 6,
+                 "test_evaluate.py::test_places_of_two_slots_by_hand": 7,
+                 "test_evaluate.py::test_attention_over_slots_of_an_untrained_policy": 12}),
         Task("a table of drafts", ["evaluate.py:Drafts.learn", "evaluate.py:Drafts.after"], {
-            "test_evaluate.py::test_draft_table_by_hand": 20}),
+            "test_evaluate.py::test_draft_table_by_hand": 12,
+            "test_evaluate.py::test_which_guess_is_followed": 8}),
         Task("draft, and keep what agrees",
              ["evaluate.py:Engine.guess", "evaluate.py:Engine.keep"], {
                  "test_evaluate.py::test_what_is_drafted_by_hand": 8,
-                 "test_evaluate.py::test_what_is_kept_of_a_draft_by_hand": 17}),
+                 "test_evaluate.py::test_what_is_kept_of_a_draft_by_hand": 13,
+                 "test_evaluate.py::test_every_token_is_learned_once": 4}),
         Task("Avg@K over turn budgets", ["evaluate.py:per_question", "evaluate.py:avg_at_k"], {
             "test_evaluate.py::test_avg_at_k_by_hand": 7,
             "test_evaluate.py::test_benchmarks_are_scored_as_their_authors_do": 3})]),

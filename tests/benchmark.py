@@ -24,6 +24,8 @@ depend on the machine.
     growth      cost of our rollouts as turns, conversations and pixels grow
     paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not
                 run
+    large       the same for one question on one GPU, run: the model of that size with random
+                weights, told what to write
 
 An engine that plays the same conversations again would know them by heart: drafts start from
 nothing in every timed run ("cold", as in a step of RL), or from other samples of these questions
@@ -35,13 +37,16 @@ forced to them.
 Commands:
     1 CPU, 1 GPU     python tests/benchmark.py          (checkpoints/sft, data/train.jsonl)
     one case         python tests/benchmark.py rollout --groups 4 --repeats 1
+    1 GPU of 80 GB   python tests/benchmark.py large
     2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp fsdp sft grpo
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import json
+import math
 import resource
 import statistics
 import sys
@@ -55,16 +60,17 @@ import torch
 from PIL import Image
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LogitsProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import build_data
 import evaluate
 import rl
 import sft
 import tools
 
 THREADS = torch.get_num_threads()
-from conftest import LiveBytes  # noqa: E402
+from conftest import RELEASED, LiveBytes, narrowed  # noqa: E402
 
 torch.set_num_threads(THREADS)  # OMP_NUM_THREADS counts: conftest sets a number for tests
 
@@ -659,8 +665,9 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
                                                 (windows are negligible)
         decode of one token in every slot       bytes: 2 (N + N_head)
                                                 + slots * 2 * 2 * L * kv * mean length
-        update                                  4 forwards (forward, recomputation, backward twice),
-                                                head at `written` tokens
+        update                                  4 forwards (forward, recomputation, backward twice)
+                                                of the text, 1 of the frozen tower; head at
+                                                `written` tokens
     Seconds: FLOPs at 40% of 989 TFLOP/s (bf16), memory at 60% of 3.35 TB/s, links at 60% of
     450 GB/s.
     """
@@ -686,7 +693,7 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
             steps / written * 2 * N, 0),
         "rollout: decode": (mine * turns * written * (forward(1, middle) + 2 * N_head),
                             steps * (2 * (N + N_head) + slots * 4 * L * kv * middle), 0),
-        "update: images": (mine * turns * 4 * vision, 0, 0),
+        "update: images": (mine * turns * vision, 0, 0),
         "update: text": (mine * (4 * forward(T) + 4 * 2 * N_head * turns * written), 0, 0),
         "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus,
                                 2 * 2 * total * (gpus - 1) / gpus)}
@@ -702,10 +709,98 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
     say(f"| total | | | | {seconds:.1f} |")
 
 
+# -------------------------------------------------------------------------------------------------
+# The same, run
+
+
+class Told(evaluate.Engine):
+    """Every turn of every conversation is the same script, at the cost of sampling it. seconds: of
+    steps that feed images (a prompt's too) and of those that only decode."""
+
+    def step(self):
+        images = any(r.new_image for r in self.slots)
+        seconds = clock(super().step)       # its draw waits for the device
+        self.seconds["with images" if images else "decode"] += seconds
+        self.steps += not images
+
+    def draw(self, logprobs, numbers):
+        _, scores = super().draw(logprobs, numbers)
+        told = [self.script[len(r.ids) - r.turn_start] for r, n in zip(self.slots, numbers) if n]
+        return told, scores
+
+
+def large_policy(layers):
+    """Qwen2.5-VL-7B with random weights on the GPU, in bfloat16, with the tiny model's words.
+    layers: of its text and of its vision tower, or None for all."""
+    _, tokenizer, processor = build_data.build_tiny([json.dumps(tools.PROMPTS)], 0)
+    config = copy.deepcopy(RELEASED["Qwen2.5-VL-7B"])
+    if layers:
+        config.update(num_hidden_layers=layers)
+        config["vision_config"].update(depth=layers, fullatt_block_indexes=[layers - 1])
+    known = narrowed("Qwen2.5-VL-7B", tokenizer).to_dict()
+    ids = {key: known[key] for key in known if key.endswith("_token_id")}
+    device = sft.setup_distributed()[2]
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(**{**config, **ids}), dtype=torch.bfloat16)
+    return sft.make_policy(model, tokenizer, processor, device, max_pixels=1500 * 28**2)
+
+
+def peak():
+    """Most GB that were allocated on the GPU since the last call."""
+    if not torch.cuda.is_available():
+        return math.nan
+    most = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def case_large(args, group=16, turns=4, written=250):
+    """The rollouts and the update of one question as in `paper`. Its optimizer is left out: on one
+    GPU it has no room."""
+    if not args.layers and not torch.cuda.is_available():
+        return say("large: needs a GPU with 80 GB (or --layers 2)")
+    policy = large_policy(args.layers)
+    sft.trainable(policy, freeze_vision=True)
+    call = policy.text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}'
+                       "</grounding>") + [policy.end_id]
+    engine = Told(policy, evaluate.Limits(turns, turns, written, 8192), group, draft=0)
+    engine.script = policy.text("a") * (written - len(call)) + call
+    with tempfile.TemporaryDirectory() as folder:
+        Image.effect_noise((4000, 2700), 60).convert("RGB").save(f"{folder}/noise.jpg")
+        row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
+        for most in (1, turns):      # a short one warms up
+            engine.limits.max_turns, engine.seconds = most, collections.Counter()
+            engine.steps, start = 0, time.perf_counter()
+            rollouts = engine.run([row], group, folder)
+            whole = time.perf_counter() - start
+        tokens = len(rollouts[0].ids)
+        say(f"large: {group} conversations of {len(rollouts[0].turns)} turns and {tokens} tokens: "
+            f"{whole:.1f} s, of which {engine.steps} steps that only decode "
+            f"{engine.seconds["'decode'"]:.1f}, "
+            f"{group * engine.steps / engine.seconds["'decode'"]:.0f} "
+            f"tokens/s, steps with images {engine.seconds['with images']:.1f}, the rest (prompt, "
+            f"moving) {whole - sum(engine.seconds.values()):.1f}; at most {peak():.1f} GB")
+        engine.cache = None
+        sft.enable_checkpointing(policy.model)
+        policy.model.train()
+
+        def update(r):
+            new, _, mask = rl.score_rollouts(policy, [r], rl.encode_rollouts(policy, [r]))
+            new[mask].sum().backward()
+
+        seconds = [clock(lambda: update(r)) for r in rollouts[:4]]
+        say(f"large: forward and backward of one conversation after the other "
+            f"{statistics.median(seconds):.2f} s each, images read meanwhile included; "
+            f"{group * statistics.median(seconds):.1f} s for all; at most {peak():.1f} GB")
+    say("\ncounted:")
+    case_paper(args, 1, 1, group, turns, written)
+
+
 CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
          "prompt": case_prompt, "sft": case_sft, "grpo": case_grpo, "images": case_images,
          "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth,
-         "paper": case_paper}
+         "paper": case_paper, "large": case_large}
 
 
 def main():
@@ -724,6 +819,8 @@ def main():
                         help="conversations per forward pass of the grpo peer")
     parser.add_argument("--tokens", type=int, default=2048,
                         help="padded tokens per forward pass of ours")
+    parser.add_argument("--layers", type=int,
+                        help="layers of the model of `large` and of its tower (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
     for name in args.cases or CASES:

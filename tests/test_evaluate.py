@@ -191,6 +191,11 @@ def test_draw_follows_the_distribution(make_tiny):
     numbers, expected = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24], [1, 1, 3, 3, 4, 4]
     ids, scores = engine.draw(probs.log().expand(6, -1), [numbers[:2], [], numbers[2:]])
     assert ids == expected and scores == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
+    # rounding took a little of the mass: a banned id still has none
+    assert engine.draw(torch.tensor([[0.5, 0.4999, 0.0]]).log(), [[1 - 2**-24]])[0] == [1]
+    engine.greedy = True
+    ids, scores = engine.draw(torch.tensor([[0.3, 0.4, 0.3], [0.6, 0.4, 0.0]]).log(), [[0.99] * 2])
+    assert ids == [1, 0] and scores == pytest.approx(np.log([0.4, 0.6]).tolist())
 
 
 def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
@@ -374,8 +379,7 @@ def test_what_is_kept_of_a_draft_by_hand(make_tiny):
     engine, stop = evaluate.Engine(policy, LIMITS, 1, draft=0), policy.end_id
 
     def kept(draft, drawn, turn_start=2):
-        r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, next_position=1,
-                             turn_start=turn_start)
+        r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=turn_start)
         scores = [-0.5 * n for n in range(len(drawn))]
         over = engine.keep(r, draft, drawn, scores, 2 + len(draft))
         return over, r.ids[2:], r.mask[2:], r.logprobs, r.fed, r.next_position
@@ -387,6 +391,24 @@ def test_what_is_kept_of_a_draft_by_hand(make_tiny):
     assert kept([7], [stop, 8]) == (True, [stop], [True], [0.0], 2, 2)
     assert kept([7], [7, 8], turn_start=4 - LIMITS.max_turn_tokens)[0]      # the turn is full
     assert engine.counts["accepted"] == 2 + 3 + 1
+    # right again behind a wrong one, or a stop there: drawn behind what was never written
+    assert kept([7, 8, 9], [7, 3, 9, stop]) == (False, [7, 3], [True] * 2, [0.0, -0.5], 3, 3)
+    assert all(kept([], [token])[0] for token in policy.stop)
+    # an image takes fewer positions than columns
+    r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=2)
+    engine.keep(r, [7, 8, 9], [7, 8, 3, 4], [0.0] * 4, 25)
+    assert (r.fed, r.next_position) == (4, 24)
+
+
+def test_every_token_is_learned_once(make_tiny):
+    """The drafts are told of every token that was kept, the turn's first and last, too."""
+    policy = make_tiny()
+    engine, told = evaluate.Engine(policy, LIMITS, 1), []
+    engine.drafts.learn = lambda ids, start: told.extend(ids[start:])
+    r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=2)
+    for draft, drawn in (([], [7]), ([8], [8, 9]), ([4], [policy.end_id, 4])):
+        engine.keep(r, draft, drawn, [0.0] * len(drawn), 9)
+    assert told == r.ids[2:] == [7, 8, 9, policy.end_id]
 
 
 def test_what_is_drafted_by_hand(make_tiny):
@@ -400,6 +422,8 @@ def test_what_is_drafted_by_hand(make_tiny):
                            (lambda ids, most: [policy.end_id, 7], []), (lambda ids, most: [], [])):
         engine.drafts.after = said
         assert engine.guess(r) == expected
+    engine.drafts.after = lambda ids, most: [7] * most
+    assert engine.guess(evaluate.Rollout(ids=[1] * 7, turn_start=5)) == [7] * 4     # --draft
     engine.draft = 0
     assert engine.guess(r) == []
 
@@ -422,6 +446,26 @@ def test_draft_table_by_hand():
     for token in range(100):
         drafts.learn([token, token, token], 2)
         assert len(drafts.guesses) <= 20 + 2
+    for _ in range(2):  # a table that was full goes on learning
+        drafts.learn([9, 4], 1)
+    assert drafts.after([9], 1) == [4]
+
+
+def test_which_guess_is_followed():
+    """At least `least`; up to `most`; the longest n-gram's, though a shorter one be right oftener;
+    and the conversation itself stays as it is."""
+    drafts = evaluate.Drafts(ngrams=(1, 2))
+    drafts.learn([8, 9, 4], 2)
+    assert len(drafts.guesses) == 1     # only the unigram: the bigram once this one was known
+    drafts.learn([8, 9, 4], 2)
+    assert len(drafts.guesses) == 2 and drafts.after([8, 9], 1, least=0.7) == [4]
+    for ids, times in (([7, 9, 4], 6), ([8, 9, 5], 3), ([7, 9, 4], 6)):
+        for _ in range(times):
+            drafts.learn(ids, 2)
+    assert drafts.after([7, 9], 1) == [4] and drafts.after([8, 9], 1) == []
+    drafts, ids = evaluate.Drafts(ngrams=(1, 2)), [0, 9]
+    drafts.learn([0, 9, 1, 2, 3], 2)
+    assert drafts.after(ids, 1, least=0.1) == [1] and drafts.after(ids, 0) == [] and ids == [0, 9]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -477,10 +521,36 @@ def test_spans_by_hand():
     attend, no span."""
     for pieces, expected in (([1, 1, 1], [(0, 3)]), ([1] * 9, [(0, 8), (8, 9)]),
                              ([65, 1], [(0, 1), (1, 2)]), ([1, 14, 14], [(0, 1), (1, 3)]),
-                             ([1, 13], [(0, 2)]), ([0, 0], []), ([0, 3], [(0, 2)])):
+                             ([1, 13], [(0, 2)]), ([0, 0], []), ([0, 3], [(0, 2)]),
+                             ([14, 1], [(0, 1), (1, 2)]), ([13, 1], [(0, 2)]),
+                             ([1, 10, 20], [(0, 3)]), ([64, 64], [(0, 2)]),
+                             ([70, 60], [(0, 1), (1, 2)]), ([70, 70], [(0, 1), (1, 2)])):
         assert list(evaluate.neighbours(pieces)) == expected
     owner, offset = evaluate.count_off(np.array([2, 0, 3]))
     assert owner.tolist() == [0, 0, 2, 2, 2] and offset.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_places_of_two_slots_by_hand(make_tiny):
+    """The example of SlotCache.at, in the third and fourth slot of four: who stands where, which
+    columns are used, and where new keys go."""
+    config = make_tiny().model.config.text_config
+    cache = evaluate.SlotCache(config, 4, torch.float64, "cpu", 4096)
+    padded, back, [(places, slots, length, mask)] = cache.at([2, 3], [5, 6], [1, 2], "cpu")
+    assert padded.tolist() == [0, 0, 1, 2] and back.tolist() == [0, 2, 3]
+    assert (places, slots, length) == ((0, 4, 2), slice(2, 4), 8)
+    share = cache.share     # queries of a key head: their rows stand together
+    seen = [[column <= last for column in range(8)] for last in (5, 6, 6, 7)]
+    assert (mask[:, 0] == 0).tolist() == [[row for row in seen[:2] for _ in range(share)],
+                                          [row for row in seen[2:] for _ in range(share)]]
+    heads, width = cache.layers[0][0].shape[1::2]
+    ones = torch.ones(1, heads, 3, width, dtype=torch.float64)
+    keys, _ = cache.update(ones, ones, 0)
+    assert keys[:, 0, :, 0].nonzero().tolist() == [[2, 5], [3, 6], [3, 7]]
+    # each span has its own length, and no more room is made than is needed
+    assert [span[2] for span in cache.at([0, 1], [5, 250], [1, 50], "cpu")[2]] == [6, 300]
+    cache = evaluate.SlotCache(config, 2, torch.float64, "cpu", 4096)
+    cache.at([0, 1], [250, 0], [1, 60], "cpu")
+    assert cache.layers[0][0].shape[2] == 256
 
 
 def test_a_long_piece_builds_no_mask(trained):
@@ -523,6 +593,12 @@ def test_avg_at_k_by_hand():
     # samples of a question that agree are no more evidence than one: deviation of (1, 0) is 0.7071
     agreeing = [row("a", 1.0, 2), row("a", 1.0, 2), row("b", 0.0, 2), row("b", 0.0, 2)]
     assert evaluate.avg_at_k(agreeing, 3) == pytest.approx((0.5, 0.5))
+    # a question counts once, however many samples it has; one image is no reason to count two as
+    # one; what was not scored (the judge did not answer) is not wrong
+    uneven = [dict(row(i, r, 1), image="x") for i, r in (("a", 1.0), *[("b", 0.0)] * 3)]
+    assert evaluate.avg_at_k(uneven, 3) == pytest.approx((0.5, 0.5))
+    some = [row("a", 1.0, 1), row("a", None, 1), row("b", None, 1), row("c", 0.0, 1)]
+    assert evaluate.per_question(some, 1) == {"a": 1.0, "c": 0.0}
     table = evaluate.summarise({"easy": rows, "hard": rows}, [3, 6])
     assert table["mean"]["accuracy"] == {"3": 0.25, "6": 0.75}
     assert table["mean"]["standard_error"]["6"] == pytest.approx(0.25 / 2**0.5)
