@@ -679,8 +679,9 @@ class Sequence:
 
 
 def encode(policy, row, root):
-    """Trajectory row -> Sequence. root: folder that image paths are relative to. Raises
-    InputError."""
+    """Trajectory row -> Sequence. root: folder that image paths are relative to. Every turn is
+    written by the policy, its end_id too, unless it says "learn": false. Behind every turn but the
+    last stands what the tool said: nothing was said behind that one. Raises InputError."""
     views = tools.replay(row, tools.open_image(Path(root) / row["image"]))
     images, shown = policy.pixels(views), 1
     sequence = Sequence()
@@ -700,8 +701,8 @@ def positions(ids, grids, image_id, merge, start=0):
     position `start`.
 
     Text advances all three axes by one. An image of h x w merged tokens takes t = p, height = p +
-    row, width = p + col, and the text after it goes on at p + max(h, w). Returns ((3, T) long, next
-    position).
+    row, width = p + col, and the text after it goes on at p + max(h, w). grids: (1, height, width)
+    of each image in order, in patches. Returns ((3, T) long, next position).
     """
     columns, i, p = [], 0, start
     for _, h, w in grids:
@@ -716,8 +717,10 @@ def positions(ids, grids, image_id, merge, start=0):
 
 
 def collate(policy, sequences):
-    """Several Sequences end to end as one row: input_ids (1, T), position_ids (3, 1, T), lengths (a
-    list), written (the places of the N tokens that the policy wrote), images."""
+    """Several Sequences end to end as one row, a dict of tensors on the policy's device: input_ids
+    (1, T); position_ids (3, 1, T); written (N,), the places in the row of what the policy wrote,
+    which is never a conversation's first token; and, if there are images, pixel_values, all their
+    patches, and image_grid_thw (images, 3). Beside them lengths, a list."""
     where = [positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
              for s in sequences]  # (3, length)
     written = torch.tensor([written for s in sequences for written in s.mask])
@@ -733,8 +736,8 @@ def collate(policy, sequences):
 
 
 def micro_batches(sequences, tokens):
-    """Cut a list into batches of at most `tokens` tokens. A sequence longer than that goes
-    alone."""
+    """Cut a list, in its order, into batches of at most `tokens` tokens. A sequence longer than
+    that goes alone; no batch is empty."""
     batch, size = [], 0
     for sequence in sequences:
         if batch and size + len(sequence.ids) > tokens:
@@ -758,8 +761,8 @@ def one_ahead(function, items):
 
 
 def project(policy, hidden):
-    """Log-probabilities over the vocabulary, in at least float32, without the banned ids. (N, D) ->
-    (N, V)."""
+    """Log-probabilities over the vocabulary, in at least float32. Banned ids have -inf, and no
+    share. (N, D) -> (N, V)."""
     logits = policy.model.lm_head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.index_fill(-1, policy.banned_index, -math.inf).log_softmax(-1)
@@ -767,7 +770,8 @@ def project(policy, hidden):
 
 def token_logprobs(policy, batch, chunk=4096):
     """Log-probability of every token the policy wrote, given all before it: (N,), in the order of
-    batch["written"].
+    batch["written"]. Of nothing an empty tensor, connected to the model all the same. All else in
+    the batch is for policy.model.model.
 
     The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in
     backward: with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far.
@@ -796,7 +800,9 @@ def trainable(policy, freeze_vision):
 
 
 def learning_rate(step, total, peak, warmup):
-    """Linear warm-up over the fraction `warmup` of all steps, then half a cosine down to 0."""
+    """Of a step, from 0 on. The first ramp = max(1, round(warmup * total)) steps rise linearly,
+    from peak / ramp to peak; then half a cosine, from peak at step `ramp` to 0 at step `total`,
+    which is behind the last."""
     ramp = max(1, round(warmup * total))
     if step < ramp:
         return peak * (step + 1) / ramp
@@ -904,8 +910,9 @@ def export(policy, out):
 
 
 def step_rows(rows, step, batch, seed):
-    """Rows of one global batch. Epochs follow one another, each shuffled by (seed, epoch); nothing
-    else decides."""
+    """The `batch` rows of a step, counted from 0. Epochs follow one another, each shuffled by
+    (seed, epoch); nothing else decides. A batch may hold the end of one and the beginning of the
+    next, or several."""
     picked = []
     for i in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(i, len(rows))

@@ -83,12 +83,16 @@ ASSIGNMENTS = {
             "test_sft.py::test_positions_like_the_library_of_an_untrained_policy": 8,
             "test_sft.py::test_a_packed_batch_by_hand": 10}),
         Task("tokens and their mask", ["sft.py:encode"], {
-            "test_sft.py::test_mask_covers_the_assistants_tokens_and_stop_tokens_only": 12,
-            "test_sft.py::test_deliberate_mistakes_are_context_not_target": 8,
-            "test_sft.py::test_a_question_cannot_inject_special_tokens": 5}),
+            "test_sft.py::test_mask_covers_the_assistants_tokens_and_stop_tokens_only": 5,
+            "test_sft.py::test_deliberate_mistakes_are_context_not_target": 5,
+            "test_sft.py::test_a_question_cannot_inject_special_tokens": 3,
+            "test_sft.py::test_a_conversation_by_hand": 8,
+            "test_sft.py::test_nothing_comes_behind_the_last_turn": 4}),
         Task("log-probabilities of what was written", ["sft.py:project", "sft.py:token_logprobs"], {
-            "test_sft.py::test_banned_ids_have_no_probability": 8,
-            "test_sft.py::test_logprobs_of_texts_equal_the_library": 17}),
+            "test_sft.py::test_banned_ids_have_no_probability": 6,
+            "test_sft.py::test_logprobs_of_texts_equal_the_library": 8,
+            "test_sft.py::test_logits_never_exist_whole": 8,
+            "test_sft.py::test_nothing_written_is_still_connected": 3}),
         Task("batches, epochs and the rate", ["sft.py:micro_batches", "sft.py:step_rows",
                                               "sft.py:learning_rate"], {
             "test_sft.py::test_micro_batches_keep_every_conversation_within_the_budget": 7,

@@ -714,18 +714,24 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
 
 
 class Told(evaluate.Engine):
-    """Every turn of every conversation is the same script, at the cost of sampling it. seconds: of
-    steps that feed images (a prompt's too) and of those that only decode."""
+    """Every turn of every conversation is the same script, at the cost of sampling it. Keeps the
+    seconds of every step that only decodes, and of every one that feeds images, in lists."""
 
     def step(self):
-        images = any(r.new_image for r in self.slots)
+        self.fed_images = False
         seconds = clock(super().step)       # its draw waits for the device
-        self.seconds["with images" if images else "decode"] += seconds
-        self.steps += not images
+        (self.feeding if self.fed_images else self.decoding).append(seconds)
+
+    def forward(self, slots, pieces, images, draws=None):
+        self.fed_images = any(images)
+        return super().forward(slots, pieces, images, draws)
 
     def draw(self, logprobs, numbers):
         _, scores = super().draw(logprobs, numbers)
-        told = [self.script[len(r.ids) - r.turn_start] for r, n in zip(self.slots, numbers) if n]
+        told = []
+        for r, n in zip(self.slots, numbers):
+            at = len(r.ids) - r.turn_start
+            told += self.script[at:at + len(n)]
         return told, scores
 
 
@@ -764,23 +770,24 @@ def case_large(args, group=16, turns=4, written=250):
     sft.trainable(policy, freeze_vision=True)
     call = policy.text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}'
                        "</grounding>") + [policy.end_id]
-    engine = Told(policy, evaluate.Limits(turns, turns, written, 8192), group, draft=0)
-    engine.script = policy.text("a") * (written - len(call)) + call
+    script = policy.text("a") * (written - len(call)) + call
     with tempfile.TemporaryDirectory() as folder:
         Image.effect_noise((4000, 2700), 60).convert("RGB").save(f"{folder}/noise.jpg")
         row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
-        for most in (1, turns):      # a short one warms up
-            engine.limits.max_turns, engine.seconds = most, collections.Counter()
-            engine.steps, start = 0, time.perf_counter()
-            rollouts = engine.run([row], group, folder)
-            whole = time.perf_counter() - start
-        tokens = len(rollouts[0].ids)
-        say(f"large: {group} conversations of {len(rollouts[0].turns)} turns and {tokens} tokens: "
-            f"{whole:.1f} s, of which {engine.steps} steps that only decode "
-            f"{engine.seconds["'decode'"]:.1f}, "
-            f"{group * engine.steps / engine.seconds["'decode'"]:.0f} "
-            f"tokens/s, steps with images {engine.seconds['with images']:.1f}, the rest (prompt, "
-            f"moving) {whole - sum(engine.seconds.values()):.1f}; at most {peak():.1f} GB")
+        longest = []
+        for slots, draft, most in ((group, 4, 1), (group, 0, turns), (group, 4, turns),
+                                   (4 * group, 0, 1), (4 * group, 4, 1)):   # the first warms up
+            engine = Told(policy, evaluate.Limits(most, turns, written, 8192), slots, draft=draft)
+            engine.script, engine.decoding, engine.feeding = script, [], []
+            if draft:
+                engine.drafts.after = lambda ids, most: policy.text("a") * most
+            rollouts = engine.run([row], slots, folder)
+            drafted = engine.counts["drafted"] / engine.counts["passes"]
+            say(f"large: {slots} conversations of {most} turns and {len(rollouts[0].ids)} tokens, "
+                f"{drafted:.1f} drafted a pass: {len(engine.decoding)} steps that only decode, "
+                f"{1000 * statistics.median(engine.decoding):.1f} ms each; {len(engine.feeding)} "
+                f"that feed images, {sum(engine.feeding):.1f} s in all; at most {peak():.1f} GB")
+            longest = rollouts if most == turns else longest
         engine.cache = None
         sft.enable_checkpointing(policy.model)
         policy.model.train()
@@ -789,7 +796,7 @@ def case_large(args, group=16, turns=4, written=250):
             new, _, mask = rl.score_rollouts(policy, [r], rl.encode_rollouts(policy, [r]))
             new[mask].sum().backward()
 
-        seconds = [clock(lambda: update(r)) for r in rollouts[:4]]
+        seconds = [clock(lambda: update(r)) for r in longest[:4]]
         say(f"large: forward and backward of one conversation after the other "
             f"{statistics.median(seconds):.2f} s each, images read meanwhile included; "
             f"{group * statistics.median(seconds):.1f} s for all; at most {peak():.1f} GB")

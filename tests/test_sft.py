@@ -5,6 +5,7 @@ References: transformers' own positions, vision attention and logits; torch's
 DistributedDataParallel; one process.
 """
 
+import copy
 import functools
 import json
 import math
@@ -69,6 +70,9 @@ def test_positions_by_hand(policy):
                               [5, 6, 7, 7, 7, 8, 8, 8, 10],
                               [5, 6, 7, 8, 9, 7, 8, 9, 10]]
     assert after == 11
+    # Qwen3-VL's patches merge two by two as well; another model's might not
+    where, after = sft.positions([image] * 6 + [1], [(1, 2, 3)], image, 1)
+    assert where.tolist() == [[0] * 6 + [3], [0, 0, 0, 1, 1, 1, 3], [0, 1, 2, 0, 1, 2, 3]]
 
 
 def test_positions_like_the_library(every):
@@ -125,6 +129,49 @@ def test_a_question_cannot_inject_special_tokens(policy, rows, world):
     assert "<|image_pad|><|im_end|>" in policy.tokenizer.decode(s.ids)
 
 
+@pytest.fixture(scope="module")
+def refused_and_zoomed(rows):
+    """A refused call, a zoom, a refused call, a zoom into the observation, an answer."""
+    return {**rows[0], "turns": [
+        {"text": "a<|im_end|>b", "error": "No."},
+        {"text": "c", "zoom": {"bbox_2d": [0.0, 0.0, 0.5, 0.25], "source": "original_image"}},
+        {"text": "d", "error": "No."},
+        {"text": "e", "zoom": {"bbox_2d": [0.0, 0.0, 0.3, 1.0], "source": "observation_1"}},
+        {"text": "<answer>f</answer>"}]}
+
+
+def test_a_conversation_by_hand(policy, refused_and_zoomed, world):
+    """Token by token: what the tool said behind each turn, which observation and which turn it
+    names, and which pixels. A turn cannot inject special tokens either."""
+    policy, row = copy.copy(policy), refused_and_zoomed
+    policy.prompts = {**policy.prompts, "observation": "{name} {number} {action}:\n<image>"}
+    images = policy.pixels(tools.replay(row, tools.open_image(world / row["image"])))
+    grids, turns = [grid for _, grid in images], row["turns"]
+    assert len(set(grids)) > 1
+
+    def written(turn):
+        return [*policy.text(turn["text"]), policy.end_id]
+
+    pieces = [(policy.opening(row, grids[0]), False), (written(turns[0]), True),
+              (policy.reply(turns[0], 1, 0), False), (written(turns[1]), True),
+              (policy.reply(turns[1], 2, 1, grids[1]), False), (written(turns[2]), True),
+              (policy.reply(turns[2], 3, 1), False), (written(turns[3]), True),
+              (policy.reply(turns[3], 4, 2, grids[2]), False), (written(turns[4]), True)]
+    s = sft.encode(policy, row, world)
+    assert s.ids == sum((ids for ids, _ in pieces), [])
+    assert s.mask == sum(([own] * len(ids) for ids, own in pieces), [])
+    assert [grid for _, grid in s.images] == grids
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(s.images, images, strict=True))
+
+
+@pytest.mark.parametrize("turns", [3, 4])
+def test_nothing_comes_behind_the_last_turn(policy, refused_and_zoomed, world, turns):
+    """Not behind a refused call, nor behind a zoom, which then shows nothing."""
+    row = {**refused_and_zoomed, "turns": refused_and_zoomed["turns"][:turns]}
+    s = sft.encode(policy, row, world)
+    assert s.ids[-1] == policy.end_id and s.mask[-1] and len(s.images) == 2
+
+
 @pytest.mark.parametrize("size", [(84, 84), (252, 253), (756, 400), (30, 500), (1, 1), (57, 56)])
 def test_images_of_odd_sizes(every, size):
     """The copy shown is a multiple of patch x merge within the limits, and equals the family's
@@ -160,14 +207,14 @@ def test_a_packed_batch_by_hand(policy):
     image = policy.image_id
     one, two, three = sft.Sequence(), sft.Sequence(), sft.Sequence()
     patches = torch.randn(24, 1176, dtype=torch.float64)
-    one.add([1, 2, *[image] * 6], False, (patches, (1, 4, 6)))
-    one.add([3], True)
-    two.add([4], False)
-    two.add([5, 6], True)
+    one.add([101, 102, *[image] * 6], False, (patches, (1, 4, 6)))
+    one.add([103], True)
+    two.add([104], False)
+    two.add([105, 106], True)
     three.add([image], False, (patches[:4], (1, 2, 2)))
-    three.add([7], True)
+    three.add([107], True)
     batch = sft.collate(policy, [one, two, three])
-    assert batch["input_ids"].tolist() == [[1, 2, *[image] * 6, 3, 4, 5, 6, image, 7]]
+    assert batch["input_ids"].tolist() == [[101, 102, *[image] * 6, 103, 104, 105, 106, image, 107]]
     assert batch["position_ids"].tolist() == [[[0, 1, 2, 2, 2, 2, 2, 2, 5, 0, 1, 2, 0, 1]],
                                               [[0, 1, 2, 2, 2, 3, 3, 3, 5, 0, 1, 2, 0, 1]],
                                               [[0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2, 0, 1]]]
@@ -175,6 +222,14 @@ def test_a_packed_batch_by_hand(policy):
     assert torch.equal(batch["pixel_values"], torch.cat([patches, patches[:4]]))
     assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
     assert "pixel_values" not in sft.collate(policy, [two])
+    # two images in one conversation; all tensors go to the policy's device ("meta": a GPU's part)
+    one.add([image], False, (patches[:4], (1, 2, 2)))
+    there = SimpleNamespace(image_id=image, merge=2, device=torch.device("meta"))
+    batch = sft.collate(there, [one])
+    assert batch["pixel_values"].shape == (28, 1176) and batch["image_grid_thw"].shape == (2, 3)
+    assert all(t.device.type == "meta" for name, t in batch.items() if name != "lengths")
+    where = sft.collate(policy, [one])["position_ids"]
+    assert where[:, 0, -2:].tolist() == [[5, 6]] * 3
 
 
 def test_logprobs_of_texts_equal_the_library(policy):
@@ -240,6 +295,11 @@ def test_banned_ids_have_no_probability(policy):
     assert policy.image_id in policy.banned and policy.end_id not in policy.banned
     assert (scores[:, policy.banned] == -torch.inf).all()
     assert torch.allclose(scores.exp().sum(-1), torch.ones(5, dtype=torch.float64))
+    # a sum over 152,000 ids in bfloat16 would be off by percents: float32 at least
+    head = torch.nn.Linear(8, 20, bias=False, dtype=torch.bfloat16)
+    narrow = SimpleNamespace(model=SimpleNamespace(lm_head=head), banned_index=torch.tensor([3]))
+    scores = sft.project(narrow, torch.randn(5, 8, dtype=torch.bfloat16))
+    assert scores.dtype == torch.float32 and (scores.exp().sum(-1) - 1).abs().max() < 1e-5
 
 
 def test_batched_vision_windows_equal_the_library(every):
@@ -283,6 +343,8 @@ def test_micro_batches_keep_every_conversation_within_the_budget():
     sequences = [sft.Sequence(ids=[0] * n) for n in (5, 30, 7, 12, 1, 12)]
     batches = list(sft.micro_batches(sequences, 24))
     assert [[len(s.ids) for s in b] for b in batches] == [[5], [30], [7, 12, 1], [12]]
+    full = sft.micro_batches([sft.Sequence(ids=[0] * n) for n in (10, 14, 24, 1)], 24)
+    assert [len(b) for b in full] == [2, 1, 1] and not list(sft.micro_batches([], 24))
 
 
 def test_one_ahead():
@@ -309,6 +371,10 @@ def test_learning_rate_by_hand():
     rates = [sft.learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
     assert (rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5)
             and rates[9] == pytest.approx(0.0380602337))
+    assert sft.learning_rate(0, 10, 4.0, 0.2) == 2 and sft.learning_rate(6, 10, 4.0, 0.2) == 2
+    # no warm-up, and nothing else; 0.25 of 10 steps are 2
+    assert sft.learning_rate(0, 10, 4.0, 0) == 4 == sft.learning_rate(9, 10, 4.0, 1)
+    assert sft.learning_rate(1, 10, 4.0, 0.25) == 4
 
 
 def test_step_rows_visit_every_row_once_per_epoch():
@@ -316,8 +382,14 @@ def test_step_rows_visit_every_row_once_per_epoch():
     seen = [r["i"] for step in range(7) for r in sft.step_rows(rows, step, 3, seed=1)]
     for epoch in range(3):
         assert sorted(seen[7 * epoch:7 * epoch + 7]) == list(range(7))
-    assert (seen[:7] != seen[7:14]
-            and seen != [r["i"] for s in range(7) for r in sft.step_rows(rows, s, 3, seed=2)])
+    orders = {tuple(r["i"] for r in sft.step_rows(rows, epoch, 7, seed))
+              for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16    # every seed and every epoch has its own
+    # whatever the size of a batch, which may be several epochs, and whatever else is random
+    states = numpy.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
+    assert [r["i"] for r in sft.step_rows(rows, 0, 21, seed=1)] == seen
+    assert (numpy.random.get_state()[1] == states[0]).all() and random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2]) and rows == [{"i": i} for i in range(7)]
 
 
 def test_freeze_vision(every):
@@ -937,21 +1009,40 @@ def test_gradients_are_sent_while_backward_runs(monkeypatch):
     assert (optimizer.buckets[0].master.grad == 3 * 6).all()    # 2 x 3 ways there, three times
 
 
-def test_logits_never_exist_whole():
-    """4,096 positions and a vocabulary of 152,064: whole float32 logits would take 2.5 GB; a chunk
-    of 256 takes 0.16 GB, and no more than a handful of its size live at once, forward and
-    backward."""
-    torch.manual_seed(0)
-    head, hidden = (torch.nn.Linear(16, 152064, bias=False),
-                    torch.randn(4096, 16, requires_grad=True))
+def modelled(hidden, seen):
+    """A policy whose model computes these (T, D), with 20,000 ids; seen: what it got."""
     body = SimpleNamespace(last_hidden_state=hidden[None])
-    policy = SimpleNamespace(model=SimpleNamespace(model=lambda **inputs: body, lm_head=head),
-                             banned_index=torch.tensor([3]))
-    batch = {"input_ids": torch.randint(4, 152064, (1, 4096)), "written": torch.arange(1, 4096)}
+    return SimpleNamespace(banned_index=torch.tensor([3]), model=SimpleNamespace(
+        model=lambda **inputs: seen.update(inputs) or body,
+        lm_head=torch.nn.Linear(hidden.shape[1], 20_000, bias=False)))
+
+
+def test_logits_never_exist_whole():
+    """1,023 positions and a vocabulary of 20,000: whole float32 logits would take 82 MB; a chunk of
+    64 takes 5 MB, and no more than a handful of its size live at once, forward and backward. The
+    model gets all of the batch, and its gradient."""
+    hidden, seen = torch.randn(1024, 16, requires_grad=True), {}
+    batch = {"input_ids": torch.randint(4, 20_000, (1, 1024)), "written": torch.arange(1, 1024),
+             "position_ids": torch.arange(3 * 1024).view(3, 1, 1024), "lengths": [1024],
+             "pixel_values": torch.ones(4, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    policy = modelled(hidden, seen)
     with LiveBytes() as memory:
-        sft.token_logprobs(policy, batch, chunk=256).sum().backward()
-    chunk = 256 * 152064 * 4
+        sft.token_logprobs(policy, batch, chunk=64).sum().backward()
+    chunk = 64 * 20_000 * 4
     assert chunk < memory.peak < 6 * chunk and hidden.grad.abs().sum() > 0
+    assert seen["lengths"] == [1024] and all(
+        torch.equal(seen[name], batch[name]) for name in batch.keys() - {"written", "lengths"})
+
+
+def test_nothing_written_is_still_connected():
+    """A rank whose conversations are masked still takes part in backward."""
+    hidden = torch.randn(3, 16, requires_grad=True)
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "lengths": [3],
+             "position_ids": torch.zeros(3, 1, 3), "written": torch.tensor([], dtype=torch.long)}
+    scores = sft.token_logprobs(modelled(hidden, {}), batch)
+    assert scores.shape == (0,)
+    scores.sum().backward()
+    assert (hidden.grad == 0).all()
 
 
 def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
