@@ -198,9 +198,10 @@ class Bucket:
     """Parameters that travel together. They become views into one flat tensor, padded so that it
     can be cut into equal pieces.
 
-    own: the piece that this rank looks after (the whole, if not sharded). master: what AdamW
-    trains, own itself or, if the weights are in bfloat16, a float32 copy of it, since a small step
-    would be lost in bfloat16's 8 bits.
+    params, sizes, size: the parameters, how many numbers each has, and all (padding does not
+    count). flat: the tensor. own: the piece that this rank looks after (the whole, if not sharded).
+    master: what AdamW trains, own itself or, if the weights are in bfloat16, a float32 copy of it,
+    since a small step would be lost in bfloat16's 8 bits. missing: gradients still to come.
     """
 
     def __init__(self, params, pieces, piece):
@@ -299,9 +300,11 @@ class Optimizer:
             self.send(self.buckets[self.next])
 
     def send(self, bucket):
-        """Take a bucket's gradients and start their way to where they are summed. Sharded, that is
-        a reduce-scatter in every round. Otherwise rounds are added up in master.grad, and the last
-        one takes the sum along, into the only all-reduce."""
+        """Take a bucket's gradients and start their way to where they are summed; the bucket behind
+        it is `next`. Sharded, that is a reduce-scatter in every round. Otherwise rounds are added
+        up in master.grad, and the last one takes that sum out again and along, into the only
+        all-reduce. What travels waits in `flying`, first in first out: (bucket, what will hold the
+        sum, what was sent, the work), at most two buckets behind a call."""
         self.next += 1
         flat = bucket.take_gradients()
         out, work = flat, None
@@ -327,9 +330,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr, max_norm, healthy=True):
-        """Clip the global norm, AdamW, new weights to all ranks. Returns the norm before clipping.
-        If it is not finite (or healthy is False, on all ranks alike) nothing changes and the step
-        is counted in `skipped`."""
+        """Clip the global norm (times max_norm / (norm + 1e-6), as torch does, if that is below 1),
+        AdamW, new weights to all ranks. Returns the norm before clipping. If it is not finite (or
+        healthy is False, on all ranks alike) nothing changes, AdamW's moments included, and
+        `skipped` counts one step more; it counts steps in a row. Gradients are freed either way."""
         squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
                       for bucket in self.buckets)
         if self.shard:
@@ -368,7 +372,9 @@ class Optimizer:
     @torch.no_grad()
     def load(self, parts):
         """Take over the state() of all ranks of an earlier run. If their number was another one,
-        pieces are put together and cut anew. Raises ValueError if it was another model."""
+        pieces are put together and cut anew, the master like AdamW's moments (a run without a good
+        step has none). Raises ValueError, before anything changes, if it was another model: another
+        number of buckets, or another size of one."""
         if [part["size"] for part in parts[0]] != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
         for i, bucket in enumerate(self.buckets):

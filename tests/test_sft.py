@@ -551,6 +551,10 @@ def test_a_bucket_by_hand(dtype, wide):
     flat = bucket.take_gradients()
     assert flat.tolist() == [0.5] * 6 + [0.0] * 6 and flat.dtype == wide
     assert a.grad is None and b.grad is None
+    # no more padding than is needed, and where the parameters are ("meta": a GPU's part)
+    assert len(sft.Bucket([b], 2, 0).flat) == 4
+    b = torch.nn.Parameter(torch.ones(3, device="meta"))
+    assert sft.Bucket([b], 1, 0).flat.device.type == "meta"
 
 
 SUMS = """
@@ -611,7 +615,8 @@ def test_state_is_cut_anew_by_hand():
     """A bucket of 10 numbers, saved by two ranks (5 + 5) or by three (4 + 4 + 4, two of them
     padding), taken over by three, two and one; the count of steps is no piece of anything."""
     def part(numbers):
-        return [{"size": 10, "master": torch.tensor(numbers), "exp_avg": torch.tensor(numbers) * 10,
+        numbers = torch.tensor(numbers)
+        return [{"size": 10, "master": numbers, "exp_avg": numbers * 10, "exp_avg_sq": numbers * 20,
                  "step": torch.tensor(7.0)}]
 
     two = [part([0.0, 1, 2, 3, 4]), part([5.0, 6, 7, 8, 9])]
@@ -619,9 +624,7 @@ def test_state_is_cut_anew_by_hand():
     for saved, pieces, piece, expected in (
             (two, 3, 1, [4, 5, 6, 7]), (two, 3, 2, [8, 9, 0, 0]), (two, 2, 1, [5, 6, 7, 8, 9]),
             (three, 2, 0, [0, 1, 2, 3, 4]), (three, 1, 0, list(range(10)))):
-        length = -(-10 // pieces)
-        bucket = SimpleNamespace(size=10, own=torch.zeros(length),
-                                 master=torch.nn.Parameter(torch.zeros(length)))
+        bucket = sft.Bucket([torch.nn.Parameter(torch.zeros(10))], pieces, piece)
         optimizer = SimpleNamespace(
             buckets=[bucket], pieces=pieces, piece=piece, spread=lambda: None,
             adam=SimpleNamespace(state={bucket.master: {}}))
@@ -629,9 +632,92 @@ def test_state_is_cut_anew_by_hand():
         assert bucket.master.tolist() == expected
         state = optimizer.adam.state[bucket.master]
         assert state["exp_avg"].tolist() == [10 * n for n in expected] and state["step"] == 7
-    bucket.size = 11
+        assert state["exp_avg_sq"].tolist() == [20 * n for n in expected]
+        # a view of the whole would keep all of it
+        assert state["exp_avg"].untyped_storage().nbytes() == 4 * len(expected)
+    one, two = ([sft.Bucket([torch.nn.Parameter(torch.zeros(n))], 1, 0) for n in sizes]
+                for sizes in ([11], [10, 1]))
+    for optimizer.buckets in (one, two):    # another size; more buckets
+        with pytest.raises(ValueError, match="another model"):
+            sft.Optimizer.load(optimizer, saved)
+    optimizer.buckets = one[:0]             # fewer
     with pytest.raises(ValueError, match="another model"):
         sft.Optimizer.load(optimizer, saved)
+
+
+def one_step(param, optimizer, slope=1.0, **how):
+    optimizer.backward([None], lambda _: (param * slope).sum())
+    return optimizer.step(0.1, 1e9, **how)
+
+
+def matrix_and_optimizer(dtype=torch.float32, value=1.0):
+    param = torch.nn.Parameter(torch.full((2, 3), value, dtype=dtype))
+    return param, sft.Optimizer([param], 0.1, 0.1)
+
+
+def same_state(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_was_loaded_goes_on_like_the_one_that_was_saved(dtype):
+    """Saved by one rank after a step, loaded as two halves into another optimizer: its weights are
+    the same at once and after a step more, and so is what it would save."""
+    (p, saved), (q, loaded) = matrix_and_optimizer(dtype), matrix_and_optimizer(dtype, 0.0)
+    loaded.load([saved.state()])    # before any step there are no moments
+    one_step(p, saved)
+    whole = saved.state()[0]
+    loaded.load([[{key: value if key in ("size", "step") else value[at:at + 3].clone()
+                   for key, value in whole.items()}] for at in (0, 3)])
+    assert torch.equal(p, q)
+    one_step(p, saved, 2.0), one_step(q, loaded, 2.0)
+    assert torch.equal(p, q) and same_state(saved.state()[0], loaded.state()[0])
+
+
+def test_an_unhealthy_step_changes_nothing():
+    """Neither weights nor moments nor AdamW's count of steps; the gradient is gone, and counted."""
+    p, optimizer = matrix_and_optimizer()
+    one_step(p, optimizer)
+    for bad in ({"healthy": False}, {"slope": math.nan}):
+        before = [{key: torch.as_tensor(value).clone() for key, value in part.items()}
+                  for part in optimizer.state()]
+        norm = one_step(p, optimizer, **bad)
+        assert norm == pytest.approx(6**0.5) if "healthy" in bad else math.isnan(norm)
+        assert same_state(before[0], optimizer.state()[0])
+        assert torch.equal(p.detach().flatten(), before[0]["master"])
+    assert optimizer.skipped == 2
+    assert one_step(p, optimizer) == pytest.approx(6**0.5) and optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("shard", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_which_messages_are_sent(monkeypatch, count, shard):
+    """The first of two ranks whose gradients are the same, without the other. Three micro-batches:
+    sharded, a reduce-scatter of every bucket in every round; else one all-reduce a bucket, in the
+    last. None waits for its end, and at most two are under way when another one starts."""
+    sent, flying = [], []
+
+    def message(kind, how):
+        sent.append((kind, how.get("async_op", False)))
+        flying.append(len(optimizer.flying))
+        return SimpleNamespace(wait=lambda: None)
+
+    def reduce_scatter(out, flat, **how):
+        out.copy_(2 * flat[:len(out)])
+        return message("scatter", how)
+
+    monkeypatch.setattr(sft, "world_size", lambda: 2)
+    monkeypatch.setattr(sft, "over_ranks", lambda values, *more: values)
+    monkeypatch.setattr(sft, "reduce_scatter", reduce_scatter)
+    monkeypatch.setattr(sft.dist, "all_reduce",
+                        lambda flat, **how: (flat.mul_(2), message("reduce", how))[1])
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(count)]
+    optimizer = sft.Optimizer(params, 0.1, 0.0, shard=shard, megabytes=1e-6)
+    optimizer.backward(range(3), lambda _: sum(p.sum() for p in params))
+    assert all((b.master.grad == 6).all() for b in optimizer.buckets)
+    assert sent == ([("scatter", True)] * 3 * count if shard else [("reduce", True)] * count)
+    assert max(flying) == min(2, len(sent) - 1)
 
 
 WORKER = """
