@@ -74,7 +74,8 @@ def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
         "group"      b = mean(r) over all, unfinished ones with their reward, 0 (released code)
         "completed"  b = mean(r) over the completed ones
         a number     b = that number; s is of the rewards with b in the place of unfinished ones
-    With fewer than two responses in the baseline, or no spread, A' = 0, never NaN.
+    With fewer than two responses that enter s, no spread, or a reward that is NaN, A' = 0 in the
+    whole group, never NaN.
     """
     alone = unfinished_value == "completed"
     weight = completed.to(rewards.dtype) if alone else torch.ones_like(rewards)          # (P, G)
@@ -114,7 +115,9 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO). clip_dual c > 1: where
     A' < 0 the objective is not below c A' (0: no bound, as in the paper). denominator: the count
     over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
-    that is still connected to logprobs. Raises ValueError for an unknown divisor or aggregation.
+    that is still connected to logprobs. Masked responses (M = 0) add nothing, whatever their
+    advantages and log-probs are. Raises ValueError for an unknown divisor or aggregation, whether a
+    denominator is given or not, and for "constant" without max_tokens.
     """
     if divisor not in ("completed", "all") or aggregation not in ("response", "token", "constant"):
         raise ValueError(f"unknown divisor '{divisor}' or aggregation '{aggregation}'")
@@ -123,8 +126,9 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     if denominator is None:
         denominator = count_denominator(mask, completed, divisor=divisor, aggregation=aggregation,
                                         max_tokens=max_tokens).item()
+    mask = mask & completed[:, None]  # (B, T)
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (B, T)
-    advantage = (advantages * completed)[:, None]  # (B, 1)
+    advantage = advantages[:, None]  # (B, 1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
     objective = torch.min(ratio * advantage, clipped * advantage)  # (B, T)
     if clip_dual:
@@ -145,14 +149,15 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
 def is_unfinished(rollout, args):
     """The conversation did not end by itself (answer or void) but for lack of turns or context.
     --mask_void: nor does a turn that breaks off, at its token cap or without a call or an answer,
-    count as an end."""
+    count as an end. Whether unfinished ones are masked is another question: a penalty is for them,
+    too."""
     lacking = ["over_turn", "over_context"] + ["void"] * args.mask_void
     return rollout.finish in lacking
 
 
 def is_completed(rollout, args):
-    """M_i: the conversation is not masked. Those that are played to their end (outcome) never
-    are."""
+    """M_i: the conversation is not masked. Without --overturn_mask none is, nor is any that was
+    played to its end (outcome)."""
     masking = args.overturn_mask and args.unfinished_value != "outcome"
     return not (masking and is_unfinished(rollout, args))
 
@@ -192,8 +197,9 @@ def pick_rows(sizes, weights, places, total, seed, step, attempt):
 
 
 def cut_at(rollout, turns):
-    """What is trained on of a conversation that was played beyond the training cap: its first
-    `turns` turns, with what came of them in the end."""
+    """What is trained on of a conversation that was played beyond the training cap: a copy with its
+    first `turns` turns and their tokens, with what came of them in the end. One that is no longer
+    stays as it is. Images are cut again from the turns."""
     if len(rollout.turns) <= turns:
         return rollout
     ends = [t for t in range(1, len(rollout.ids)) if rollout.mask[t - 1] and not rollout.mask[t]]
@@ -381,7 +387,8 @@ def learning_rate(step, args):
 
 
 def subtracted(args, value):
-    """The unfinished_value of group_advantages in this step; value: of score_held_out, if known."""
+    """The unfinished_value of group_advantages in this step. value: what score_held_out found, None
+    before the first evaluation; 0 is a value."""
     # nothing is masked, or nothing known yet: an ordinary baseline, the group's mean
     if not args.overturn_mask or args.unfinished_value == "outcome":
         return "group"

@@ -792,7 +792,7 @@ def token_logprobs(policy, batch, chunk=4096):
 
     parts = [checkpoint(score, h, t, use_reentrant=False) if len(targets) > chunk else score(h, t)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.cat(parts) if parts else hidden.sum(-1)
+    return torch.cat(parts)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ ASSIGNMENTS = {
             "test_evaluate.py::test_benchmarks_are_scored_as_their_authors_do": 3})]),
     4: Assignment("GRPO: advantages, the over-turn mask and the value of what is unfinished", 5, [
         Task("advantages of a group", ["rl.py:group_advantages"], {
-            "test_rl.py::test_group_advantages_by_hand": 10,
+            "test_rl.py::test_group_advantages_by_hand": 7,
+            "test_rl.py::test_groups_do_not_know_of_each_other": 3,
             "test_rl.py::test_no_spread_means_no_advantage_and_never_nan": 4,
             "test_rl.py::test_a_number_needs_a_spread_too": 4,
             "test_rl.py::test_one_completed_response_outside_the_baseline_has_no_advantage": 3,

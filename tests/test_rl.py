@@ -2,6 +2,7 @@
 float64 autograd, and real runs on one and two processes."""
 
 import argparse
+import copy
 import json
 import math
 import threading
@@ -48,6 +49,23 @@ def test_group_advantages_by_hand():
     paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)
     assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64),
                           atol=1e-12)
+    # a negative value: (1, -1/2) has mean 1/4 and deviation sqrt(9/8); 3/2 over that is sqrt(2)
+    fined = rl.group_advantages(torch.tensor([[1.0, 0]], dtype=torch.float64),
+                                torch.tensor([[T, F]]), unfinished_value=-0.5, eps=0.0)
+    assert torch.allclose(fined, torch.tensor([[2**0.5, 0]], dtype=torch.float64), atol=1e-12)
+
+
+def test_groups_do_not_know_of_each_other():
+    """Three groups at once: (1, 0, 0, 0) and (1, 1, 1, 0), whose deviations are 1/2 and 1/2, means
+    1/4 and 3/4; and one with a reward that is not a number, which teaches nothing. With b = 1/2 a
+    group without a right answer still learns that its wrong one is worse than going on."""
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [math.nan, 1, 0, 0]])
+    found = rl.group_advantages(rewards, torch.ones(3, 4, dtype=torch.bool), eps=0.0)
+    assert found.tolist() == [[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5], [0, 0, 0, 0]]
+    found = rl.group_advantages(torch.zeros(2, 4), torch.tensor([[T, F, F, F], [T, T, T, F]]),
+                                unfinished_value=0.5, eps=0.0)
+    # (0, 1/2, 1/2, 1/2) and (0, 0, 0, 1/2) have deviation 1/4
+    assert found.tolist() == [[-2, 0, 0, 0], [-2, -2, -2, 0]]
 
 
 @pytest.mark.parametrize("rewards, completed", [
@@ -174,6 +192,14 @@ def test_grpo_loss_by_hand():
         loss = rl.grpo_loss(*args, aggregation=aggregation, divisor=divisor, max_tokens=10)
         assert loss.item() == pytest.approx(-value, abs=1e-12)
     assert rl.grpo_loss(*args, denominator=7).item() == pytest.approx(-0.35 / 7)
+    # clip 0.4 / 0.5: 1.5 and 1, mean 1.25; min(-0.5, -0.6) = -0.6
+    loss = rl.grpo_loss(*args, clip_low=0.4, clip_high=0.5)
+    assert loss.item() == pytest.approx(-(1.25 - 0.6) / 2)
+    # a response of which nothing was sampled adds nothing, but is counted
+    none = torch.zeros(1, 2)
+    more = [torch.cat([a, b.to(a.dtype)]) for a, b in
+            zip(args, (none, none, torch.ones(1), none.bool(), torch.tensor([T])))]
+    assert rl.grpo_loss(*more).item() == pytest.approx(-0.35 / 3)
 
 
 def reference_loss(new, old, advantages, mask, completed, low, high):
@@ -232,18 +258,24 @@ def test_micro_batches_add_up(aggregation, divisor):
 def test_masked_responses_get_no_gradient_and_no_garbage():
     """Neither an over-turn response nor an unsampled position moves anything, whatever stands
     there."""
-    new, old, advantages, mask, completed = random_batch(5)
-    completed[0], completed[1] = F, T
-    old = torch.where(mask, old, torch.tensor(-1e30, dtype=torch.float64))
-    new.requires_grad_(True)
-    rl.grpo_loss(new, old, advantages, mask, completed).backward()
-    assert torch.isfinite(new.grad).all()
-    assert ((new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all()
-            and new.grad.abs().sum() > 0)
+    for value in (1e30, -1e30, math.inf, math.nan):
+        for which in (0, 1):    # under the trained and the sampling policy
+            new, old, advantages, mask, completed = random_batch(5)
+            completed[0], completed[1] = F, T
+            clean = rl.grpo_loss(new, old, advantages, mask, completed)
+            (new, old)[which][~mask | ~completed[:, None]] = value
+            advantages[~completed] = value
+            new.requires_grad_(True)
+            loss = rl.grpo_loss(new, old, advantages, mask, completed)
+            loss.backward()
+            assert loss.item() == pytest.approx(clean.item()) and torch.isfinite(new.grad).all()
+            assert ((new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all()
+                    and new.grad.abs().sum() > 0)
 
 
 def test_nothing_completed_is_a_zero_loss_still_connected():
     new, old, advantages, mask, _ = random_batch(2)
+    new[~mask] = math.inf
     new.requires_grad_(True)
     loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool))
     loss.backward()
@@ -261,15 +293,16 @@ def test_dual_clip_bounds_a_negative_advantage_by_hand():
     loss = rl.grpo_loss(*batch, clip_dual=3.0)
     loss.backward()
     assert loss.item() == pytest.approx((3 - 1.3) / 2) and (new.grad == 0).all()
+    assert rl.grpo_loss(*batch, clip_dual=5.0).item() == pytest.approx((5 - 1.3) / 2)
     ratio_2 = torch.full((2, 1), math.log(2.0)), *batch[1:]
     assert rl.grpo_loss(*ratio_2, clip_dual=3.0).item() == rl.grpo_loss(*ratio_2).item()
 
 
 def test_unknown_flags_are_refused():
-    with pytest.raises(ValueError):
-        rl.grpo_loss(*random_batch(0), divisor="some")
-    with pytest.raises(ValueError):
-        rl.grpo_loss(*random_batch(0), aggregation="constant")
+    for flags in ({"divisor": "some"}, {"aggregation": "some"}, {"aggregation": "constant"}):
+        for denominator in (None, 3):
+            with pytest.raises(ValueError):
+                rl.grpo_loss(*random_batch(0), **flags, denominator=denominator)
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -293,24 +326,35 @@ def test_who_is_masked(flags, expected):
                                  "unfinished_value": "group", **flags})
     assert [rl.is_completed(evaluate.Rollout(finish=finish), args)
             for finish in evaluate.FINISHES] == expected
+    # masked or not, unfinished is what ran out (the penalty is for these)
+    ran_out = ["over_turn", "over_context"] + ["void"] * args.mask_void
+    assert [finish for finish in evaluate.FINISHES
+            if rl.is_unfinished(evaluate.Rollout(finish=finish), args)] == sorted(
+                ran_out, key=evaluate.FINISHES.index)
 
 
 def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
-    """A conversation that was played on is cut behind its second turn: its tokens, log-probs and
-    images are those of the same conversation played with two turns at most, its reward is that of
-    the whole; one that was shorter stays as it is."""
+    """A conversation that was played on is cut behind its first or second turn: its tokens,
+    log-probs and images are those of the same conversation played with as many turns at most, its
+    reward is that of the whole; one that was shorter stays as it is."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     play = lambda turns: evaluate.Engine(
         trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
-    cut = 0
-    for short, whole in zip(play(2), play(6)):
-        part = rl.cut_at(whole, 2)
-        assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
-        assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
-                and len(part.logprobs) == sum(part.mask))
-        assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
-        cut += part is not whole
-    assert cut > 0
+    longer = play(6)
+    for turns in (1, 2):
+        cut = 0
+        for short, whole in zip(play(turns), longer):
+            before = copy.deepcopy((whole.ids, whole.mask, whole.turns, whole.logprobs))
+            part = rl.cut_at(whole, turns)
+            assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
+            assert (part.finish, part.prediction) == (whole.finish, whole.prediction)
+            assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
+                    and len(part.logprobs) == sum(part.mask))
+            assert [t["text"] for t in part.turns] == [t["text"] for t in short.turns]
+            assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
+            assert (whole.ids, whole.mask, whole.turns, whole.logprobs) == before
+            cut += len(part.ids) < len(whole.ids)
+        assert cut > 0
 
 
 def test_learning_rate_by_hand():

@@ -223,13 +223,13 @@ def test_a_packed_batch_by_hand(policy):
     assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
     assert "pixel_values" not in sft.collate(policy, [two])
     # two images in one conversation; all tensors go to the policy's device ("meta": a GPU's part)
-    one.add([image], False, (patches[:4], (1, 2, 2)))
+    one.add([image] * 4, False, (patches[:16], (1, 4, 4)))
     there = SimpleNamespace(image_id=image, merge=2, device=torch.device("meta"))
     batch = sft.collate(there, [one])
-    assert batch["pixel_values"].shape == (28, 1176) and batch["image_grid_thw"].shape == (2, 3)
+    assert batch["pixel_values"].shape == (40, 1176) and batch["image_grid_thw"].shape == (2, 3)
     assert all(t.device.type == "meta" for name, t in batch.items() if name != "lengths")
     where = sft.collate(policy, [one])["position_ids"]
-    assert where[:, 0, -2:].tolist() == [[5, 6]] * 3
+    assert where[:, 0, -5:].tolist() == [[5, 6, 6, 6, 6], [5, 6, 6, 7, 7], [5, 6, 7, 6, 7]]
 
 
 def test_logprobs_of_texts_equal_the_library(policy):
