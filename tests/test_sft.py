@@ -611,6 +611,20 @@ def test_gradients_of_two_processes_by_hand(tmp_path):
     on_two_processes("gradients", tmp_path)
 
 
+def optimizer_of(size, pieces=1, piece=0, dtype=torch.float32):
+    """What Optimizer.load uses of an optimizer of one bucket, without the rest."""
+    length = -(-size // pieces)
+    flat = torch.zeros(length * pieces, dtype=dtype)
+    own = flat[length * piece:length * (piece + 1)]
+    master = torch.nn.Parameter(own if dtype == torch.float32 else own.float())
+    bucket = SimpleNamespace(size=size, sizes=[size], flat=flat, own=own, master=master)
+    return SimpleNamespace(
+        buckets=[bucket], pieces=pieces, piece=piece,
+        adam=torch.optim.AdamW([master], 0.1, weight_decay=0.1, fused=True),
+        # a master that is the piece itself has nothing to be copied
+        spread=lambda: None if dtype == torch.float32 else own.copy_(master.data))
+
+
 def test_state_is_cut_anew_by_hand():
     """A bucket of 10 numbers, saved by two ranks (5 + 5) or by three (4 + 4 + 4, two of them
     padding), taken over by three, two and one; the count of steps is no piece of anything."""
@@ -624,10 +638,8 @@ def test_state_is_cut_anew_by_hand():
     for saved, pieces, piece, expected in (
             (two, 3, 1, [4, 5, 6, 7]), (two, 3, 2, [8, 9, 0, 0]), (two, 2, 1, [5, 6, 7, 8, 9]),
             (three, 2, 0, [0, 1, 2, 3, 4]), (three, 1, 0, list(range(10)))):
-        bucket = sft.Bucket([torch.nn.Parameter(torch.zeros(10))], pieces, piece)
-        optimizer = SimpleNamespace(
-            buckets=[bucket], pieces=pieces, piece=piece, spread=lambda: None,
-            adam=SimpleNamespace(state={bucket.master: {}}))
+        optimizer = optimizer_of(10, pieces, piece)
+        [bucket] = optimizer.buckets
         sft.Optimizer.load(optimizer, saved)
         assert bucket.master.tolist() == expected
         state = optimizer.adam.state[bucket.master]
@@ -635,24 +647,10 @@ def test_state_is_cut_anew_by_hand():
         assert state["exp_avg_sq"].tolist() == [20 * n for n in expected]
         # a view of the whole would keep all of it
         assert state["exp_avg"].untyped_storage().nbytes() == 4 * len(expected)
-    one, two = ([sft.Bucket([torch.nn.Parameter(torch.zeros(n))], 1, 0) for n in sizes]
-                for sizes in ([11], [10, 1]))
-    for optimizer.buckets in (one, two):    # another size; more buckets
+    more = optimizer_of(10), optimizer_of(1)
+    for optimizer.buckets in (optimizer_of(11).buckets, more[0].buckets + more[1].buckets, []):
         with pytest.raises(ValueError, match="another model"):
             sft.Optimizer.load(optimizer, saved)
-    optimizer.buckets = one[:0]             # fewer
-    with pytest.raises(ValueError, match="another model"):
-        sft.Optimizer.load(optimizer, saved)
-
-
-def one_step(param, optimizer, slope=1.0, **how):
-    optimizer.backward([None], lambda _: (param * slope).sum())
-    return optimizer.step(0.1, 1e9, **how)
-
-
-def matrix_and_optimizer(dtype=torch.float32, value=1.0):
-    param = torch.nn.Parameter(torch.full((2, 3), value, dtype=dtype))
-    return param, sft.Optimizer([param], 0.1, 0.1)
 
 
 def same_state(one, other):
@@ -664,30 +662,44 @@ def same_state(one, other):
 def test_a_state_that_was_loaded_goes_on_like_the_one_that_was_saved(dtype):
     """Saved by one rank after a step, loaded as two halves into another optimizer: its weights are
     the same at once and after a step more, and so is what it would save."""
-    (p, saved), (q, loaded) = matrix_and_optimizer(dtype), matrix_and_optimizer(dtype, 0.0)
-    loaded.load([saved.state()])    # before any step there are no moments
-    one_step(p, saved)
-    whole = saved.state()[0]
-    loaded.load([[{key: value if key in ("size", "step") else value[at:at + 3].clone()
-                   for key, value in whole.items()}] for at in (0, 3)])
-    assert torch.equal(p, q)
-    one_step(p, saved, 2.0), one_step(q, loaded, 2.0)
-    assert torch.equal(p, q) and same_state(saved.state()[0], loaded.state()[0])
+    saved, loaded = optimizer_of(6, dtype=dtype), optimizer_of(6, dtype=dtype)
+    state = sft.Optimizer.state
+
+    def step(optimizer, slope):
+        optimizer.buckets[0].master.grad = torch.full((6,), slope)
+        optimizer.adam.step()
+        optimizer.spread()
+        return optimizer.buckets[0].own
+
+    sft.Optimizer.load(loaded, [state(saved)])      # before any step there are no moments
+    step(saved, 1.0)
+    sft.Optimizer.load(loaded, [
+        [{key: value if key in ("size", "step") else value[at:at + 3].clone()
+          for key, value in state(saved)[0].items()}] for at in (0, 3)])
+    assert torch.equal(saved.buckets[0].own, loaded.buckets[0].own)
+    assert torch.equal(step(saved, 2.0), step(loaded, 2.0))
+    assert same_state(state(saved)[0], state(loaded)[0])
 
 
 def test_an_unhealthy_step_changes_nothing():
     """Neither weights nor moments nor AdamW's count of steps; the gradient is gone, and counted."""
-    p, optimizer = matrix_and_optimizer()
-    one_step(p, optimizer)
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = sft.Optimizer([p], 0.1, 0.1)
+
+    def one_step(slope=1.0, **how):
+        optimizer.backward([None], lambda _: (p * slope).sum())
+        return optimizer.step(0.1, 1e9, **how)
+
+    one_step()
     for bad in ({"healthy": False}, {"slope": math.nan}):
         before = [{key: torch.as_tensor(value).clone() for key, value in part.items()}
                   for part in optimizer.state()]
-        norm = one_step(p, optimizer, **bad)
+        norm = one_step(**bad)
         assert norm == pytest.approx(6**0.5) if "healthy" in bad else math.isnan(norm)
         assert same_state(before[0], optimizer.state()[0])
         assert torch.equal(p.detach().flatten(), before[0]["master"])
     assert optimizer.skipped == 2
-    assert one_step(p, optimizer) == pytest.approx(6**0.5) and optimizer.skipped == 0
+    assert one_step() == pytest.approx(6**0.5) and optimizer.skipped == 0
 
 
 @pytest.mark.parametrize("shard", [True, False])
