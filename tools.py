@@ -230,7 +230,8 @@ def as_shown(image):
 def size_for_model(width, height, min_pixels, max_pixels, factor=28):
     """(width, height) of the copy of a view that the model is shown: multiples of `factor` (patch x
     merge), the area in [min_pixels, max_pixels] where that is possible, the aspect ratio kept as
-    well as the grid allows."""
+    well as the grid allows. Sides are rounded (Python's round, one factor at least), and rounded
+    anew towards the limit that this breaks, if it does; that may break the other one."""
     w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
     if w * h > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
@@ -284,7 +285,9 @@ def zoom(views, call):
     """Crop the box of `call` from its source at native resolution.
 
     views: PIL images, see source_index; call: {"bbox_2d": relative corners, "source": name}.
-    Pixels: floor of the near corner, ceil of the far one. Raises ToolError with a sentence.
+    Pixels: floor of the near corner, ceil of the far one. Raises ToolError with a sentence, which
+    names a source that is not there, or says "narrow" where the crop's longer side has more than
+    MAX_ASPECT times the pixels of its shorter one.
     """
     (x0, y0, x1, y1), source = check_call(call)
     index = source_index(source)
@@ -308,8 +311,8 @@ _TAG = re.compile(r"<(grounding|answer)>")
 
 
 def first_tag(text):
-    """The first complete call or answer outside of thoughts: (kind, what is inside, where it ends);
-    None if there is none."""
+    """The first complete call or answer outside of thoughts, the one that opens first: (kind, what
+    is inside as it is, where its closing tag ends in `text`); None if there is none."""
     text = _THINK.sub(lambda thought: " " * len(thought[0]), text)
     for match in _TAG.finditer(text):
         closing = f"</{match[1]}>"
@@ -323,7 +326,9 @@ def parse_turn(text):
     """What a turn asks for. Never raises.
 
     ("zoom", call) | ("answer", text) | ("error", sentence) | ("void", None: neither of these).
-    Text inside <think> is ignored, thinking is optional, and the first complete tag wins.
+    A call holds bbox_2d, four floats, and source, no more; an answer may be empty. A sentence is
+    one line of less than 200 characters with one full stop, at its end. Text inside <think>
+    is ignored, thinking is optional, and the first complete tag wins.
     """
     tag = first_tag(text)
     if tag is None:
@@ -345,7 +350,8 @@ def take_turn(views, text, number, max_turns, max_images):
 
     views: the images so far, original first; a successful crop is appended. max_images counts the
     original too. Returns (turn, finish, prediction): turn as stored in a row; finish None while it
-    goes on, else "answer" | "void" | "over_turn". A refused call costs a turn, no more.
+    goes on, else "answer" | "void" | "over_turn". A refused call costs a turn, no more; on the last
+    turn it is over_turn, too, and keeps its error.
     """
     kind, value = parse_turn(text)
     turn = {"text": text}
@@ -763,8 +769,8 @@ def normalise(text):
 
 
 def _option(text, options):
-    """Index of the option that `text` names by letter ("B", "(B)", "B. red") or by its words; None
-    if it names none."""
+    """Index of the option that `text` names by its words or by letter ("B", "(B)", "B. red"); None
+    if it names none, as a letter in front of other words than its option's does."""
     words = [normalise(option) for option in options]
     if normalise(text) in words:
         return words.index(normalise(text))
@@ -784,8 +790,8 @@ def decided(prediction, options=None):
 
 
 def match_answer(prediction, answer, options=None):
-    """Whether the prediction is the answer: the same option (letter or words), or normalised words.
-    """
+    """Whether the prediction is the answer. With options: whether both name the same one, and what
+    names none is wrong. Without: whether their normalised words are the same."""
     if prediction is None:
         return False
     if options:

@@ -67,7 +67,8 @@ ASSIGNMENTS = {
             "test_tools.py::test_zoom_returns_exactly_these_pixels": 10,
             "test_tools.py::test_zoom_into_an_observation_uses_its_native_pixels": 6,
             "test_tools.py::test_a_box_between_two_neighbouring_floats_still_holds_a_pixel": 4,
-            "test_tools.py::test_zoom_refuses_with_one_sentence": 5}),
+            "test_tools.py::test_how_narrow_a_box_may_be": 2,
+            "test_tools.py::test_zoom_refuses_with_one_sentence": 3}),
         Task("where a turn leads", ["tools.py:take_turn"], {
             "test_tools.py::test_what_a_turn_leads_to_by_what_it_asks_for": 20}),
         Task("what the model sees", ["tools.py:size_for_model"], {

@@ -68,6 +68,9 @@ def test_the_four_kinds_of_turn():
     ("<think>a</think> b <think><answer>1</answer>", ("void", None)),
     ("</think><answer>2</answer>", ("answer", "2")),                          # thinking is optional
     ("<think>two\nlines</think>\n<answer>2\n3</answer>", ("answer", "2\n3")),
+    # what a thought tears apart is no tag, and a tag that closes in a thought is not closed
+    ("<ans<think>x</think>wer>7</answer>", ("void", None)),
+    ("<answer>7<think></answer>", ("void", None)),
 ])
 def test_thoughts_are_ignored(text, expected):
     assert tools.parse_turn(text) == expected
@@ -83,6 +86,8 @@ def test_the_first_complete_tag_wins():
     assert tools.parse_turn("<answer>7</grounding>") == ("void", None)
     assert tools.parse_turn("</answer><answer>") == ("void", None)
     assert tools.parse_turn("<answer></answer>") == ("answer", "")
+    nested = "<answer>x<grounding>{}</grounding></answer>"     # first is what opens first
+    assert tools.parse_turn(nested) == ("answer", "x<grounding>{}</grounding>")
     # it ends where the closing tag does, in the text with its thoughts
     said = "<think>Is it <answer>1</answer>?</think><answer>7</answer>"
     assert tools.first_tag(said + " More.") == ("answer", "7", len(said))
@@ -124,7 +129,12 @@ def test_sources_that_are_refused(source):
                                   "{'bbox_2d': [0, 0, 1, 1], 'source': 'original_image'}",
                                   '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"',
                                   '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"} {}',
-                                  "\ud800", "\x00"])
+                                  "\ud800", "\x00",
+                                  # not guessed at: words around it, a trailing comma, a fence
+                                  *(form % '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}'
+                                    for form in ("Zoom: %s", "%s,", "```json\n%s\n```", "[%s]")),
+                                  '{"bbox_2d": [0, 0, 1, 1,], "source": "original_image"}',
+                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image", "why": "\n"}'])
 def test_calls_that_are_refused(body):
     kind, sentence = tools.parse_turn(f"<grounding>{body}</grounding>")
     assert kind == "error" and is_sentence(sentence)
@@ -191,6 +201,16 @@ def test_zoom_refuses_with_one_sentence(box, source, word):
     with pytest.raises(tools.ToolError) as error:
         tools.zoom([picture(250, 250), picture(2, 2)], {"bbox_2d": box, "source": source})
     assert is_sentence(str(error.value)) and word in str(error.value)
+
+
+def test_how_narrow_a_box_may_be():
+    """Its longer side has 200 times the pixels of its shorter one at most, whatever its source."""
+    for size in ((1, 200), (200, 1), (2, 400)):
+        call = {"bbox_2d": WHOLE, "source": "original_image"}
+        assert tools.zoom([picture(*size)], call).size == size
+    for size in ((1, 201), (201, 1), (2, 500)):
+        with pytest.raises(tools.ToolError, match="narrow"):
+            tools.zoom([picture(*size)], {"bbox_2d": WHOLE, "source": "original_image"})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -307,7 +327,8 @@ def test_a_turn_at_the_image_cap_keeps_its_refused_zoom():
 def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch):
     """However it is read, and however a crop is made: both are replaced here."""
     call = {"bbox_2d": WHOLE, "source": "original_image"}
-    asked = {"a": ("answer", "7"), "v": ("void", None), "e": ("error", "No."), "z": ("zoom", call)}
+    asked = {"a": ("answer", "7"), "v": ("void", None), "e": ("error", "No."), "z": ("zoom", call),
+             "n": ("answer", "")}
 
     def crop(views, call):
         if len(views) > 2:
@@ -323,6 +344,9 @@ def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch):
     assert tools.take_turn(views, "e", 2, 3, 3) == (refused, None, None)
     assert tools.take_turn(views, "a", 3, 3, 3) == ({"text": "a"}, "answer", "7")   # in time
     assert tools.take_turn(views, "v", 3, 3, 3) == ({"text": "v"}, "void", None)
+    assert tools.take_turn(views, "n", 1, 3, 3) == ({"text": "n"}, "answer", "")
+    assert tools.take_turn(views, "e", 4, 3, 9) == (refused, "over_turn", None)
+    assert tools.take_turn(views, "z", 1, 9, 1) == (zoomed, "over_turn", None)
     assert tools.take_turn(views, "z", 3, 3, 9) == (zoomed, "over_turn", None)
     assert tools.take_turn(views, "e", 3, 3, 9) == (refused, "over_turn", None)
     assert tools.take_turn(views, "z", 1, 9, 2) == (zoomed, "over_turn", None)  # no image is left
@@ -366,6 +390,8 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
     ((2000, 1000), (3136, 1_000_000), (1400, 700)),
     ((100, 20), (6272, 1_000_000), (196, 56)),    # 177.1 x 35.4
     ((10, 1000), (100, 1_000_000), (28, 1008)),   # no side is below one factor
+    ((100, 100), (100, 500), (28, 28)),
+    ((90, 80), (100, 7056), (84, 84)), ((84, 84), (7056, 7056), (84, 84)),   # exactly a limit
     ((5000, 30), (784, 10_000), (336, 28)),  # 1290.99 x 7.7: 28 high, so 10000 / 28 = 357.1 wide
 ])
 def test_sizes_that_the_model_sees_by_hand(size, limits, expected):
@@ -634,7 +660,9 @@ def test_a_trajectory_is_a_question():
     ("?", "?", True), ("", "?", False),
     ("A", "a", True), ("A.", "A", True), ("(A)", "A", True), ("(B)", "B", True),
     ("A", "the", False), ("B", "A", False),
-    ("vitamin A", "vitamin", False)])
+    ("vitamin A", "vitamin", False),
+    ("cat or red", "red", False), ("cat\nred", "red", False), ("fox red", "red fox", False),
+    ("07", "7", False)])
 def test_open_answers(prediction, answer, expected):
     assert tools.match_answer(prediction, answer) is expected
 
@@ -655,7 +683,11 @@ WRONG = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red", "(
     ("B", "B", ["cat", "?"], True), ("A", "B", ["cat", "?"], False),
     ("?", "B", ["cat", "?"], True), ("-", "B", ["+", "-"], True), ("+", "B", ["+", "-"], False),
     ("a", "B", ["+", "-"], False), ("7", "7", ["8", "9"], False),
-    (None, "B", ["cat", "red"], False)])
+    (None, "B", ["cat", "red"], False),
+    ("D", "D", ["cat", "red", "fox", "dog"], True), ("E", "D", ["cat", "red", "fox", "dog"], False),
+    # a letter in front of other words than its option's, or a sign beside it, names nothing
+    *((text, "B", ["cat", "red"], False) for text in
+      ("B. crimson", "B because it is not a cat", "B red cat", "B+", "-B", "B or A"))])
 def test_multiple_choice(prediction, answer, options, expected):
     assert tools.match_answer(prediction, answer, options) is expected
 
