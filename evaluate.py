@@ -693,16 +693,6 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-# Published figures in %: Avg@32 on VisualProbe and V*, Avg@8 on HR-Bench, Avg@1 on MME-RealWorld
-BENCHMARKS = ["visual_probe_hard", "visual_probe_medium", "visual_probe_easy", "vstar",
-              "hrbench_4k", "hrbench_8k", "mme_realworld_test"]     # "source" of imported rows
-PUBLISHED = {"GPT-4o": (11.2, 15.4, 47.5, 65.2, 62.0, 58.3, 45.2),
-             "Qwen2.5-VL-7B-Instruct": (23.9, 26.0, 39.1, 75.5, 68.2, 62.7, 57.3),
-             "Pixel Reasoner 7B": (28.8, 29.6, 58.4, 86.3, 74.0, 66.9, 64.4),
-             "DeepEyes 7B": (35.1, 29.8, 60.1, 83.3, 73.2, 69.5, 64.0),
-             "Mini-o3 7B": (48.0, 50.4, 67.0, 88.2, 77.5, 73.3, 65.5)}
-
-
 def group_by(items, key):
     """{key(item): [items]}, in the order of their first appearance."""
     groups = collections.defaultdict(list)
@@ -792,7 +782,8 @@ def percent(mean, error):
 
 
 def print_table(table, budgets, samples):
-    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error."""
+    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error; by
+    category, where there are some, at the largest."""
     print(f"Avg@{samples} in % (standard error) when at most T turns are allowed")
     rows = []
     for level, t in table.items():
@@ -809,24 +800,10 @@ def print_table(table, budgets, samples):
             print(f"{level}: {t['unscored']} of {t['samples']} samples have no score, since a "
                   "server gave no usable reply, and are left out; what is left flatters (words "
                   "that match need no judge). Run the same command to ask once more")
-
-
-def print_benchmarks(table, budgets, name):
-    """At the largest budget: accuracy per category, and beside what was published where the
-    benchmark is one of those."""
-    for level, t in table.items():
         if t.get("categories"):
             print()
             print_rows([f"{level}, T={budgets[-1]}", "% (standard error)"],
                        [[category, percent(*found)] for category, found in t["categories"].items()])
-    ours = {t.get("benchmark"): 100 * t["accuracy"][str(budgets[-1])] for t in table.values()}
-    columns = [i for i, benchmark in enumerate(BENCHMARKS) if benchmark in ours]
-    if columns:
-        print()
-        rows = [[f"{model}, published", *(str(figures[i]) for i in columns)]
-                for model, figures in PUBLISHED.items()]
-        rows.append([f"{name}, here", *(f"{ours[BENCHMARKS[i]]:.1f}" for i in columns)])
-        print_rows(["%", *(BENCHMARKS[i] for i in columns)], rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -933,7 +910,6 @@ def write_results(levels, engine, args):
     """Print the tables; write table.json, trajectories and pass rates, and the picture."""
     table = summarise(levels, args.budgets)
     print_table(table, args.budgets, args.samples)
-    print_benchmarks(table, args.budgets, args.model_name or args.model)
     for level, rows in levels.items():
         rates = pass_rates(rows, args.budgets[-1])
         tools.write_jsonl(args.out / f"{level}.jsonl", rows)

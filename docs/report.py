@@ -31,6 +31,14 @@ import tools
 # -------------------------------------------------------------------------------------------------
 # Tables: runs that differ in the seed only are one experiment
 
+# Published figures in %: Avg@32 on VisualProbe and V*, Avg@8 on HR-Bench, Avg@1 on MME-RealWorld
+BENCHMARKS = ["visual_probe_hard", "visual_probe_medium", "visual_probe_easy", "vstar",
+              "hrbench_4k", "hrbench_8k", "mme_realworld_test"]     # "source" of imported rows
+PUBLISHED = {"GPT-4o": (11.2, 15.4, 47.5, 65.2, 62.0, 58.3, 45.2),
+             "Qwen2.5-VL-7B-Instruct": (23.9, 26.0, 39.1, 75.5, 68.2, 62.7, 57.3),
+             "Pixel Reasoner 7B": (28.8, 29.6, 58.4, 86.3, 74.0, 66.9, 64.4),
+             "DeepEyes 7B": (35.1, 29.8, 60.1, 83.3, 73.2, 69.5, 64.0),
+             "Mini-o3 7B": (48.0, 50.4, 67.0, 88.2, 77.5, 73.3, 65.5)}
 
 # Student's t by degrees of freedom; beyond ten the last one, which is a little wide
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
@@ -126,6 +134,23 @@ def comparison(level, experiments):
 
 # -------------------------------------------------------------------------------------------------
 # The page
+
+
+def print_published(evaluated):
+    """Every run, at its largest budget, beside what was published, where a level's questions are of
+    a benchmark with published figures. evaluated: {run: table}."""
+    ours = {run: {part.get("benchmark"): part["accuracy"][max(part["accuracy"], key=int)]
+                  for part in table.values()} for run, table in evaluated.items()}
+    columns = [i for i, benchmark in enumerate(BENCHMARKS)
+               if any(benchmark in found for found in ours.values())]
+    if columns:
+        rows = [[f"{model}, published", *(str(figures[i]) for i in columns)]
+                for model, figures in PUBLISHED.items()]
+        for run, found in ours.items():
+            cells = (found.get(BENCHMARKS[i]) for i in columns)
+            rows.append([f"{run}, here", *("" if c is None else f"{100 * c:.1f}" for c in cells)])
+        print()
+        evaluate.print_rows(["%", *(BENCHMARKS[i] for i in columns)], rows)
 
 
 def check_step(row):
@@ -286,6 +311,7 @@ def main():
     for head, *rows in tables.values():
         print()
         evaluate.print_rows(head, rows)
+    print_published(evaluated)
     runs = read_trajectories(folders, evaluated, args.data)
     write_page(args.out, levels, tables, curves, runs)
     if args.chart:

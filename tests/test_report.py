@@ -89,6 +89,23 @@ def test_names_are_never_taken_for_seeds_by_chance():
     assert list(found["hard"]) == ["llama-3.1", "llama-3.2", "a"]
 
 
+def test_published_figures_stand_beside_ours(capsys):
+    """At the largest budget; a run without one of the benchmarks has an empty cell there."""
+    def part(benchmark, **accuracy):
+        return {"benchmark": benchmark, "accuracy": accuracy}
+
+    report.print_published({"mine": {"easy": {"accuracy": {"6": 1.0}}}})
+    assert capsys.readouterr().out == ""
+    report.print_published({
+        "mine": {"vstar": part("vstar", **{"6": 0.9, "12": 1 / 3}),
+                 "4k": part("hrbench_4k", **{"6": 0.5})},
+        "other": {"vstar": part("vstar", **{"6": 0.25})}})
+    said = capsys.readouterr().out
+    assert "| % | vstar | hrbench_4k |" in said
+    assert "| Mini-o3 7B, published | 88.2 | 77.5 |" in said
+    assert "| mine, here | 33.3 | 50.0 |\n| other, here | 25.0 |  |" in said
+
+
 @pytest.mark.parametrize("name, start", [("chart.png", b"\x89PNG"), ("chart.svg", b"<?xml")])
 def test_a_chart_of_accuracy_over_turns(levels, tmp_path, name, start):
     pytest.importorskip("matplotlib", reason="matplotlib is not in requirements.txt")
