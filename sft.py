@@ -181,8 +181,8 @@ def broadcast_weights(model):
 
 
 def buckets(params, megabytes=25):
-    """Cut parameters into lists of about this many megabytes of one dtype each: few, large
-    messages."""
+    """Cut parameters, in their order, into lists of about this many megabytes (2**20 bytes) of one
+    dtype each: few, large messages. A list is closed once it is larger than that."""
     bucket, size = [], 0
     for param in params:
         if bucket and (size > megabytes * 2**20 or param.dtype != bucket[0].dtype):
@@ -220,9 +220,9 @@ class Bucket:
         return flat[:self.size].split(self.sizes)
 
     def take_gradients(self):
-        """All gradients as one flat tensor in the master's dtype; they are freed one by one. A
-        parameter without a gradient on this rank (its batch had no image, or no sample at all)
-        takes part with zeros."""
+        """All gradients as one flat tensor in the master's dtype, as long as `flat`; they are freed
+        one by one. A parameter without a gradient on this rank (its batch had no image, or no
+        sample at all) takes part with zeros."""
         flat = torch.zeros(len(self.flat), dtype=self.master.dtype, device=self.flat.device)
         for param, view in zip(self.params, self.views(flat)):
             if param.grad is not None:
@@ -293,7 +293,8 @@ class Optimizer:
         return sum(losses)
 
     def arrived(self, bucket, param):
-        """A gradient is complete: send off what is ready, in order."""
+        """A gradient is complete: send off what is ready, in order. Outside of backward() nothing
+        is sent."""
         bucket.missing -= 1
         while (self.sending and self.next < len(self.buckets)
                and self.buckets[self.next].missing == 0):

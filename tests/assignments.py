@@ -152,8 +152,12 @@ ASSIGNMENTS = {
         Task("gradients that travel while backward runs",
              ["sft.py:Bucket.take_gradients", "sft.py:Optimizer.arrived", "sft.py:Optimizer.send",
               "sft.py:Optimizer.receive"], {
-                 "test_sft.py::test_gradients_of_two_processes_by_hand": 25,
-                 "test_sft.py::test_gradients_are_sent_while_backward_runs": 20}),
+                 "test_sft.py::test_gradients_of_a_bucket_by_hand": 5,
+                 "test_sft.py::test_one_process_sums_its_micro_batches": 5,
+                 "test_sft.py::test_gradients_of_two_processes_by_hand": 15,
+                 "test_sft.py::test_gradients_are_sent_while_backward_runs": 10,
+                 "test_sft.py::test_buckets_travel_in_their_order": 5,
+                 "test_sft.py::test_a_bucket_travels_whole_and_few_at_once": 5}),
         Task("who trains on which conversations", ["rl.py:deal", "rl.py:minibatches"], {
             "test_rl.py::test_dealing_by_hand": 7,
             "test_rl.py::test_conversations_are_dealt_out_by_length": 6,

@@ -404,6 +404,43 @@ MUTANTS = [Mutant(*fields) for fields in [
      "places = [place for place, here in enumerate(flags) if here]",
      "places = list(range(len(flags)))"),
 
+    (5, 1, "sft.py", "a bucket of exactly the limit is closed", "(size > megabytes * 2**20",
+     "(size >= megabytes * 2**20"),
+    (5, 1, "sft.py", "every number has four bytes", "param.numel() * param.element_size()\n",
+     "param.numel() * 4\n"),
+    (5, 1, "sft.py", "megabytes are millions", "(size > megabytes * 2**20",
+     "(size > megabytes * 10**6"),
+    (5, 2, "sft.py", "broadcast without a process group",
+     "    if world_size() > 1:\n        for tensor", "    if True:\n        for tensor"),
+    (5, 2, "sft.py", "what is not saved is not broadcast",
+     "[*model.parameters(), *model.buffers()]", "model.state_dict().values()"),
+    (5, 2, "sft.py", "what is not trained is not broadcast",
+     "[*model.parameters(), *model.buffers()]",
+     "[*(p for p in model.parameters() if p.requires_grad), *model.buffers()]"),
+    (5, 3, "sft.py", "gradients travel in the weights' type",
+     "flat = torch.zeros(len(self.flat), dtype=self.master.dtype, device=self.flat.device)",
+     "flat = torch.zeros(len(self.flat), dtype=self.flat.dtype, device=self.flat.device)"),
+    (5, 3, "sft.py", "a gradient that is not there leaves no gap",
+     "        for param, view in zip(self.params, self.views(flat)):\n            if param.grad",
+     "        there = [param for param in self.params if param.grad is not None]\n"
+     "        views = flat.split([p.numel() for p in there] + [len(flat) - sum(\n"
+     "            p.numel() for p in there)])\n"
+     "        for param, view in zip(there, views):\n            if param.grad"),
+    (5, 3, "sft.py", "gradients are sent outside of backward, too",
+     "while (self.sending and self.next", "while (self.next"),
+    (5, 3, "sft.py", "one bucket a gradient",
+     "        while (self.sending and self.next", "        if (self.sending and self.next"),
+    (5, 3, "sft.py", "a bucket's first gradient is enough", "bucket.missing -= 1",
+     "bucket.missing = 0"),
+    (5, 3, "sft.py", "what was sent last is received first", "self.flying.popleft()",
+     "self.flying.pop()"),
+    (5, 3, "sft.py", "one process keeps its last micro-batch only",
+     "bucket.master.grad = out if bucket.master.grad is None else bucket.master.grad.add_(out)",
+     "bucket.master.grad = out if work is None or bucket.master.grad is None else "
+     "bucket.master.grad.add_(out)"),
+    (5, 4, "rl.py", "a fresh question goes last", "key=lambda r: (r.prompt % places, r.sample)",
+     "key=lambda r: (r.prompt, r.sample)"),
+
     # ---- 6: the sharded optimizer
     (6, 1, "sft.py", "pieces do not cover what does not divide",
      "length = math.ceil(self.size / pieces)", "length = max(1, self.size // pieces)"),

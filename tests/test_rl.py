@@ -462,6 +462,13 @@ def test_dealing_by_hand(monkeypatch):
     assert [len(part) for part in shares(monkeypatch, [3, 3, 6, 12], 2)] == [3, 1]
     assert shares(monkeypatch, [], 2) == [[], []]
     assert [len(part) for part in shares(monkeypatch, [5], 3)] == [0, 1, 0]
+    assert [len(part) for part in shares(monkeypatch, [5, 5, 5], 2)] == [1, 2]  # just half: behind
+    # of two places the first was given to a fresh question, 2 = 1 * 2 + 0: it still comes first
+    played = [evaluate.Rollout(ids=[0] * 5, prompt=prompt) for prompt in (1, 2)]
+    monkeypatch.setattr(sft, "gather", lambda items: list(played))
+    monkeypatch.setattr(sft, "world_size", lambda: 2)
+    monkeypatch.setattr(sft, "my_rank", lambda: 0)
+    assert rl.deal([], 2) == played[1:]
 
 
 def update_args(**flags):

@@ -530,6 +530,19 @@ def test_buckets_by_hand():
     assert all(a is b for a, b in zip(sum(cut, []), params, strict=True))
     assert list(sft.buckets([])) == []
 
+    def cut(*sizes, limit=1000, dtypes=(torch.float32,) * 3):
+        params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype), requires_grad=False)
+                  for n, dtype in zip(sizes, dtypes)]
+        return [[p.numel() for p in part] for part in sft.buckets(params, limit / 2**20)]
+
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    assert cut(250, 1) == [[250, 1]]                            # exactly the limit is not larger
+    assert cut(130, 1, dtypes=(double,) * 2) == [[130], [1]]    # bytes, not numbers
+    assert cut(300, 1, dtypes=(half,) * 2) == [[300, 1]]
+    assert cut(200, 60, 70, dtypes=(single, double, double)) == [[200], [60, 70]]
+    assert cut(1, 2, 3, dtypes=(single, double, single)) == [[1], [2], [3]]
+    assert cut(1_020_000, 10, limit=2**20, dtypes=(torch.uint8,) * 2) == [[1_020_000, 10]]
+
 
 @pytest.mark.parametrize("dtype, wide", [("float64", "float64"), ("float32", "float32"),
                                          ("bfloat16", "float32")])
@@ -566,11 +579,14 @@ if {what!r} == "ranks":
     assert sft.over_ranks([rank + 1, 0.5], device) == [3.0, 1.0]
     assert sft.over_ranks([rank, -rank], device, torch.distributed.ReduceOp.MAX) == [1.0, 0.0]
     assert sft.gather([10 * rank + i for i in range(rank + 1)]) == [0, 10, 11]
-    module = torch.nn.BatchNorm1d(2)
-    module.weight.data.fill_(rank + 3.0)
-    module.running_mean.fill_(rank + 5.0)
+    module = torch.nn.BatchNorm1d(2)            # it counts batches in an integer
+    module.bias.requires_grad_(False)
+    module.register_buffer("hidden", torch.zeros(1), persistent=False)
+    tensors = [*module.parameters(), *module.buffers()]
+    for i, tensor in enumerate(tensors):
+        tensor.data.fill_(rank + i)
     sft.broadcast_weights(module)
-    assert module.weight.tolist() == [3.0, 3.0] and module.running_mean.tolist() == [5.0, 5.0]
+    assert all((tensor == i).all() for i, tensor in enumerate(tensors)), tensors
 else:
     sft.buckets = lambda params, megabytes: [[p] for p in params]      # one each
     reduce, sent = torch.distributed.all_reduce, []
@@ -1077,6 +1093,70 @@ def test_sigterm_in_the_last_step_does_not_stop_a_run_before_it_is_exported(tmp_
     for done, stops in ((1, True), (2, False)):
         assert sft.end_step(args, optimizer, done, 2, "cpu") == stops
         assert json.loads((tmp_path / "state/latest.json").read_text())["step"] == done
+
+
+def test_gradients_of_a_bucket_by_hand():
+    """Where the parameter stands, a parameter without one or not; in the master's type, padding
+    included."""
+    a, b = (torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (6, 4))
+    b.grad = torch.full((4,), 0.5, dtype=torch.bfloat16)
+    flat = sft.Bucket([a, b], 3, 1).take_gradients()
+    assert flat.dtype == torch.float32 and flat.tolist() == [0.0] * 6 + [0.5] * 4 + [0.0] * 2
+    assert b.grad is None
+
+
+@pytest.fixture
+def travel(monkeypatch):
+    """travel(sizes, together) -> (parameters, the optimizer of the first of two ranks, a log of
+    messages); a bucket each, or one for all. The other rank sends nothing but zeros."""
+    log = SimpleNamespace(sent=[], waited=[], most=0)
+
+    def all_reduce(flat, async_op):
+        log.sent.append(len(flat))
+        log.most = max(log.most, len(log.sent) - len(log.waited))
+        return SimpleNamespace(wait=lambda: log.waited.append(len(flat)))
+
+    def make(sizes, together=False):
+        monkeypatch.setattr(sft, "buckets", lambda params, megabytes: (
+            [params] * bool(params) if together else [[p] for p in params]))
+        monkeypatch.setattr(sft.dist, "all_reduce", all_reduce)
+        params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
+        optimizer = sft.Optimizer(params, 0.1, 0.0)
+        optimizer.world = 2
+        return params, optimizer, log
+    return make
+
+
+def test_buckets_travel_in_their_order(travel):
+    """The gradient of the first bucket arrives last: then all three are sent at once, in the order
+    that all ranks know."""
+    params, optimizer, log = travel([1, 2, 3])      # buckets 3, 2, 1; gradients 1, 2, 3
+    seen = []
+    params[2].register_post_accumulate_grad_hook(lambda p: seen.extend(log.sent))
+    optimizer.backward([0], lambda _: params[2].sum() + params[1].sum() + params[0].sum())
+    assert log.sent == seen == [3, 2, 1]
+
+
+def test_a_bucket_travels_whole_and_few_at_once(travel):
+    """Once all of its gradients are there, and at most two are under way; all are waited for, in
+    their order. Outside of Optimizer.backward nothing is sent."""
+    params, optimizer, log = travel([1, 2], together=True)
+    optimizer.backward([0], lambda _: params[0].sum() + params[1].sum())
+    assert log.sent == [3] and optimizer.buckets[0].master.grad.tolist() == [1.0] * 3
+    log.sent.clear(), log.waited.clear()
+    params, optimizer, log = travel([1, 2, 3, 4, 5])
+    sum(p.sum() for p in params).backward()
+    assert log.sent == [] and all(p.grad is not None for p in params)
+    optimizer.backward([0], lambda _: sum(p.sum() for p in params))
+    # a third may make room for itself before or behind its start
+    assert 2 <= log.most <= 3 and log.waited == log.sent == [5, 4, 3, 2, 1]
+
+
+def test_one_process_sums_its_micro_batches():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = sft.Optimizer([w], 0.1, 0.0)
+    optimizer.backward([1.0, 2.0, 4.0], lambda x: (w * x).sum())
+    assert optimizer.buckets[0].master.grad.tolist() == [7.0] * 3
 
 
 def test_gradients_are_sent_while_backward_runs(monkeypatch):
