@@ -426,8 +426,6 @@ MUTANTS = [Mutant(*fields) for fields in [
      "        views = flat.split([p.numel() for p in there] + [len(flat) - sum(\n"
      "            p.numel() for p in there)])\n"
      "        for param, view in zip(there, views):\n            if param.grad"),
-    (5, 3, "sft.py", "gradients are sent outside of backward, too",
-     "while (self.sending and self.next", "while (self.next"),
     (5, 3, "sft.py", "one bucket a gradient",
      "        while (self.sending and self.next", "        if (self.sending and self.next"),
     (5, 3, "sft.py", "a bucket's first gradient is enough", "bucket.missing -= 1",

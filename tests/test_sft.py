@@ -1152,7 +1152,13 @@ def test_a_bucket_travels_whole_and_few_at_once(travel):
     assert 2 <= log.most <= 3 and log.waited == log.sent == [5, 4, 3, 2, 1]
 
 
-def test_one_process_sums_its_micro_batches():
+def test_one_process_needs_no_group():
+    assert sft.gather([1, 2]) == [1, 2]
+    sft.broadcast_weights(torch.nn.Linear(1, 1))
+
+
+def test_one_process_sums_its_micro_batches(monkeypatch):
+    monkeypatch.setattr(sft, "buckets", lambda params, megabytes: [[p] for p in params])
     w = torch.nn.Parameter(torch.ones(3))
     optimizer = sft.Optimizer([w], 0.1, 0.0)
     optimizer.backward([1.0, 2.0, 4.0], lambda x: (w * x).sum())
