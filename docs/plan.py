@@ -96,7 +96,7 @@ def fits(plan, gigabytes=80.0):
     return 1.1 * max(phases(plan)) < gigabytes * 1e9
 
 
-def gigabytes(size):
+def in_gb(size):
     """Bytes as GB (1e9), the tiny model's with three decimals."""
     return f"{size / 1e9:.{1 if size >= 1e8 or not size else 3}f}"
 
@@ -120,7 +120,7 @@ def print_plan(args):
     plans = {ranks: plan_memory(model, ranks, **flags) for ranks in (1, 2, 4, 8, 64)}
     rows, advice = [], []
     for ranks, plan in plans.items():
-        sizes = [gigabytes(size) for size in (*plan.values(), *phases(plan))]
+        sizes = [in_gb(size) for size in (*plan.values(), *phases(plan))]
         rows.append([str(ranks), *sizes, "yes" if fits(plan) else "no"])
         have, extra = dict(flags), ""
         for flag, value in milder.items():
@@ -137,8 +137,8 @@ def print_plan(args):
     for line in advice:
         print(line)
     seconds = plan_seconds(model, args, 8)
-    print(f"disk: {gigabytes(plans[1]['optimizer'])} GB a checkpoint, {args.keep + 1} of them "
-          f"during a save (--keep {args.keep}); {gigabytes(plans[1]['weights'])} GB for the model "
+    print(f"disk: {in_gb(plans[1]['optimizer'])} GB a checkpoint, {args.keep + 1} of them "
+          f"during a save (--keep {args.keep}); {in_gb(plans[1]['weights'])} GB for the model "
           "in --out")
     print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, "
           f"{seconds * args.steps * 8 / 3600:.0f} GPU-hours for --steps {args.steps}, if a "

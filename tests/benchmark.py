@@ -60,7 +60,7 @@ import torch
 from PIL import Image
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
+from transformers import LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_data
@@ -70,7 +70,7 @@ import sft
 import tools
 
 THREADS = torch.get_num_threads()
-from conftest import RELEASED, LiveBytes, narrowed  # noqa: E402
+from conftest import LiveBytes, wide  # noqa: E402
 
 torch.set_num_threads(THREADS)  # OMP_NUM_THREADS counts: conftest sets a number for tests
 
@@ -739,16 +739,8 @@ def large_policy(layers):
     """Qwen2.5-VL-7B with random weights on the GPU, in bfloat16, with the tiny model's words.
     layers: of its text and of its vision tower, or None for all."""
     _, tokenizer, processor = build_data.build_tiny([json.dumps(tools.PROMPTS)], 0)
-    config = copy.deepcopy(RELEASED["Qwen2.5-VL-7B"])
-    if layers:
-        config.update(num_hidden_layers=layers)
-        config["vision_config"].update(depth=layers, fullatt_block_indexes=[layers - 1])
-    known = narrowed("Qwen2.5-VL-7B", tokenizer).to_dict()
-    ids = {key: known[key] for key in known if key.endswith("_token_id")}
     device = sft.setup_distributed()[2]
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(**{**config, **ids}), dtype=torch.bfloat16)
+    model = wide("Qwen2.5-VL-7B", tokenizer, device, layers)
     return sft.make_policy(model, tokenizer, processor, device, max_pixels=1500 * 28**2)
 
 

@@ -353,6 +353,23 @@ def narrowed(name, tokenizer):
     return AutoConfig.for_model(**{**config, **ids})
 
 
+def wide(name, tokenizer, device, layers=None, **text):
+    """A released Qwen2.5-VL at its own widths (or those in `text`), with random weights in bfloat16
+    on the device. layers: of its text and of its tower (None: all). Special tokens are the
+    tokenizer's."""
+    config = copy.deepcopy(RELEASED[name])
+    config.update(text)
+    config["vision_config"].update(out_hidden_size=config["hidden_size"])
+    if layers:
+        config.update(num_hidden_layers=layers)
+        config["vision_config"].update(depth=layers, fullatt_block_indexes=[layers - 1])
+    known = narrowed(name, tokenizer).to_dict()
+    ids = {key: known[key] for key in known if key.endswith("_token_id")}
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**{**config, **ids}),
+                                                       dtype=torch.bfloat16)
+
+
 @pytest.fixture(scope="session")
 def released_folder(world, prompts, make_tiny, tmp_path_factory):
     """released_folder(name) -> folder of a policy made like a released model, but narrow. It was

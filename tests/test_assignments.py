@@ -65,8 +65,8 @@ class C:
 def test_points_are_for_tests_that_passed_in_all_their_cases(tmp_path):
     (tmp_path / "report.xml").write_text("""<testsuites><testsuite>
         <testcase classname="tests.test_rl" name="test_a[1]"/>
-        <testcase classname="tests.test_rl" name="test_a[2]"><failure message="assert 1 == 2&#10;x"/>
-        </testcase>
+        <testcase classname="tests.test_rl" name="test_a[2]">
+        <failure message="assert 1 == 2&#10;x"/></testcase>
         <testcase classname="tests.test_rl" name="test_a[3]"/>
         <testcase classname="tests.test_rl" name="test_b"/>
         <testcase classname="tests.test_rl" name="test_c"><error message=""/></testcase>

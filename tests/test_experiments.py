@@ -1,4 +1,4 @@
-"""Specification of docs/experiments.py: one run as one line, worked by hand, and what is printed."""
+"""Specification of docs/experiments.py: one run as one line, by hand, and what is printed."""
 
 import json
 

@@ -4,7 +4,6 @@ measures.
 One GPU is enough: collectives then run over NCCL with a single rank.
 """
 
-import copy
 import gc
 import json
 import math
@@ -13,13 +12,12 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 import evaluate
 import rl
 import sft
 import tools
-from conftest import RELEASED, ROOT, narrowed, run_script
+from conftest import ROOT, run_script, wide
 from plan import phases, plan_memory
 from test_rl import update_args
 from test_sft import largest_difference, weights
@@ -97,15 +95,8 @@ def test_two_sharded_steps(tmp_path):
 def wide_policy(make_tiny, **text):
     """Two layers of text and two of vision at the widths of Qwen2.5-VL-7B (or those in `text`),
     random, in bfloat16. An image has up to 7,000 tokens."""
-    tiny, config = make_tiny(torch.float32), copy.deepcopy(RELEASED["Qwen2.5-VL-7B"])
-    config.update(num_hidden_layers=2, **text)
-    config["vision_config"].update(depth=2, fullatt_block_indexes=[1],
-                                   out_hidden_size=config["hidden_size"])
-    known = narrowed("Qwen2.5-VL-7B", tiny.tokenizer).to_dict()
-    ids = {key: known[key] for key in known if key.endswith("_token_id")}
-    with torch.device(DEVICE):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**{**config, **ids}),
-                                                        dtype=torch.bfloat16)
+    tiny = make_tiny(torch.float32)
+    model = wide("Qwen2.5-VL-7B", tiny.tokenizer, DEVICE, 2, **text)
     return sft.make_policy(model, tiny.tokenizer, tiny.processor, DEVICE, tiny.prompts, 28**2,
                            7000 * 28**2)
 

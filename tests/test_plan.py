@@ -13,7 +13,7 @@ import rl
 import sft
 import tools
 from conftest import RELEASED, LiveBytes
-from plan import gigabytes, plan_memory, plan_seconds, print_plan, vision_memory
+from plan import in_gb, plan_memory, plan_seconds, print_plan, vision_memory
 
 
 def planned(folder, **flags):
@@ -125,5 +125,5 @@ def test_plan_refuses_other_families(monkeypatch, tmp_path):
 
 
 def test_sizes_of_a_tiny_model_are_not_all_nothing():
-    assert [gigabytes(n) for n in (0, 19_400_000, 99_999_999, 100_000_000, 91.4e9)] == [
+    assert [in_gb(n) for n in (0, 19_400_000, 99_999_999, 100_000_000, 91.4e9)] == [
         "0.0", "0.019", "0.100", "0.1", "91.4"]

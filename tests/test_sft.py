@@ -670,6 +670,7 @@ def test_state_is_cut_anew_by_hand():
 
 
 def same_state(one, other):
+    """Whether two buckets would save the same: {name: tensor or number} each."""
     return one.keys() == other.keys() and all(
         torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 

@@ -134,7 +134,7 @@ def test_sources_that_are_refused(source):
                                   *(form % '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}'
                                     for form in ("Zoom: %s", "%s,", "```json\n%s\n```", "[%s]")),
                                   '{"bbox_2d": [0, 0, 1, 1,], "source": "original_image"}',
-                                  '{"bbox_2d": [0, 0, 1, 1], "source": "original_image", "": "\n"}'])
+                                  '{"": "\n", "bbox_2d": [0, 0, 1, 1], "source": "observation_1"}'])
 def test_calls_that_are_refused(body):
     kind, sentence = tools.parse_turn(f"<grounding>{body}</grounding>")
     assert kind == "error" and is_sentence(sentence)

@@ -1,5 +1,5 @@
-"""docs/tutorial.md: every command in it runs, in its order, at toy size, and its last one shows what
-it says."""
+"""docs/tutorial.md: every command in it runs, in its order, at toy size, and its last one shows
+what it says."""
 
 import contextlib
 import io
