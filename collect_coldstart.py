@@ -112,31 +112,39 @@ class Teacher:
         self.later = hinted + [place for place in PLACES if place not in hinted]
         return PHRASES["hint"]
 
-    def look(self, seen, learn):
-        """Say what is seen and choose the next view, candidates before parts, perhaps with the
-        pattern's deliberate mistake first. Yields (text, learn) per turn; returns (part, place) of
-        the view, place None for a whole part."""
-        source, places = self.here[0] if self.here else ("original_image", self.later)
-        place, mistake = places[0], self.rng.random() < 0.5
-        held = [o[1] for o in self.row["objects"] if o[0] == self.parts.get(source)]
-        empty = [PLACES[i] for i in range(9) if i not in held]
-        if self.due == "recover" and mistake:
+    def mistake(self, seen, source, place):
+        """The pattern's deliberate mistake on the way to a place, at even odds, once: a call that
+        is refused, or a look at a place where nothing is. Yields that turn, as look() does; returns
+        what is seen then."""
+        if self.rng.random() >= 0.5:
+            return seen
+        if self.due == "recover":
             call = {"bbox_2d": place_box(place), "source": source}
             yield self.think(seen, place, source, bad_call(self.rng, call, self.shown)), False
-            seen, self.due = PHRASES["sorry"], None
-        elif self.due == "backtrack" and mistake and self.here and empty:
+            self.due = None
+            return PHRASES["sorry"]
+        held = [o[1] for o in self.row["objects"] if o[0] == self.parts.get(source)]
+        empty = [PLACES[i] for i in range(9) if i not in held]
+        if self.due == "backtrack" and self.here and empty:
             yield self.think(seen, str(self.rng.choice(empty)), source), False
-            self.shown += 1
-            seen, self.due = PHRASES["empty"] + PHRASES["back"], None
+            self.shown, self.due = self.shown + 1, None
+            return PHRASES["empty"] + PHRASES["back"]
+        return seen
+
+    def look(self, seen, learn):
+        """Say what is seen and choose the next view, candidates before parts. Yields (text, learn)
+        per turn; returns (part, place) of the view, place None for a whole part."""
+        source, places = self.here[0] if self.here else ("original_image", self.later)
+        place, rest = places[0], places[1:]
+        seen = yield from self.mistake(seen, source, place)
         yield self.think(seen, place, source), learn
         self.shown += 1
-        if not self.here:
-            self.later = self.later[1:]
-            self.parts[f"observation_{self.shown}"] = PLACES.index(place)
-            return PLACES.index(place), None
-        left = [(source, places[1:])] if len(places) > 1 else []
-        self.here = left + self.here[1:]
-        return self.parts[source], PLACES.index(place)
+        if self.here:
+            self.here = ([(source, rest)] if rest else []) + self.here[1:]
+            return self.parts[source], PLACES.index(place)
+        self.later, part = rest, PLACES.index(place)
+        self.parts[f"observation_{self.shown}"] = part
+        return part, None
 
     def view_part(self, part):
         """Read a view of one part and note the candidates. Returns (text, learn)."""

@@ -141,24 +141,20 @@ LONG = 64   # a piece of more new tokens (a prompt, an observation) attends alon
 
 
 def neighbours(pieces):
-    """Cut slots with these numbers of new tokens into spans that attend in one call: (first, last),
-    last excluded. A span has at most CHUNK slots, and some new token: others are left out. A LONG
-    piece is a span of its own. One that is longer or shorter than the one before it by more than 12
-    begins another, since all of a span is padded to its longest piece."""
-    first = 0
-    for i in range(1, len(pieces) + 1):
-        if (i == len(pieces) or i - first == CHUNK or max(pieces[i - 1:i + 1]) > LONG
-                or abs(pieces[i] - pieces[i - 1]) > 12):
-            if max(pieces[first:i]):
-                yield first, i
-            first = i
-
-
-def count_off(counts):
-    """For counts[i] things of each i, whose each is and its number there, two arrays: [2, 1] ->
-    [0, 0, 1] and [0, 1, 0]."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    """Cut slots with these numbers of new tokens into spans that attend in one call: a list of
+    (first, last), last excluded. A slot joins the span of the one before it, unless that one has
+    CHUNK slots, either piece is a LONG one (which is a span of its own), or they differ by more
+    than 12 tokens, since all of a span is padded to its longest piece. Spans without a new token
+    are left out."""
+    spans = []
+    for i, piece in enumerate(pieces):
+        before = pieces[i - 1]
+        if (i > 0 and i - spans[-1][0] < CHUNK and max(piece, before) <= LONG
+                and abs(piece - before) <= 12):
+            spans[-1] = spans[-1][0], i + 1
+        else:
+            spans.append((i, i + 1))
+    return [(first, last) for first, last in spans if max(pieces[first:last])]
 
 
 def to_device(device, *arrays):
@@ -209,22 +205,23 @@ class SlotCache:
         """
         slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
         self.grow((fed + pieces).max())
-        owner, offset = count_off(pieces)  # (N,) each
-        where = np.stack([slots[owner], fed[owner] + offset])  # (2, N)
-        cuts, widths = list(neighbours(pieces.tolist())), np.zeros_like(pieces)
+        cuts, places = neighbours(pieces.tolist()), []
         for first, last in cuts:
-            widths[first:last] = pieces[first:last].max()
-        slot, offset = count_off(widths)  # of every place: (P,) each
-        real, padded = offset < pieces[slot], np.zeros_like(slot)
-        padded[real] = np.arange(len(owner))  # a place of padding repeats the first token
+            slot, old, new = (a[first:last, None] for a in (slots, fed, pieces))  # (b, 1) each
+            offset = np.arange(new.max())  # (width,)
+            grid = np.broadcast_arrays(slot, old + offset, offset < new)  # (b, width) each
+            places.append([array.ravel() for array in grid])
+        slot, column, real = map(np.concatenate, zip(*places))  # (P,) each
+        padded = np.where(real, real.cumsum() - 1, 0)  # a place of padding repeats the first token
+        where = np.stack([slot[real], column[real]])  # (2, N)
         # a place has a row for each of the H / K queries that share a key head
-        seen = np.repeat(fed[slot] + offset, self.share)
-        self.where, padded, back, seen = to_device(device, where, padded, real.nonzero()[0], seen)
+        self.where, padded, back, seen = to_device(
+            device, where, padded, real.nonzero()[0], column.repeat(self.share))
         keys = torch.arange((fed + pieces).max(), device=device)
         zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
         spans, place = [], 0
         for first, last in cuts:
-            width, length = int(widths[first]), int((fed + pieces)[first:last].max())
+            width, length = int(pieces[first:last].max()), int((fed + pieces)[first:last].max())
             end, mask = place + (last - first) * width, None
             if width <= LONG:
                 rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
@@ -529,31 +526,32 @@ class Engine:
             r.turn_start = len(r.ids)
 
     def retire(self, slot):
-        """Score a finished conversation and free its slot. Long conversations stand first, so that
-        slots that attend together are about equally long; a new one begins in the last chunk, or
-        the last one is moved to keep the slots compact."""
+        """Score a finished conversation and fill its slot. Long conversations stand in front, so
+        that a chunk, which attends over as many columns as its longest one has, holds equally long
+        ones: every chunk behind the free slot hands its longest forward, and the new conversation
+        begins in the last. With chunks of two and these lengths, when the second one has ended:
+            9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
+        Without a new one the slots close up."""
         r = self.slots[slot]
         r.score(self.judge)
         self.done[r.job], r.views, r.numbers = r, [], []
         if self.bar is not None:
             self.bar.update()
-        # the hole moves to the last chunk: each chunk on the way hands its longest conversation to
-        # the one before it
-        for first in range((slot // CHUNK + 1) * CHUNK, len(self.slots), CHUNK):
-            chunk = range(first, min(first + CHUNK, len(self.slots)))
-            longest = max(chunk, key=lambda i: self.slots[i].fed)
-            slot = self.move(longest, slot)
+        last = len(self.slots) - 1
+        for first in range((slot // CHUNK + 1) * CHUNK, last + 1, CHUNK):
+            chunk = range(first, min(first + CHUNK, last + 1))
+            slot = self.move(max(chunk, key=lambda i: self.slots[i].fed), slot)
         if self.queue:
             self.start(slot)
-            return
-        if slot != len(self.slots) - 1:
-            self.move(len(self.slots) - 1, slot)
-        self.slots.pop()
+        else:
+            self.move(last, slot)
+            self.slots.pop()
 
     def move(self, slot, hole):
-        """Move a conversation into a free slot. Returns the slot that is free then."""
-        self.cache.write(hole, self.cache.read(slot, self.slots[slot].fed))
-        self.slots[hole] = self.slots[slot]
+        """Move a conversation into a free slot, or leave it. Returns the slot that is free then."""
+        if slot != hole:
+            self.cache.write(hole, self.cache.read(slot, self.slots[slot].fed))
+            self.slots[hole] = self.slots[slot]
         return slot
 
 

@@ -208,6 +208,20 @@ def cut_at(rollout, turns):
                    logprobs=rollout.logprobs[:sum(mask)])
 
 
+def with_advantages(parts, args, paid):
+    """Groups of finished conversations, P lists of G -> the same, as they are trained on: each with
+    its A', cut at the training cap. paid: the unfinished_value of group_advantages."""
+    # a sample that the judge could not score leaves no signal
+    rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part]
+                            for part in parts], dtype=torch.float64)                     # (P, G)
+    completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])
+    unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
+    rewards -= args.overturn_penalty * unfinished                                        # (P, G)
+    advantages = group_advantages(rewards, completed, unfinished_value=paid).tolist()
+    return [[replace(cut_at(r, args.max_turns), advantage=a) for r, a in zip(*group)]
+            for group in zip(parts, advantages)]
+
+
 def collect_groups(engine, sets, weights, step, places, args, paid):
     """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
     ({place: rollouts of the group, with their A'}, everything that was played, places left without
@@ -225,17 +239,9 @@ def collect_groups(engine, sets, weights, step, places, args, paid):
         rollouts = engine.run(rows, args.group, roots, prompts)
         played += rollouts
         parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]  # P of G
-        # a sample that the judge could not score leaves no signal
-        rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part]
-                                for part in parts], dtype=torch.float64)  # (P, G)
-        completed = torch.tensor([[is_completed(r, args) for r in part] for part in parts])
-        unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
-        rewards -= args.overturn_penalty * unfinished  # (P, G)
-        advantages = group_advantages(rewards, completed, unfinished_value=paid)
-        for place, part, values in zip(places, parts, advantages.tolist()):
-            if any(values):
-                groups[place] = [replace(cut_at(r, args.max_turns), advantage=a)
-                                 for r, a in zip(part, values)]
+        for place, part in zip(places, with_advantages(parts, args, paid)):
+            if any(r.advantage for r in part):
+                groups[place] = part
         places = [place for place in places if place not in groups]
     engine.cache = None  # the update needs the memory
     return groups, played, places

@@ -230,6 +230,11 @@ class Bucket:
                 param.grad = None
         return flat
 
+    def add(self, gradient):
+        """Add to the sum that AdamW will see."""
+        grad = self.master.grad
+        self.master.grad = gradient if grad is None else grad.add_(gradient)
+
 
 class Optimizer:
     """AdamW with data parallel and, with shard=True, a sharded state (ZeRO stage 2), by hand.
@@ -301,33 +306,31 @@ class Optimizer:
             self.send(self.buckets[self.next])
 
     def send(self, bucket):
-        """Take a bucket's gradients and start their way to where they are summed; the bucket behind
-        it is `next`. Sharded, that is a reduce-scatter in every round. Otherwise rounds are added
-        up in master.grad, and the last one takes that sum out again and along, into the only
-        all-reduce. What travels waits in `flying`, first in first out: (bucket, what will hold the
-        sum, what was sent, the work), at most two buckets behind a call."""
+        """Take a bucket's gradients, on their way to the sum over all rounds and ranks in
+        master.grad; the bucket behind it is `next`. Sharded, every round is a reduce-scatter, and
+        what it brings is added there by receive(). Otherwise rounds are added up there, and the
+        last one ends in the only all-reduce, in place. What travels waits in `flying`, first in
+        first out: (work, bucket, what is received or None, what was sent)."""
         self.next += 1
-        flat = bucket.take_gradients()
-        out, work = flat, None
+        sent, received = bucket.take_gradients(), None
         if self.shard:
-            out = torch.empty_like(bucket.master)
-            work = reduce_scatter(out, flat, async_op=True)
-        elif self.world > 1 and self.last:
-            if bucket.master.grad is not None:
-                flat += bucket.master.grad
-                bucket.master.grad = None
-            work = dist.all_reduce(flat, async_op=True)
-        self.flying.append((bucket, out, flat, work))
-        # what does not travel is added at once; two that do bound what is held beyond the shard
-        if work is None or len(self.flying) > 2:
+            received = torch.empty_like(bucket.master)
+            work = reduce_scatter(received, sent, async_op=True)
+        else:
+            bucket.add(sent)
+            if self.world == 1 or not self.last:
+                return
+            work = dist.all_reduce(bucket.master.grad, async_op=True)
+        self.flying.append((work, bucket, received, sent))
+        if len(self.flying) > 2:    # bounds what is held beyond the shard
             self.receive()
 
     def receive(self):
-        """Wait for the bucket that was sent first, and add what came to its master.grad."""
-        bucket, out, _, work = self.flying.popleft()
-        if work is not None:
-            work.wait()
-        bucket.master.grad = out if bucket.master.grad is None else bucket.master.grad.add_(out)
+        """Wait for what was sent first."""
+        work, bucket, received, _ = self.flying.popleft()
+        work.wait()
+        if received is not None:
+            bucket.add(received)
 
     @torch.no_grad()
     def step(self, lr, max_norm, healthy=True):

@@ -105,7 +105,7 @@ ASSIGNMENTS = {
                  "test_evaluate.py::test_draw_follows_the_distribution": 10,
                  "test_evaluate.py::test_random_numbers_are_indexed_by_position": 10}),
         Task("slots that attend each to itself",
-             ["evaluate.py:neighbours", "evaluate.py:count_off", "evaluate.py:SlotCache.at"], {
+             ["evaluate.py:neighbours", "evaluate.py:SlotCache.at"], {
                  "test_evaluate.py::test_spans_by_hand": 6,
                  "test_evaluate.py::test_places_of_two_slots_by_hand": 7,
                  "test_evaluate.py::test_attention_over_slots_of_an_untrained_policy": 12}),

@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,18 +66,36 @@ def run_here(script, *args):
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
+@functools.cache
+def forks():
+    """The process that forks stages, see forks.py; it ends with this one."""
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=crash.environment())
+
+
 def run_script(*args, nproc=1, env=None, check=True, timeout=300):
     """Run a stage as a user would, under torchrun or, on one process, in this one; returns what
-    subprocess.run would."""
+    subprocess.run would. env: more variables, for which it is started anew."""
     if nproc == 1 and env is None and args[0] in ("sft.py", "rl.py", "evaluate.py"):
         return checked(run_here(*args), check)
-    process = crash.launch(args, nproc, env=env)
-    try:
-        done = subprocess.CompletedProcess(args, *crash.finish(process, timeout))
-    except subprocess.TimeoutExpired:
-        crash.kill(process)
-        raise
-    return checked(done, check)
+    if env is not None:
+        process = crash.launch(args, nproc, env=env)
+        try:
+            done = subprocess.CompletedProcess(args, *crash.finish(process, timeout))
+        except subprocess.TimeoutExpired:
+            crash.kill(process)
+            raise
+        return checked(done, check)
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        job = {"args": [str(ROOT / args[0]), *map(str, args[1:])], "nproc": nproc,
+               "out": out.name, "err": err.name}
+        late = threading.Timer(timeout, lambda: crash.kill_all(crash.processes(forks().pid)[1:]))
+        late.start()
+        forks().stdin.write(json.dumps(job) + "\n")
+        forks().stdin.flush()
+        code = int(forks().stdout.readline())
+        late.cancel()
+        return checked(subprocess.CompletedProcess(args, code, out.read(), err.read()), check)
 
 
 def checked(done, check):

@@ -31,6 +31,11 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def environment(more=None):
+    """Of a stage: one thread, no network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(more or {})}
+
+
 def launch(args, nproc=1, agent=(), env=None):
     """Start a stage as a user would, on one process or under torchrun (agent: more flags for it).
     Returns the process."""
@@ -39,8 +44,7 @@ def launch(args, nproc=1, agent=(), env=None):
         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *agent]
     return subprocess.Popen(
         [*launcher, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
+        stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, env=environment(env))
 
 
 def finish(process, timeout=600):
@@ -58,13 +62,17 @@ def processes(pid):
                    for found in processes(int(child)))]
 
 
-def kill(process):
-    """SIGKILL to the stage and to all of its processes."""
-    for pid in processes(process.pid):
+def kill_all(pids):
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def kill(process):
+    """SIGKILL to the stage and to all of its processes."""
+    kill_all(processes(process.pid))
     process.communicate(timeout=60)
 
 
