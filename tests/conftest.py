@@ -73,29 +73,49 @@ def forks():
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=crash.environment())
 
 
+class Forked:
+    """A stage on `nproc` processes, as crash.launch starts it, but sooner; on one of several nodes,
+    which meet at `port` of this machine. torchrun's agent starts it anew `restarts` times when a
+    worker has died. It has what is used of a Popen."""
+
+    def __init__(self, args, nproc=1, nodes=1, restarts=0, port=0):
+        self.output = [tempfile.NamedTemporaryFile("r") for _ in ("out", "err")]
+        self.pid, self.returncode = int(self.ask({
+            "args": [str(ROOT / args[0]), *map(str, args[1:])], "nproc": nproc, "nodes": nodes,
+            "restarts": restarts, "port": port, "out": self.output[0].name,
+            "err": self.output[1].name})), None
+
+    def ask(self, question):
+        print(json.dumps(question), file=forks().stdin, flush=True)
+        return forks().stdout.readline().strip()
+
+    def poll(self):
+        if self.returncode is None:
+            answer = self.ask(self.pid)
+            self.returncode = int(answer) if answer else None
+        return self.returncode
+
+    def communicate(self, timeout=60):
+        deadline = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return [file.read() for file in self.output]
+
+
 def run_script(*args, nproc=1, env=None, check=True, timeout=300):
     """Run a stage as a user would, under torchrun or, on one process, in this one; returns what
-    subprocess.run would. env: more variables, for which it is started anew."""
+    subprocess.run would. env: more variables, for which it is launched."""
     if nproc == 1 and env is None and args[0] in ("sft.py", "rl.py", "evaluate.py"):
         return checked(run_here(*args), check)
-    if env is not None:
-        process = crash.launch(args, nproc, env=env)
-        try:
-            done = subprocess.CompletedProcess(args, *crash.finish(process, timeout))
-        except subprocess.TimeoutExpired:
-            crash.kill(process)
-            raise
-        return checked(done, check)
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        job = {"args": [str(ROOT / args[0]), *map(str, args[1:])], "nproc": nproc,
-               "out": out.name, "err": err.name}
-        late = threading.Timer(timeout, lambda: crash.kill_all(crash.processes(forks().pid)[1:]))
-        late.start()
-        forks().stdin.write(json.dumps(job) + "\n")
-        forks().stdin.flush()
-        code = int(forks().stdout.readline())
-        late.cancel()
-        return checked(subprocess.CompletedProcess(args, code, out.read(), err.read()), check)
+    process = Forked(args, nproc) if env is None else crash.launch(args, nproc, env=env)
+    try:
+        done = subprocess.CompletedProcess(args, *crash.finish(process, timeout))
+    except subprocess.TimeoutExpired:
+        crash.kill(process)
+        raise
+    return checked(done, check)
 
 
 def checked(done, check):

@@ -62,17 +62,13 @@ def processes(pid):
                    for found in processes(int(child)))]
 
 
-def kill_all(pids):
-    for pid in pids:
+def kill(process):
+    """SIGKILL to the stage and to all of its processes."""
+    for pid in processes(process.pid):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def kill(process):
-    """SIGKILL to the stage and to all of its processes."""
-    kill_all(processes(process.pid))
     process.communicate(timeout=60)
 
 
@@ -83,7 +79,7 @@ def wait_until(process, reached):
         time.sleep(0.01)
 
 
-def run_killed(args, nproc, out, kills, span, seed=0):
+def run_killed(args, nproc, out, kills, span, seed=0, launch=launch):
     """Run a stage with --resume, killing it `kills` times, each time up to `span` seconds after it
     has logged a step; then let it finish. Returns how many kills hit a stage that still had steps
     to do."""

@@ -1,9 +1,9 @@
 """Starts stages without the seconds that their imports take (not collected by pytest): this process
 has imported everything, and forks itself for each; on several processes torchrun's own agent forks
-the workers.
+the workers. See Forked of conftest.py.
 
-A line of JSON on stdin starts one, {"args": [...], "nproc": N, "out": FILE, "err": FILE}; a line on
-stdout is its exit code, when it has ended.
+A line of JSON on stdin is answered by a line on stdout. An object, the arguments of start(), starts
+a stage: the answer is its pid. A pid asks for its exit code: the answer is empty while it runs.
 """
 
 import json
@@ -25,22 +25,28 @@ def work(args):
     runpy.run_path(args[0], run_name="__main__")
 
 
-def start(args, nproc, out, err):
+def start(args, nproc, nodes, restarts, port, out, err):
     for fd, name in enumerate((os.devnull, out, err)):
         os.dup2(os.open(name, os.O_RDWR), fd)
-    if nproc == 1:
+    if nproc * nodes == 1:
         return work(args)
-    config = LaunchConfig(1, 1, nproc, run_id="test", rdzv_backend="c10d", max_restarts=0,
-                          rdzv_endpoint="localhost:0", start_method="fork")
+    config = LaunchConfig(nodes, nodes, nproc, run_id="test", rdzv_backend="c10d",
+                          rdzv_endpoint=f"localhost:{port}", max_restarts=restarts,
+                          start_method="fork")
     elastic_launch(config, work)(args)
 
 
 def main():
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            return start(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        asked = json.loads(line)
+        if isinstance(asked, int):
+            ended, status = os.waitpid(asked, os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else ""
+        else:
+            answer = os.fork()
+            if answer == 0:
+                return start(**asked)
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":

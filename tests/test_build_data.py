@@ -28,7 +28,7 @@ import crash
 import sft
 import tools
 from build_data import COLOURS, LEVELS, SHAPES
-from conftest import run_script
+from conftest import Forked, run_script
 from tools import PLACES
 
 
@@ -974,7 +974,7 @@ def test_a_killed_import_leaves_no_half_file_and_the_next_run_ends_the_same(tmp_
     command = ["build_data.py", "--import", "visualprobe", "--source", tmp_path / "in", "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_script(*command, whole)
-    process = crash.launch([*command, killed])
+    process = Forked([*command, killed])
     crash.wait_until(process, lambda: len(list(killed.glob("images/*"))) > 20)
     crash.kill(process)
     for path in [*killed.glob("[!.]*.jsonl"), *killed.glob("images/[!.]*")]:

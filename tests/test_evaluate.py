@@ -19,7 +19,8 @@ import crash
 import evaluate
 import sft
 import tools
-from conftest import ChatServer, LiveBytes, engine_behind_a_server, library_attention, run_script
+from conftest import (ChatServer, Forked, LiveBytes, engine_behind_a_server, library_attention,
+                      run_script)
 
 LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_turn_tokens=48, max_context=1200)
 
@@ -633,7 +634,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained_folder, world, tmp_pat
               world / "b.jsonl", "--samples", 2,
               "--budgets", 2, "--dtype", "float64", "--max_turn_tokens", 24, "--slots", 1]
     run_script(*common, "--out", tmp_path / "whole")
-    process = crash.launch([*common, "--out", tmp_path / "cut"])
+    process = Forked([*common, "--out", tmp_path / "cut"])
     crash.wait_until(process, lambda: len(list((tmp_path / "cut").glob("partial.*"))) == 2)
     crash.kill(process)
     assert 4 in [len(p.read_bytes().splitlines()) for p in (tmp_path / "cut").glob("partial.*")]

@@ -18,7 +18,7 @@ import evaluate
 import rl
 import sft
 import tools
-from conftest import ChatServer, run_script
+from conftest import ChatServer, Forked, run_script
 
 T, F = True, False
 
@@ -585,7 +585,8 @@ def test_resume_is_exact(runs, nproc, whole):
     """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
     step in the log."""
     out, common = runs
-    assert crash.run_killed([*common, "--steps", 3], nproc, out / f"cut{nproc}", 2, 0.5) == 2
+    assert crash.run_killed([*common, "--steps", 3], nproc, out / f"cut{nproc}", 2, 0.5,
+                            launch=Forked) == 2
     assert largest_difference(out / whole, out / f"cut{nproc}") == 0
     assert [m["step"] for m in read(out / f"cut{nproc}")] == [1, 2, 3]
 

@@ -29,7 +29,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import crash
 import sft
 import tools
-from conftest import PREPROCESSORS, ROOT, LiveBytes, library_attention, run_script
+from conftest import PREPROCESSORS, ROOT, Forked, LiveBytes, library_attention, run_script
 
 
 @pytest.fixture(scope="module")
@@ -934,7 +934,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, nproc)
     """Two SIGKILLs at random moments (tests/crash.py: ten): the same weights, bit for bit, and one
     line per step in the log."""
     command, whole = uninterrupted(nproc)
-    assert crash.run_killed(command, nproc, tmp_path / "cut", 2, 0.5) == 2
+    assert crash.run_killed(command, nproc, tmp_path / "cut", 2, 0.5, launch=Forked) == 2
     assert crash.same_weights(whole, tmp_path / "cut")
     assert [json.loads(line)["step"]
             for line in (tmp_path / "cut/metrics.jsonl").open()] == list(range(1, 9))
@@ -946,7 +946,7 @@ def test_sharded_state_loads_under_another_world_size(trained_folder, world, tmp
     within rounding."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
               "--shard_optimizer", "--save_every", 2]
-    process = crash.launch([*common, "--steps", 4, "--out", tmp_path / "cut"], 3)
+    process = Forked([*common, "--steps", 4, "--out", tmp_path / "cut"], 3)
     crash.wait_until(process, (tmp_path / "cut/state/latest.json").exists)
     crash.kill(process)
     assert json.loads((tmp_path / "cut/state/latest.json").read_text())["pieces"] == 3
@@ -966,7 +966,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, t
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
               "--steps", 40]
     run = tmp_path / "run"
-    process = crash.launch([*common, "--out", run], 2)
+    process = Forked([*common, "--out", run], 2)
     wait_for_steps(process, run, 2)
     os.kill(crash.processes(process.pid)[-1], signal.SIGTERM)
     code, out, err = crash.finish(process)
@@ -978,7 +978,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, t
 
 def test_a_killed_worker_is_restarted_and_goes_on(uninterrupted, tmp_path):
     command, whole = uninterrupted(2)
-    process = crash.launch([*command, "--out", tmp_path / "run"], 2, ["--max_restarts=1"])
+    process = Forked([*command, "--out", tmp_path / "run"], 2, restarts=1)
     wait_for_steps(process, tmp_path / "run", 3)
     os.kill(crash.processes(process.pid)[-1], signal.SIGKILL)
     code, out, err = crash.finish(process)
@@ -1001,17 +1001,12 @@ def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, tmp
                                   for line in mine)
 
 
-def two_nodes(args, *agent):
-    """Start a stage under two torchrun agents that meet over loopback, one process each."""
+def two_nodes(args, restarts=0):
+    """Start a stage under two of torchrun's agents that meet over loopback, one process each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               *agent, "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-               str(ROOT / args[0]), *map(str, args[1:])]
-    return [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for _ in range(2)]
+    return [Forked(args, 1, 2, restarts, port) for _ in range(2)]
 
 
 def test_two_nodes_equal_one(trained_folder, world, tmp_path):
@@ -1022,7 +1017,7 @@ def test_two_nodes_equal_one(trained_folder, world, tmp_path):
               "--steps", 3, "--shard_optimizer"]
     run_script(*common, "--out", tmp_path / "one", nproc=2)
     nodes = two_nodes([*common, "--out", tmp_path / "two"])
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    assert [crash.finish(node)[0] for node in nodes] == [0, 0]
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-10
 
 
@@ -1030,10 +1025,10 @@ def test_a_worker_killed_on_the_second_node_is_restarted(trained_folder, world, 
     """Its agent counts a restart, the other one may not: all meet again nevertheless, and go on."""
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
               "--save_every", 1, "--steps", 8, "--out", tmp_path / "o"]
-    nodes = two_nodes(common, "--max_restarts=2")
+    nodes = two_nodes(common, restarts=2)
     wait_for_steps(nodes[0], tmp_path / "o", 3)
     os.kill(crash.processes(nodes[1].pid)[-1], signal.SIGKILL)
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    assert [crash.finish(node)[0] for node in nodes] == [0, 0]
     lines = (tmp_path / "o/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
@@ -1257,7 +1252,7 @@ def test_a_fresh_run_never_goes_on_from_an_older_one(trained_folder, world, tmp_
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON]
     run_script(*common, "--steps", 2, "--seed", 1, "--out", tmp_path / "o")
     old = (tmp_path / "o/state/step_0000002/0.pt").read_bytes()
-    process = crash.launch([*common, "--steps", 3, "--out", tmp_path / "o"])
+    process = Forked([*common, "--steps", 3, "--out", tmp_path / "o"])
     crash.wait_until(process, (tmp_path / "o/old_state").exists)
     crash.kill(process)
     assert ((tmp_path / "o/old_state/step_0000002/0.pt").read_bytes() == old
