@@ -41,7 +41,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -626,20 +625,6 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def exact_norm(norm, x):
-    """RMSNorm in the precision of x; the library's own goes through float32, which would drown
-    float64 comparisons."""
-    variance = x.square().mean(-1, keepdim=True)
-    return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon))
-
-
-def exact_rotary(rotate_half, q, k, cos, sin):
-    """The vision tower's rotary embedding in the precision of q, for the same reason. q, k: (S, H,
-    D); cos, sin: (S, D)."""
-    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-
 def embed_patches(conv, patches):
     """The patch embedding, a convolution whose stride is its kernel, as the matrix product that it
     is: several times faster on a CPU. (N, C) -> (N, D)."""
@@ -655,12 +640,6 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
     model.requires_grad_(True)
     embed = model.model.visual.patch_embed
     embed.forward = partial(embed_patches, embed.proj)
-    if model.dtype == torch.float64:
-        library = sys.modules[type(model).__module__]   # the family's own
-        library.apply_rotary_pos_emb_vision = partial(exact_rotary, library.rotate_half)
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(exact_norm, module)
     smallest = min_pixels or processor.size["shortest_edge"]
     largest = max_pixels or processor.size["longest_edge"]
     tools.need(smallest <= largest, f"--min_pixels {smallest} is above --max_pixels {largest}")

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import build_data
 import collect_coldstart
 import crash
 import evaluate
+import exact
 import sft
 import tools
 
@@ -70,20 +72,22 @@ def run_here(script, *args):
 def forks():
     """The process that forks stages, see forks.py; it ends with this one."""
     return subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=crash.environment())
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 class Forked:
-    """A stage on `nproc` processes, as crash.launch starts it, but sooner; on one of several nodes,
-    which meet at `port` of this machine. torchrun's agent starts it anew `restarts` times when a
-    worker has died. It has what is used of a Popen."""
+    """A stage on `nproc` processes, as crash.launch starts it, but sooner, and allowed to ask a
+    server; env: more variables. On one of several nodes, which meet at `port` of this machine.
+    torchrun's agent starts it anew `restarts` times when a worker has died. It has what is used of
+    a Popen."""
 
-    def __init__(self, args, nproc=1, nodes=1, restarts=0, port=0):
+    def __init__(self, args, nproc=1, nodes=1, restarts=0, port=0, env=None):
         self.output = [tempfile.NamedTemporaryFile("r") for _ in ("out", "err")]
         self.pid, self.returncode = int(self.ask({
             "args": [str(ROOT / args[0]), *map(str, args[1:])], "nproc": nproc, "nodes": nodes,
-            "restarts": restarts, "port": port, "out": self.output[0].name,
-            "err": self.output[1].name})), None
+            "restarts": restarts, "port": port, "folder": os.getcwd(), "env": env or {},
+            "out": self.output[0].name, "err": self.output[1].name})), None
 
     def ask(self, question):
         print(json.dumps(question), file=forks().stdin, flush=True)
@@ -105,11 +109,11 @@ class Forked:
 
 
 def run_script(*args, nproc=1, env=None, check=True, timeout=300):
-    """Run a stage as a user would, under torchrun or, on one process, in this one; returns what
-    subprocess.run would. env: more variables, for which it is launched."""
+    """Run a stage as a user would, under torchrun's agent or, on one process, in this one; returns
+    what subprocess.run would."""
     if nproc == 1 and env is None and args[0] in ("sft.py", "rl.py", "evaluate.py"):
         return checked(run_here(*args), check)
-    process = Forked(args, nproc) if env is None else crash.launch(args, nproc, env=env)
+    process = Forked(args, nproc, env=env)
     try:
         done = subprocess.CompletedProcess(args, *crash.finish(process, timeout))
     except subprocess.TimeoutExpired:
@@ -412,8 +416,8 @@ def wide(name, tokenizer, device, layers=None, **text):
 @pytest.fixture(scope="session")
 def released_folder(world, prompts, make_tiny, tmp_path_factory):
     """released_folder(name) -> folder of a policy made like a released model, but narrow. It was
-    over-fitted to a trajectory with the project's small vocabulary, which was filled up to the
-    released size with random rows after."""
+    over-fitted to a trajectory with the project's small vocabulary, which was filled up with random
+    rows after: to the released size of one of them, which is slow in float64."""
     @functools.cache
     def make(name):
         out = tmp_path_factory.mktemp(name)
@@ -429,7 +433,8 @@ def released_folder(world, prompts, make_tiny, tmp_path_factory):
         overfit(sft.make_policy(model, tokenizer, processor, "cpu", prompts, max_pixels=100_000),
                 tools.read_jsonl(world / "coldstart.jsonl")[:1], world, 40)
         text = RELEASED[name].get("text_config", RELEASED[name])
-        model.resize_token_embeddings(text["vocab_size"], mean_resizing=False)
+        size = text["vocab_size"] if name == "Qwen2.5-VL-7B" else len(tokenizer) + 1000
+        model.resize_token_embeddings(size, mean_resizing=False)
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
             ["<|im_end|>", "<|endoftext|>"])
         sft.export(sft.make_policy(model, tokenizer, processor, "cpu", prompts), out)

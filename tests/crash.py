@@ -31,20 +31,16 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def environment(more=None):
-    """Of a stage: one thread, no network."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(more or {})}
-
-
-def launch(args, nproc=1, agent=(), env=None):
-    """Start a stage as a user would, on one process or under torchrun (agent: more flags for it).
-    Returns the process."""
+def launch(args, nproc=1, env=None):
+    """Start a stage as a user would, on one process or under torchrun; env: more variables. Returns
+    the process."""
     launcher = [sys.executable] if nproc == 1 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}",
-        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *agent]
+        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return subprocess.Popen(
         [*launcher, str(ROOT / args[0]), *map(str, args[1:])], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, env=environment(env))
+        stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})})
 
 
 def finish(process, timeout=600):

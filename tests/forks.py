@@ -6,6 +6,8 @@ A line of JSON on stdin is answered by a line on stdout. An object, the argument
 a stage: the answer is its pid. A pid asks for its exit code: the answer is empty while it runs.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,18 +16,27 @@ from pathlib import Path
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import collect_coldstart
+import exact
 import rl
+import tools
 
 
 def work(args):
-    sys.argv = args
-    runpy.run_path(args[0], run_name="__main__")
+    """Run a stage, or a test's own script."""
+    sys.argv, path = args, Path(args[0])
+    if path.parent == ROOT:
+        tools.run(importlib.import_module(path.stem).main)
+    else:
+        runpy.run_path(args[0], run_name="__main__")
 
 
-def start(args, nproc, nodes, restarts, port, out, err):
+def start(args, nproc, nodes, restarts, port, folder, env, out, err):
+    os.chdir(folder)
+    os.environ.update(env)
     for fd, name in enumerate((os.devnull, out, err)):
         os.dup2(os.open(name, os.O_RDWR), fd)
     if nproc * nodes == 1:
@@ -37,6 +48,7 @@ def start(args, nproc, nodes, restarts, port, out, err):
 
 
 def main():
+    gc.freeze()     # else every fork tidies up after all imports when it ends
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):

@@ -27,7 +27,7 @@ import crash
 import tools
 from build_data import LEVELS, describe_cell, describe_part, describe_walls, place_box, places_with
 from collect_coldstart import PATTERNS, Teacher
-from conftest import ROOT, ChatServer, picture_of, run_script
+from conftest import ROOT, ChatServer, Forked, picture_of, run_script
 from tools import PHRASES, PLACES
 
 SEARCHES = [pattern for pattern in PATTERNS if pattern != "guess"]
@@ -630,7 +630,7 @@ def teach(folder, server, *flags, check=True):
                       "--out", folder / "out.jsonl", "--teacher", server.url,
                       "--teacher_model", "big", "--requests", 2, "--min_pixels", 6000,
                       "--max_pixels", 8000, *flags,
-                      check=check, env={"HF_HUB_OFFLINE": "0", "TEACHER_API_KEY": "sk-very-secret"})
+                      check=check, env={"TEACHER_API_KEY": "sk-very-secret"})
 
 
 def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(world, prompts,
@@ -724,7 +724,7 @@ def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, 
         flags = ["collect_coldstart.py", "--data", tmp_path / "train.jsonl", "--out",
                  tmp_path / "out.jsonl", "--teacher",
                  server.url, "--requests", 1]
-        process = crash.launch(flags, env={"HF_HUB_OFFLINE": "0"})
+        process = Forked(flags)
         crash.wait_until(process, lambda: any(p.read_bytes().count(b"\n")
                                               for p in tmp_path.glob("*.partial")))
         crash.kill(process)
@@ -732,7 +732,7 @@ def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, 
         gate.release(1000)
         time.sleep(0.2)
         before = len(server.requests)
-        run_script(*flags, env={"HF_HUB_OFFLINE": "0"})
+        run_script(*flags)
         left = [oracle.solved[q["question"]] for q in questions[finished:]]
         assert finished >= 1
         assert len(server.requests) - before == sum(len(row["turns"]) for row in left)

@@ -714,8 +714,6 @@ def test_corrupt_image_is_one_line(trained_folder, world, tmp_path):
 # -------------------------------------------------------------------------------------------------
 # Served models and the judge, with real servers on loopback
 
-ONLINE = {"HF_HUB_OFFLINE": "0"}    # offline mode forbids even loopback
-
 
 def test_a_served_model_is_measured_like_a_local_one(trained, trained_folder, world, prompts,
                                                      tmp_path):
@@ -731,8 +729,7 @@ def test_a_served_model_is_measured_like_a_local_one(trained, trained_folder, wo
                           "--limit", 3, "--samples", 1, "--greedy", "--budgets", 6,
                           "--max_turn_tokens", 48, "--slots", 3,
                           "--min_pixels", 6000, "--max_pixels", 8000,
-                          "--prompts", tmp_path / "prompts.json", "--out", tmp_path / "out",
-                          env=ONLINE)
+                          "--prompts", tmp_path / "prompts.json", "--out", tmp_path / "out")
         requests = len(server.requests)
         assert {r[2]["model"] for r in server.requests} == {"tiny"}
         assert {r[2]["temperature"] for r in server.requests} == {0.0}
@@ -760,7 +757,7 @@ def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(train
         common = ["evaluate.py", "--model", server.url, "--data", world / "train.jsonl", "--limit",
                   6, "--samples", 1, "--greedy",
                   "--budgets", 2, "--max_turn_tokens", 8, "--slots", 1, "--out", tmp_path / "out"]
-        done = run_script(*common, env=ONLINE, nproc=2)
+        done = run_script(*common, nproc=2)
         assert "train: 1 of 6 samples have no score" in done.stdout
         assert f"model: {len(server.requests) - 1} replies" in done.stdout
         table = json.loads((tmp_path / "out/table.json").read_text())["train"]
@@ -769,7 +766,7 @@ def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(train
         assert rows[3]["id"] not in [r["id"] for r in rates]
         refused.clear()
         before = len(server.requests)
-        run_script(*common, env=ONLINE)
+        run_script(*common)
         assert all(rows[3]["question"] in json.dumps(body)
                    for _, _, body in server.requests[before:])
     assert all(r["turns"] for r in tools.read_jsonl(tmp_path / "out/train.jsonl"))
@@ -779,7 +776,7 @@ def test_a_server_that_is_away_ends_the_evaluation_in_one_line(world, tmp_path):
     with ChatServer(lambda body: (400, {}, b"away")) as server:
         done = run_script("evaluate.py", "--model", server.url, "--data", world / "train.jsonl",
                           "--samples", 8, "--slots", 8,
-                          "--budgets", 2, "--out", tmp_path / "out", env=ONLINE, check=False)
+                          "--budgets", 2, "--out", tmp_path / "out", check=False)
     assert done.returncode == 1 and "gives no usable replies" in done.stderr
     assert "HTTP 400: away" in done.stderr
     assert len(server.requests) < 60 and not (tmp_path / "out/table.json").exists()
@@ -911,14 +908,14 @@ def test_a_judge_that_was_away_is_asked_again_by_the_same_command(trained_folder
                   "--dtype", "float64", "--max_turn_tokens", 48, "--judge", server.url,
                   "--judge_model", "j", "--prompts",
                   tmp_path / "prompts.json", "--out", tmp_path / "out"]
-        first = run_script(*common, env=ONLINE)
+        first = run_script(*common)
         rows = tools.read_jsonl(tmp_path / "out/train.jsonl")
         unscored = [r for r in rows if r["reward"] is None]
         assert unscored and f"train: {len(unscored)} of {len(rows)} samples" in first.stdout
         assert "judge: " in first.stdout
         assert all(r["prediction"] and r["finish"] == "answer" for r in unscored)
         away.clear()
-        run_script(*common, env=ONLINE)
+        run_script(*common)
     again = tools.read_jsonl(tmp_path / "out/train.jsonl")
     assert [dict(r, reward=1.0) if r["reward"] is None else r for r in rows] == again
     assert not list((tmp_path / "out").glob("partial.*"))

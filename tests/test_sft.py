@@ -966,7 +966,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, t
     common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
               "--steps", 40]
     run = tmp_path / "run"
-    process = Forked([*common, "--out", run], 2)
+    process = crash.launch([*common, "--out", run], 2)      # by torchrun itself, not by its agent
     wait_for_steps(process, run, 2)
     os.kill(crash.processes(process.pid)[-1], signal.SIGTERM)
     code, out, err = crash.finish(process)
@@ -1170,14 +1170,17 @@ def test_gradients_are_sent_while_backward_runs(monkeypatch):
     monkeypatch.setattr(sft, "buckets", lambda params, megabytes: [[p] for p in params])
     optimizer = sft.Optimizer(layers, 0.1, 0.0)
     optimizer.world = 2
-    monkeypatch.setattr(sft.dist, "all_reduce",
-                        lambda flat, async_op: log.append(layer_of[len(flat)]))
+
+    def all_reduce(flat, async_op):
+        log.append(layer_of[len(flat)])
+        return SimpleNamespace(wait=lambda: None)
 
     def loss_of(x):
         for layer in layers:
             x = x @ layer
         return x.sum()
 
+    monkeypatch.setattr(sft.dist, "all_reduce", all_reduce)
     layers[0].register_post_accumulate_grad_hook(lambda p: log.append("first layer arrived"))
     optimizer.backward([torch.ones(1, 2)], loss_of)
     assert log == [2, 1, 0, "first layer arrived"] or log == [2, 1, "first layer arrived", 0]
