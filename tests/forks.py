@@ -14,19 +14,13 @@ import runpy
 import sys
 from pathlib import Path
 
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import collect_coldstart
-import exact
-import rl
-import tools
 
 
 def work(args):
     """Run a stage, or a test's own script."""
+    import tools
     sys.argv, path = args, Path(args[0])
     if path.parent == ROOT:
         tools.run(importlib.import_module(path.stem).main)
@@ -35,6 +29,7 @@ def work(args):
 
 
 def start(args, nproc, nodes, restarts, port, folder, env, out, err):
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.chdir(folder)
     os.environ.update(env)
     for fd, name in enumerate((os.devnull, out, err)):
@@ -48,6 +43,8 @@ def start(args, nproc, nodes, restarts, port, folder, env, out, err):
 
 
 def main():
+    # not above: the workers that a data stage spawns import this file
+    import collect_coldstart, exact, rl, torch.distributed.launcher.api
     gc.freeze()     # else every fork tidies up after all imports when it ends
     for line in sys.stdin:
         asked = json.loads(line)

@@ -700,7 +700,8 @@ def test_ctrl_c_ends_a_served_collection_at_once(world, prompts, questions, tmp_
     with ChatServer(behave) as server:
         process = crash.launch(["collect_coldstart.py", "--data", tmp_path / "train.jsonl",
                                 "--out", tmp_path / "out.jsonl", "--teacher", server.url,
-                                "--requests", 2], env={"HF_HUB_OFFLINE": "0"})
+                                "--requests", 2, "--min_pixels", 6000, "--max_pixels", 8000],
+                               env={"HF_HUB_OFFLINE": "0"})
         crash.wait_until(process, lambda: len(server.requests) >= 6)
         process.send_signal(signal.SIGINT)
         code, _, err = crash.finish(process, 20)
@@ -722,8 +723,8 @@ def test_a_killed_collection_of_a_served_teacher_keeps_what_was_paid_for(world, 
 
     with ChatServer(behave) as server:
         flags = ["collect_coldstart.py", "--data", tmp_path / "train.jsonl", "--out",
-                 tmp_path / "out.jsonl", "--teacher",
-                 server.url, "--requests", 1]
+                 tmp_path / "out.jsonl", "--teacher", server.url, "--requests", 1,
+                 "--min_pixels", 6000, "--max_pixels", 8000]
         process = Forked(flags)
         crash.wait_until(process, lambda: any(p.read_bytes().count(b"\n")
                                               for p in tmp_path.glob("*.partial")))
