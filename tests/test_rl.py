@@ -543,6 +543,8 @@ def test_two_processes_equal_one(runs, trained_folder):
     assert any(m["trained_responses"] > 0 for m in one)
     assert largest_difference(out / "one", trained_folder) > 1e-6
     assert largest_difference(out / "one", out / "two") < 1e-10
+    assert ["eval" in m for m in one] == [False, True, True] and "eval_before" in one[0]
+    assert all(m["eval"] in (0.0, 0.5, 1.0) for m in one[1:])
     for a, b in zip(one, two):
         # each process drafts by itself
         depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")
@@ -550,34 +552,36 @@ def test_two_processes_equal_one(runs, trained_folder):
         assert a["mismatch"] < 1e-9 and a["largest_log_ratio"] < 1e-8
 
 
-def test_the_best_checkpoint_is_kept(runs):
-    """Evaluated after steps 2 and 3 (the last); the exported model is that of the better one, the
-    later one if equal."""
-    out, common = runs
-    scores = [m.get("eval") for m in read(out / "one")]
-    assert scores[0] is None and all(s in (0.0, 0.5, 1.0) for s in scores[1:])
-    assert (read(out / "one")[0]["eval_before"] in (0.0, 0.5, 1.0)
-            and all("value" in m for m in read(out / "one")))
-    run_script(*common, "--steps", 2, "--out", out / "short")
-    saved = sft.load_policy(str(out / "one"), "cpu", "float64")
-    latest = sft.load_policy(str(out / "one"), "cpu", "float64")
-    sft.load_state(out / "one", sft.Optimizer(sft.trainable(latest, True), 0.0, 0.0), True, 3)
-    same = all(torch.equal(a, b) for a, b in zip(saved.model.state_dict().values(),
-                                                 latest.model.state_dict().values()))
-    assert same == (scores[2] >= scores[1])
-    assert same or largest_difference(out / "one", out / "short") == 0
+@pytest.mark.parametrize("scores, kept", [((0.9, 0.1), 1), ((0.1, 0.1), 2)])
+def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
+    """Scored after both of two steps: the exported model is that of the better one, the later one
+    if equal."""
+    given = iter([(0.5, None), *((score, None) for score in scores)])
+    monkeypatch.setattr(rl, "score_held_out", lambda *_: next(given))
+    run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
+    assert [m["eval"] for m in read(tmp_path)] == list(scores)
+    policy = sft.load_policy(str(tmp_path), "cpu", "float64")
+    weights = [b.master for b in sft.Optimizer(sft.trainable(policy, True), 0.0, 0.0).buckets]
+    same = []
+    for step in (1, 2):
+        state = torch.load(tmp_path / f"state/step_000000{step}/0.pt")["optimizer"]
+        same += [step] * all(torch.equal(a, part["master"]) for a, part in zip(weights, state))
+    assert same == [kept]
 
 
 def test_dumps_are_trajectory_rows(runs, world):
-    """Whole conversations with their advantages; the loss-carrying ones of a group sum to zero only
-    if none is masked."""
+    """The first eight conversations of a step, here two whole groups, with their advantages."""
     out, _ = runs
     assert [p.name for p in sorted((out / "one" / "rollouts").iterdir())] == ["step_00002.jsonl"]
-    for row in tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl",
-                                tools.check_trajectory):
-        assert (row["system"] == "Look closer." and row["finish"] in evaluate.FINISHES
-                and (world / row["image"]).exists())
-        assert row["advantage"] == 0 or row["finish"] in ("answer", "void")
+    rows = tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl", tools.check_trajectory)
+    assert len(rows) == 8
+    for group in (rows[:4], rows[4:]):
+        assert len({row["id"] for row in group}) == 1 and [r["sample"] for r in group] == [*range(4)]
+        rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
+        completed = torch.tensor([[row["finish"] in ("answer", "void") for row in group]])
+        expected = rl.group_advantages(rewards, completed, unfinished_value=0.5)
+        assert [row["advantage"] for row in group] == expected[0].tolist() and expected.any()
+    assert all(row["system"] == "Look closer." and (world / row["image"]).exists() for row in rows)
 
 
 def test_resume_is_exact(runs):
@@ -599,7 +603,7 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
         rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl",
               "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2,
+              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 1,
               "--unfinished_value", "group"]
     for nproc in (1, 2, 3):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)

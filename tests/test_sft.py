@@ -13,8 +13,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -1235,12 +1233,11 @@ def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
               "--out", tmp_path / "o"]
     run_script(*common, "--steps", 1)
     before = (tmp_path / "o/state/step_0000001/0.pt").read_bytes()
-    code = ("import resource, runpy, sys; "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv = sys.argv[1:]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "sft.py"),
-                           *map(str, common[1:]), "--steps", "2", "--resume"],
-                          capture_output=True, text=True)
+    (tmp_path / "sft.py").write_text(
+        "import resource, sft, tools\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        "tools.run(sft.main)\n")
+    done = run_script(tmp_path / "sft.py", *common[1:], "--steps", 2, "--resume", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert ("error:" in done.stderr.splitlines()[-1]
             and ("cannot save" in done.stderr or "too large" in done.stderr))
