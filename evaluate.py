@@ -905,7 +905,7 @@ def make_player(args, prompts, rank, device):
 
 
 def write_results(levels, engine, args):
-    """Print the tables; write table.json, trajectories and pass rates, and the picture."""
+    """Print the tables; write table.json, trajectories and pass rates."""
     table = summarise(levels, args.budgets)
     print_table(table, args.budgets, args.samples)
     for level, rows in levels.items():
