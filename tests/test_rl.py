@@ -576,7 +576,8 @@ def test_dumps_are_trajectory_rows(runs, world):
     rows = tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl", tools.check_trajectory)
     assert len(rows) == 8
     for group in (rows[:4], rows[4:]):
-        assert len({row["id"] for row in group}) == 1 and [r["sample"] for r in group] == [*range(4)]
+        assert len({row["id"] for row in group}) == 1
+        assert [row["sample"] for row in group] == [0, 1, 2, 3]
         rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
         completed = torch.tensor([[row["finish"] in ("answer", "void") for row in group]])
         expected = rl.group_advantages(rewards, completed, unfinished_value=0.5)
