@@ -166,7 +166,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A data folder with 12 questions (levels mixed) in train.jsonl, their trajectories in
-    coldstart.jsonl, and single-view rows in instruct.jsonl."""
+    coldstart.jsonl, the shortest in short.jsonl, and single-view rows in instruct.jsonl."""
     out = tmp_path_factory.mktemp("world")
     levels = list(build_data.LEVELS)
     rows = [build_data.make_question(("train", i, levels[i % 3]), out, 0) for i in range(12)]
@@ -176,7 +176,9 @@ def world(tmp_path_factory):
     solved = [collect_coldstart.solve(job, out, prompts, 32, 0) for job in enumerate(rows)]
     # searches only: they hold what tests look at
     solved = [row for row in solved if row["pattern"] != "guess"]
-    tools.write_jsonl(out / "coldstart.jsonl", sorted(solved, key=lambda r: len(r["turns"]))[:8])
+    solved.sort(key=lambda row: len(row["turns"]))
+    tools.write_jsonl(out / "coldstart.jsonl", solved[:8])
+    tools.write_jsonl(out / "short.jsonl", solved[:5])
     tools.write_jsonl(out / "instruct.jsonl", build_data.make_instructions(0, out, 0, 6000, 8000))
     return out
 

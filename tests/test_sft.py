@@ -481,7 +481,7 @@ def test_a_missing_folder_is_named():
         sft.load_policy("checkpoints/absent", "cpu", hint="x.py")
 
 
-COMMON = ["--dtype", "float64", "--batch", 4, "--lr", "1e-3", "--warmup", 0, "--tokens", 2000,
+COMMON = ["--dtype", "float64", "--batch", 4, "--lr", "1e-3", "--warmup", 0, "--tokens", 500,
           "--no-freeze_vision"]
 
 
@@ -496,7 +496,7 @@ def largest_difference(a, b):
 def test_one_and_two_processes_give_the_same_weights(trained_folder, world, tmp_path):
     """Three steps with the same global batch, to 1e-10 in float64, also when micro-batches are cut
     differently."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--steps", 3]
     run_script(*common, "--out", tmp_path / "one")
     run_script(*common, "--out", tmp_path / "two", nproc=2)
@@ -509,7 +509,7 @@ def test_one_and_two_processes_give_the_same_weights(trained_folder, world, tmp_
 
 def test_a_rank_without_any_sample_joins_every_collective(trained_folder, world, tmp_path):
     """And the mean over tokens is the mean over responses where a batch is one conversation."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--batch", 1, "--steps", 2]
     run_script(*common, "--out", tmp_path / "one")
     # rank 1 never has a row
@@ -917,7 +917,7 @@ def uninterrupted(trained_folder, world, tmp_path_factory):
     run of it)."""
     @functools.cache
     def run(nproc):
-        command = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
+        command = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl",
                    *COMMON, "--steps", 8,
                    "--dtype", "float32", "--save_every", 1,
                    *(["--shard_optimizer"] if nproc == 2 else [])]
@@ -942,7 +942,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, nproc)
 def test_sharded_state_loads_under_another_world_size(trained_folder, world, tmp_path):
     """Two steps on three processes, the rest on two, against one process throughout; float64,
     within rounding."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--shard_optimizer", "--save_every", 2]
     process = Forked([*common, "--steps", 4, "--out", tmp_path / "cut"], 3)
     crash.wait_until(process, (tmp_path / "cut/state/latest.json").exists)
@@ -961,7 +961,7 @@ def wait_for_steps(process, out, count):
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(trained_folder, world, tmp_path):
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--steps", 40]
     run = tmp_path / "run"
     process = crash.launch([*common, "--out", run], 2)      # by torchrun itself, not by its agent
@@ -1011,7 +1011,7 @@ def test_two_nodes_equal_one(trained_folder, world, tmp_path):
     """Two torchrun agents that meet over loopback, one process each, against one agent with two
     processes: to 1e-10 in float64, since an agent gives its only process both cores, and two
     threads add up in another order than one."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--steps", 3, "--shard_optimizer"]
     run_script(*common, "--out", tmp_path / "one", nproc=2)
     nodes = two_nodes([*common, "--out", tmp_path / "two"])
@@ -1021,7 +1021,7 @@ def test_two_nodes_equal_one(trained_folder, world, tmp_path):
 
 def test_a_worker_killed_on_the_second_node_is_restarted(trained_folder, world, tmp_path):
     """Its agent counts a restart, the other one may not: all meet again nevertheless, and go on."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--save_every", 1, "--steps", 8, "--out", tmp_path / "o"]
     nodes = two_nodes(common, restarts=2)
     wait_for_steps(nodes[0], tmp_path / "o", 3)
@@ -1229,7 +1229,7 @@ def test_nothing_written_is_still_connected():
 def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
     """A file-size limit stands in for a full disk: one line, and what was there before is still
     there, whole."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON,
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON,
               "--out", tmp_path / "o"]
     run_script(*common, "--steps", 1)
     before = (tmp_path / "o/state/step_0000001/0.pt").read_bytes()
@@ -1249,7 +1249,7 @@ def test_disk_full_leaves_the_old_checkpoint(trained_folder, world, tmp_path):
 def test_a_fresh_run_never_goes_on_from_an_older_one(trained_folder, world, tmp_path):
     """Killed before its first checkpoint and resumed, it starts anew: the older run's state was set
     aside."""
-    common = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl", *COMMON]
+    common = ["sft.py", "--model", trained_folder, "--data", world / "short.jsonl", *COMMON]
     run_script(*common, "--steps", 2, "--seed", 1, "--out", tmp_path / "o")
     old = (tmp_path / "o/state/step_0000002/0.pt").read_bytes()
     process = Forked([*common, "--steps", 3, "--out", tmp_path / "o"])
@@ -1276,7 +1276,7 @@ def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
 
 def test_a_run_that_diverges_stops_before_it_saves(trained_folder, world, tmp_path):
     wild = ["--steps", 6, "--lr", 1e30, "--warmup", 0, "--max_norm", 1e30]
-    done = run_script("sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
+    done = run_script("sft.py", "--model", trained_folder, "--data", world / "short.jsonl",
                       *COMMON, *wild,
                       "--out", tmp_path / "o", check=False)
     assert (done.returncode == 1 and "not finite 5 times in a row" in done.stderr
