@@ -230,7 +230,7 @@ class Bucket:
         return flat
 
     def add(self, gradient):
-        """Add to the sum that AdamW will see."""
+        """Add a gradient, as long as master, to master.grad: the sum that AdamW will see."""
         grad = self.master.grad
         self.master.grad = gradient if grad is None else grad.add_(gradient)
 

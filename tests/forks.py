@@ -44,7 +44,8 @@ def start(args, nproc, nodes, restarts, port, folder, env, out, err):
 
 def main():
     # not above: the workers that a data stage spawns import this file
-    import collect_coldstart, exact, rl, torch.distributed.launcher.api
+    for name in ("collect_coldstart", "rl", "exact", "torch.distributed.launcher.api"):
+        importlib.import_module(name)
     gc.freeze()     # else every fork tidies up after all imports when it ends
     for line in sys.stdin:
         asked = json.loads(line)

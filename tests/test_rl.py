@@ -585,13 +585,15 @@ def test_dumps_are_trajectory_rows(runs, world):
     assert all(row["system"] == "Look closer." and (world / row["image"]).exists() for row in rows)
 
 
-def test_resume_is_exact(runs):
+@pytest.mark.parametrize("nproc, whole", [(1, "one"), (2, "two")])
+def test_resume_is_exact(runs, nproc, whole):
     """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
     step in the log."""
     out, common = runs
-    assert crash.run_killed([*common, "--steps", 3], 2, out / "cut", 2, 0.5, launch=Forked) == 2
-    assert largest_difference(out / "two", out / "cut") == 0
-    assert [m["step"] for m in read(out / "cut")] == [1, 2, 3]
+    cut = out / f"cut{nproc}"
+    assert crash.run_killed([*common, "--steps", 3], nproc, cut, 2, 0.5, launch=Forked) == 2
+    assert largest_difference(out / whole, cut) == 0
+    assert [m["step"] for m in read(cut)] == [1, 2, 3]
 
 
 def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
@@ -604,7 +606,7 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
         rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl",
               "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 1,
+              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2,
               "--unfinished_value", "group"]
     for nproc in (1, 2, 3):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)

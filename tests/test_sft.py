@@ -1004,7 +1004,7 @@ def two_nodes(args, restarts=0):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [Forked(args, 1, 2, restarts, port) for _ in range(2)]
+    return [Forked(args, nodes=2, restarts=restarts, port=port) for _ in range(2)]
 
 
 def test_two_nodes_equal_one(trained_folder, world, tmp_path):
