@@ -148,7 +148,7 @@ def neighbours(pieces):
     are left out."""
     spans = []
     for i, piece in enumerate(pieces):
-        before = pieces[i - 1]
+        before = pieces[i - 1]  # of the first one: not asked for
         if (i > 0 and i - spans[-1][0] < CHUNK and max(piece, before) <= LONG
                 and abs(piece - before) <= 12):
             spans[-1] = spans[-1][0], i + 1

@@ -311,9 +311,9 @@ class Optimizer:
         last one ends in the only all-reduce, in place. What travels waits in `flying`, first in
         first out: (work, bucket, what is received or None, what was sent)."""
         self.next += 1
-        sent, received = bucket.take_gradients(), None
+        sent, received = bucket.take_gradients(), None  # (pieces * length,)
         if self.shard:
-            received = torch.empty_like(bucket.master)
+            received = torch.empty_like(bucket.master)  # (length,)
             work = reduce_scatter(received, sent, async_op=True)
         else:
             bucket.add(sent)
@@ -325,7 +325,7 @@ class Optimizer:
             self.receive()
 
     def receive(self):
-        """Wait for what was sent first."""
+        """Wait for what was sent first; a sum of this rank's piece is added to earlier rounds'."""
         work, bucket, received, _ = self.flying.popleft()
         work.wait()
         if received is not None:
