@@ -68,8 +68,7 @@ LEVELS = {"easy": {"side": 504, "radius": 0.43, "lookalikes": 2, "others": 3},
 SPLITS = ["train", "easy", "medium", "hard", "instruct", "val"]
 
 
-# -------------------------------------------------------------------------------------------------
-# A scene and its picture
+# ---- A scene and its picture --------------------------------------------------------------------
 
 
 def place_box(place):
@@ -192,8 +191,7 @@ def make_question(job, out, seed):
     return {"id": f"{split}_{index:05d}", "image": image, **scene}
 
 
-# -------------------------------------------------------------------------------------------------
-# Instruction data: one view, one question, one reply in the words that the teacher uses
+# ---- Instruction data: one view, one question, one reply in the teacher's words -----------------
 
 
 def colours_of(objects, part):
@@ -346,8 +344,7 @@ def make_instructions(index, out, seed, min_pixels, max_pixels):
     return rows
 
 
-# -------------------------------------------------------------------------------------------------
-# The tiny model: a real Qwen2.5-VL of 1.6 M parameters, a tokenizer made from the project's texts
+# ---- The tiny model: a Qwen2.5-VL of 1.6 M parameters, a tokenizer made from our texts ----------
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -437,8 +434,7 @@ def project_texts(data):
     return fixed * 50 + said + words
 
 
-# -------------------------------------------------------------------------------------------------
-# Published data sets: reading
+# ---- Published data sets: reading ---------------------------------------------------------------
 
 
 def parsed(text):
@@ -571,10 +567,10 @@ def conversation(record):
                    for end in range(4, len(parts) + 1, 2)]
 
 
-# -------------------------------------------------------------------------------------------------
-# Published data sets: what a record becomes, a question row. "image" is as load() takes it; if
-# there are options, "right", the letter of the right one, takes the place of the answer. stem: of
-# the file that is written; root: the folder that images must not leave; known: see FIRST_PASS
+# ---- Published data sets: what a record becomes, a question row ---------------------------------
+# "image" is as load() takes it; if there are options, "right", the letter of the right one, takes
+# the place of the answer. stem: of the file that is written; root: the folder that images must not
+# leave; known: see FIRST_PASS
 
 
 def visualprobe(record, path, stem, root, known):
@@ -800,8 +796,7 @@ def import_data(name, source, out, seed):
         tools.write_jsonl(path, import_rows(of_stem, files, path, seed))
 
 
-# -------------------------------------------------------------------------------------------------
-# The command
+# ---- The command --------------------------------------------------------------------------------
 
 
 def filter_questions(rates, source, low, high):
@@ -880,8 +875,7 @@ def parse_args():
     add("--out", type=Path, help="folder to write to (data, or data/NAME with --import)")
     args = parser.parse_args()
     given = {flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)}
-    sizes = ["train", "test", "val", "scenes", "workers", "min_pixels", "max_pixels"]
-    tools.check_flags(args, sizes, ["seed"])
+    tools.check_flags(args, ["seed"])
     need(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
     mode, fitting = "without --import or --filter", given - {"source", "keep"}
     if args.data_set:

@@ -1,12 +1,8 @@
 """Collect cold-start trajectories: a teacher solves questions turn by turn; only correct ones stay.
 
-The default teacher is scripted: it reads the scene's layout, but acts through the same tool and the
-same views as the policy, and says in each thought what it sees, what is still to be looked at, and
-where it goes next. That running list is what lets a small policy search for 32 turns: all it must
-remember stands in its own last turn.
-
-Any model behind an OpenAI-compatible endpoint can teach as well (--teacher URL), as in the paper:
-it is shown six solved questions, images and turns, and then plays the question through the tool.
+The default teacher is scripted: it reads the scene's layout, but acts through the same tool as the
+policy. Its thoughts say what is still to be looked at, so that a small policy, which need remember
+only its own last turn, can search for 32. Or a served model teaches (--teacher URL).
 
 Search patterns, one per trajectory, named in the row ("pattern"):
     scan            the nine parts in reading order from a random start, every candidate at once
@@ -16,10 +12,8 @@ Search patterns, one per trajectory, named in the row ("pattern"):
     recover         makes a call that the tool refuses, and mends it
     search_again    overlooks the target, finds nothing, and scans all nine parts again
     recheck         looks twice before answering
-    guess           gives up after a few turns and answers with a guess, which it calls one. As with
-                    a real teacher only the lucky ones are kept: it is asked again until the answer
-                    is right, ATTEMPTS times at most. So the student searches, and guesses now and
-                    then; to unlearn that is what RL is for
+    guess           gives up after a few turns and guesses; it is asked again until that is right,
+                    ATTEMPTS times at most. To unlearn it is what RL is for
 
 What differs from the Mini-o3 paper:
 1. The paper prompts a VLM with six exemplars; the scripted teacher needs neither network nor GPU.
@@ -192,34 +186,26 @@ class Teacher:
 
 
 def solve(job, root, prompts, max_turns, seed):
-    """One trajectory: the teacher's turns, played through the real tool on the real image; where it
-    guesses, the last of several ("attempts"). job: (number, question row). Returns a trajectory
-    row."""
+    """The trajectory row of a question: the teacher's turns, played through the real tool; where it
+    guesses, the last of several ("attempts"). job: (number, question row)."""
     index, row = job
     rng = np.random.default_rng([seed, index])
-    pattern = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
+    drawn = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
     image = tools.open_image(root / row["image"])
     for attempt in range(1, ATTEMPTS + 1):
-        solved = play(row, pattern, rng, image, prompts, max_turns)
-        if solved["pattern"] != "guess" or solved["reward"] == 1.0:
+        views, turns, teacher = [image], [], Teacher(row, drawn, rng)
+        for text, learn in teacher.turns():
+            turn, finish, prediction = tools.take_turn(
+                views, text, len(turns) + 1, max_turns, max_turns)
+            turns.append(turn if learn else {**turn, "learn": False})
+            if finish:
+                break
+        early = teacher.due in ("recover", "backtrack", "guess")  # it had the answer before
+        pattern = teacher.order if early else drawn
+        solved = trajectory(row, prompts, turns, finish, prediction, "scripted")
+        if pattern != "guess" or solved["reward"] == 1.0:
             break
-    return {**solved, "attempts": attempt}
-
-
-def play(row, pattern, rng, image, prompts, max_turns):
-    """The scripted teacher's conversation about a question, as a trajectory row."""
-    views, turns = [image], []
-    teacher = Teacher(row, pattern, rng)
-    for text, learn in teacher.turns():
-        turn, finish, prediction = tools.take_turn(
-            views, text, len(turns) + 1, max_turns, max_turns)
-        turns.append(turn if learn else {**turn, "learn": False})
-        if finish:
-            break
-    if teacher.due in ("recover", "backtrack", "guess"):
-        pattern = teacher.order     # it had the answer before
-    solved = trajectory(row, prompts, turns, finish, prediction, "scripted")
-    return {**solved, "pattern": pattern}
+    return {**solved, "pattern": pattern, "attempts": attempt}
 
 
 def trajectory(row, prompts, turns, finish, prediction, teacher):
@@ -243,8 +229,7 @@ def check_layout(row):
                "('objects', 'walls'), as build_data.py draws them")
 
 
-# -------------------------------------------------------------------------------------------------
-# A served teacher
+# ---- A served teacher ---------------------------------------------------------------------------
 
 EXAMPLES_FOLLOW = (
     "\n\nFirst you see how others have answered questions like yours, each about an image of its "
@@ -292,9 +277,6 @@ def solve_served(job, client, before, root, prompts, limits, seed):
     image = tools.open_image(root / row["image"])
     played = tools.play(client, row, image, prompts, limits, seed, before, cut=True)
     return trajectory(row, prompts, *played, client.name)
-
-
-# -------------------------------------------------------------------------------------------------
 
 
 def collect(rows, args, prompts, client=None, examples=()):
@@ -346,8 +328,7 @@ def parse_args():
     add("--limit", type=int, help="use only the first questions")
     add("--workers", type=int, default=os.cpu_count(), help="processes of the scripted teacher")
     add("--seed", type=int, default=0, help="patterns and the teacher's choices")
-    group = parser.add_argument_group("a served teacher (--teacher URL)")
-    add = group.add_argument
+    add = parser.add_argument_group("a served teacher (--teacher URL)").add_argument
     add("--teacher_model", help="name of the model on that server")
     add("--exemplars", type=Path, help="trajectory rows that are shown first (default: six drawn)")
     add("--requests", type=int, default=8, help="questions that are played at once")
@@ -357,8 +338,7 @@ def parse_args():
     add("--image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
         "server, in bytes; larger ones become JPEG, and smaller")
     args = parser.parse_args()
-    tools.check_flags(args, ("requests", "max_turn_tokens", "min_pixels", "max_pixels",
-                             "image_bytes", "workers", "max_turns", "limit"), ("seed",))
+    tools.check_flags(args, ["seed"])
     tools.need(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must be "
                f"in the folder of --data ({args.data.parent}), where the images are")
     tools.need(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "

@@ -55,8 +55,7 @@ import tools
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
 FINISHES = ["answer", "void", "over_turn", "over_context"]
 
-# -------------------------------------------------------------------------------------------------
-# The rollout engine
+# ---- The rollout engine -------------------------------------------------------------------------
 
 
 @dataclass
@@ -72,13 +71,11 @@ class Limits:
 @dataclass
 class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy
-    wrote, in order.
+    wrote, in order; numbers: see uniform; views: what was seen, let go of at the end.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
     an observation that was appended but not fed yet (a future, since it is cut into patches in the
-    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for
-    the n-th token that the policy writes, however often that token is drawn.
-    """
+    background)."""
     row: dict = None
     system: str = ""
     prompt: int = 0
@@ -167,14 +164,11 @@ def to_device(device, *arrays):
 
 
 class SlotCache:
-    """Keys and values of every slot, one tensor per layer: (slots, heads, length, D). Grows with
-    the longest conversation.
-
-    The model calls update() in every layer; the engine says beforehand, with at(), which slots and
-    columns are written. Nothing is ever erased: a column is written anew, by a token that is kept,
-    before any query may see it. What is attended to is cut into spans of neighbouring slots, so
-    that nothing is copied and a short conversation is not charged for the longest one. The engine
-    keeps conversations of similar length together.
+    """Keys and values of every slot, two tensors per layer: (slots, heads, length, D). The model
+    calls update() in every layer; the engine says beforehand, with at(), which slots and columns
+    are written. Nothing is ever erased: a column is written anew, by a token that is kept, before
+    any query may see it. What is attended to is cut into spans of neighbouring slots, so that
+    nothing is copied and a short conversation is not charged for the longest one.
     """
 
     def __init__(self, config, slots, dtype, device, longest):
@@ -402,9 +396,12 @@ class Engine:
                 r.new_image = None
                 end = at + len(draft) + 1
                 if self.keep(r, draft, ids[at:end], scores[at:end], after[i]):
-                    ended.append(i)
+                    self.step_tool(r)
+                    if r.finish is not None:
+                        ended.append(i)
                 at = end
-        self.end_turns(ended)
+        for slot in reversed(ended):  # from the back: moving the last slot into a hole is correct
+            self.retire(slot)
 
     def images_to_feed(self):
         """The slots whose images are fed now: all that wait when they are a quarter of the slots, a
@@ -424,13 +421,10 @@ class Engine:
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
     def forward(self, slots, pieces, images, draws=None):
-        """Run the model on a piece of token ids per slot, behind what the slot's cache holds
-        already. Slots are neighbours. Pieces lie end to end in one row of N tokens, without
-        padding.
-
-        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece
-        are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
-        behind each piece)."""
+        """Run the model on a piece of token ids per slot, of neighbouring slots, end to end in one
+        row of N tokens. images: (patches, grid) or None per slot; draws: how many of the last
+        tokens of each piece are followed by a draw (default: one). Returns (log-probs behind these
+        (M, V), position behind each piece)."""
         rollouts, device = [self.slots[i] for i in slots], self.policy.device
         where = np.tile([r.next_position + i for r, piece in zip(rollouts, pieces)
                          for i in range(len(piece))], (3, 1, 1))  # (3, 1, N)
@@ -488,16 +482,6 @@ class Engine:
         full = len(r.ids) - r.turn_start >= self.limits.max_turn_tokens
         return full or ids[right] in self.policy.stop
 
-    def end_turns(self, slots):
-        """Step the tool for these slots; score what is finished and start new conversations."""
-        rollouts = [self.slots[slot] for slot in slots]
-        for r in rollouts:
-            self.step_tool(r)
-        self.append_observations([r for r in rollouts if r.finish is None])
-        for slot in reversed(slots):  # from the back: moving the last slot into a hole is correct
-            if self.slots[slot].finish is not None:
-                self.retire(slot)
-
     def step_tool(self, r):
         """A turn is complete: parse it, zoom, and decide whether the conversation is over."""
         limits, written = self.limits, r.ids[r.turn_start:]
@@ -510,26 +494,26 @@ class Engine:
         else:
             turn, r.finish = {"text": text}, "void"  # hit the per-turn token cap
         r.turns.append(turn)
+        if r.finish is None:
+            self.append_observation(r)
 
-    def append_observations(self, rollouts):
-        """Append what the tool returned to these conversations, unless it would not fit: then they
-        end as over_context."""
-        for r in rollouts:
-            zoomed = "zoom" in r.turns[-1]
-            grid = self.policy.grid(r.views[-1]) if zoomed else None
-            ids = self.policy.reply(r.turns[-1], len(r.turns), len(r.views) - 1, grid)
-            if len(r.ids) + len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
-                r.finish = "over_context"
-                continue
-            r.add(ids, False)
-            r.new_image = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None
-            r.turn_start = len(r.ids)
+    def append_observation(self, r):
+        """Append what the tool returned to a conversation, unless it would not fit: then it ends
+        as over_context."""
+        zoomed = "zoom" in r.turns[-1]
+        grid = self.policy.grid(r.views[-1]) if zoomed else None
+        ids = self.policy.reply(r.turns[-1], len(r.turns), len(r.views) - 1, grid)
+        if len(r.ids) + len(ids) + self.limits.max_turn_tokens > self.limits.max_context:
+            r.finish = "over_context"
+            return
+        r.add(ids, False)
+        r.new_image = self.loader.submit(self.policy.pixels, r.views[-1:]) if zoomed else None
+        r.turn_start = len(r.ids)
 
     def retire(self, slot):
-        """Score a finished conversation and fill its slot. Long conversations stand in front, so
-        that a chunk, which attends over as many columns as its longest one has, holds equally long
-        ones: every chunk behind the free slot hands its longest forward, and the new conversation
-        begins in the last. With chunks of two and these lengths, when the second one has ended:
+        """Score a finished conversation and fill its slot. Long ones stand in front, so that those
+        of a chunk are about equally long (see CHUNK): every chunk behind the free slot hands its
+        longest forward, the new one begins in the last. Chunks of two, the second one has ended:
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
         Without a new one the slots close up."""
         r = self.slots[slot]
@@ -555,8 +539,7 @@ class Engine:
         return slot
 
 
-# -------------------------------------------------------------------------------------------------
-# Served models: the same conversations with a model behind an endpoint, and a judge of free answers
+# ---- Served models: one that plays, and a judge of free answers ---------------------------------
 
 
 class Served:
@@ -597,10 +580,9 @@ JUDGE = (
 
 
 class Judge:
-    """Asks a served model whether a prediction means the same as the answer. Verdicts are kept in
-    `folder`, one file per rank, and a process never asks for one twice. After GIVE_UP failures in a
-    row every request is tried only once, until one succeeds: a judge that is away must not hold up
-    training."""
+    """Asks a served model whether a prediction means the same as the answer, never twice: verdicts
+    are kept in `folder`, one file per rank. After GIVE_UP failures in a row every request is tried
+    only once, until one succeeds: a judge that is away must not hold up training."""
 
     def __init__(self, client, folder, rank=0, requests=8):
         self.client, self.threads, self.failures = client, ThreadPoolExecutor(requests), 0
@@ -681,8 +663,7 @@ def add_judge_flags(parser):
     group.add_argument("--judge_model", help="name of the judge on that server")
 
 
-# -------------------------------------------------------------------------------------------------
-# Scores
+# ---- Scores -------------------------------------------------------------------------------------
 
 
 def mean_and_error(values):
@@ -737,9 +718,8 @@ def pass_rates(rows, budget):
 
 
 def summarise(levels, budgets):
-    """{level: trajectory rows} -> one dict per level: accuracy and standard error per budget, mean
-    turns, finish shares; at the largest budget also the accuracy per category, where questions have
-    one. Raises InputError if nothing in a level is scored."""
+    """{level: trajectory rows} -> {level: its numbers, and "mean" if there are several}, which
+    docs/metrics.md explains. Raises InputError if nothing in a level is scored."""
     table = {}
     for level, rows in levels.items():
         scored = [r for r in rows if r["reward"] is not None]
@@ -780,8 +760,7 @@ def percent(mean, error):
 
 
 def print_table(table, budgets, samples):
-    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error; by
-    category, where there are some, at the largest."""
+    """The numbers of summarise as Markdown tables, in percent."""
     print(f"Avg@{samples} in % (standard error) when at most T turns are allowed")
     rows = []
     for level, t in table.items():
@@ -804,7 +783,7 @@ def print_table(table, budgets, samples):
                        [[category, percent(*found)] for category, found in t["categories"].items()])
 
 
-# -------------------------------------------------------------------------------------------------
+# ---- The command --------------------------------------------------------------------------------
 
 
 def play_level(engine, path, rows, settings, args, rank, world):
@@ -820,8 +799,7 @@ def play_level(engine, path, rows, settings, args, rank, world):
     todo = [i for i, row in enumerate(rows) if samples[row["id"]] < args.samples]
     mine, new = todo[rank::world], []
     chunk = max(1, 4 * args.slots // args.samples)  # questions between two saves
-    bar = tools.Progress(total=len(mine) * args.samples, disable=rank != 0, desc=path.stem)
-    with bar:
+    with tools.Progress(total=len(mine) * args.samples, disable=rank != 0, desc=path.stem) as bar:
         for part in (mine[at:at + chunk] for at in range(0, len(mine), chunk)):
             done = engine.run([rows[i] for i in part], args.samples, path.parent, part, bar)
             finished = [r.as_row() for r in done]
@@ -834,9 +812,18 @@ def play_level(engine, path, rows, settings, args, rank, world):
     return every, f"partial.{digest}.*.jsonl"
 
 
-def add_draft_flag(group):
-    group.add_argument("--draft", type=int, default=4, help="most tokens that are drafted ahead in "
-                       "a pass and then checked; the conversations do not depend on it (0: none)")
+def add_rollout_flags(group):
+    """The flags that say how the engine plays."""
+    add = group.add_argument
+    add("--max_images", type=int, help="images per conversation, the original included (default: "
+        "the turn cap)")
+    add("--max_turn_tokens", type=int, default=96, help="a longer turn ends as void")
+    add("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768; not "
+        "of a server)")
+    add("--slots", type=int, default=64, help="conversations, or requests to a server, at once on "
+        "one process")
+    add("--draft", type=int, default=4, help="most tokens that are drafted ahead in a pass and "
+        "then checked; the conversations do not depend on it (0: none)")
 
 
 def parse_args():
@@ -859,22 +846,11 @@ def parse_args():
     add("--samples", type=int, default=4, help="K: samples per question, at temperature 1")
     add("--greedy", action="store_true", help="take the most likely token (use with --samples 1)")
     add("--budgets", type=int, nargs="+", default=BUDGETS, help="turns; the most are played")
-    add("--max_images", type=int, help="images per conversation, the original included (default: "
-        "the turn cap)")
-    add("--max_turn_tokens", type=int, default=96, help="a longer turn ends as void")
-    add("--max_context", type=int, default=4096, help="tokens per conversation (not of a server)")
-    add("--slots", type=int, default=64, help="conversations, or requests to a server, at once")
-    add_draft_flag(group)
+    add_rollout_flags(group)
     add("--seed", type=int, default=0, help="random numbers of the samples")
     add_judge_flags(parser)
-    return check_args(parser.parse_args())
-
-
-def check_args(args):
-    """Raises InputError for flags that cannot be right; fills in what others follow from."""
-    tools.check_flags(args, ("samples", "slots", "limit", "max_images", "max_turn_tokens",
-                             "max_context", "min_pixels", "max_pixels", "image_bytes"),
-                      ("seed", "draft"))
+    args = parser.parse_args()
+    tools.check_flags(args, ["seed", "draft"])
     args.budgets = sorted(set(args.budgets))
     tools.need(args.budgets[0] >= 1, "--budgets must be at least 1")
     levels = [path.stem for path in args.data]

@@ -62,8 +62,7 @@ import evaluate
 import sft
 import tools
 
-# -------------------------------------------------------------------------------------------------
-# The algorithm
+# ---- The algorithm ------------------------------------------------------------------------------
 
 
 def group_advantages(rewards, completed, *, unfinished_value="group", eps=1e-6):
@@ -142,8 +141,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, completed, *, clip_low=0
     return -objective.sum() / denominator
 
 
-# -------------------------------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts -----------------------------------------------------------------------------------
 
 
 def is_unfinished(rollout, args):
@@ -268,8 +266,7 @@ def score_held_out(engine, held_out, args, rank, world):
     return sft.finite(right / len(held_out)), sft.finite(late_right / count) if count else None
 
 
-# -------------------------------------------------------------------------------------------------
-# The update
+# ---- The update ---------------------------------------------------------------------------------
 
 
 def encode_rollouts(policy, rollouts):
@@ -381,8 +378,7 @@ def measure(played, sums, largest, norms, silent, seconds, args, device, counts)
             "seconds_update": seconds[1], **evaluate.drafting(total)}
 
 
-# -------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop -----------------------------------------------------------------------------------
 
 
 def learning_rate(step, args):
@@ -517,13 +513,7 @@ def parse_args():
         help="how often a place without signal gets a fresh question")
     add("--max_turns", type=int, default=6,
         help="turns per conversation, the answer included (paper: 6)")
-    add("--max_images", type=int,
-        help="images per conversation, the original included (default: the turn cap)")
-    add("--max_turn_tokens", type=int, default=96,
-        help="tokens per turn; a longer turn ends as void")
-    add("--max_context", type=int, default=4096, help="tokens per conversation (paper: 32768)")
-    add("--slots", type=int, default=64, help="conversations at once on one process")
-    evaluate.add_draft_flag(group)
+    evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
     group = parser.add_argument_group("loss")
     add = group.add_argument
@@ -579,11 +569,9 @@ def parse_args():
         help="steps between dumps of 8 conversations to --out/rollouts/")
     args = parser.parse_args()
     tools.check_flags(
-        args, ("steps", "prompts_per_step", "max_turns", "max_images", "max_turn_tokens",
-               "max_context", "slots", "lr", "minibatch", "tokens", "max_norm", "save_every",
-               "keep", "eval_turns", "dump_every", "min_pixels", "max_pixels"),
-        ("seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
-         "weight_decay", "eval_every", "eval_size", "overturn_penalty"))
+        args, ["seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",
+               "weight_decay", "eval_every", "eval_size", "overturn_penalty"],
+        free=["unfinished_value"])
     tools.need(args.eval_every or args.unfinished_value != "estimate",
                "--unfinished_value estimate comes from the evaluations: set --eval_every above 0")
     tools.need(not (args.overturn_penalty and args.overturn_mask), "--overturn_penalty needs "

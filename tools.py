@@ -38,8 +38,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# -------------------------------------------------------------------------------------------------
-# Errors. Two audiences: the model (ToolError) and the person at the keyboard (InputError).
+# ---- Errors, for the model (ToolError) and for the person at the keyboard (InputError) ----------
 
 
 class ToolError(ValueError):
@@ -106,8 +105,8 @@ def Progress(*args, **kwargs):
     return tqdm(*args, **kwargs)
 
 
-# -------------------------------------------------------------------------------------------------
-# Prompts. `<image>` marks where the picture goes; {question}, {error} and what names an observation
+# ---- Prompts ------------------------------------------------------------------------------------
+# `<image>` marks where the picture goes; {question}, {error} and what names an observation
 # are filled in: {name} (observation_2), {number} (2), {action} (turns before the one that zoomed).
 
 PROMPTS = {
@@ -146,12 +145,12 @@ PHRASES = {
 }
 
 
-def check_flags(args, positive=(), not_negative=()):
-    """Raises InputError unless these flags, where given, are finite and above 0, or at least 0."""
-    for name in [*positive, *not_negative]:
-        value, least = getattr(args, name), "above 0" if name in positive else "of at least 0"
-        if value is not None:
-            right = 0 < value < math.inf or (value == 0 and name in not_negative)
+def check_flags(args, may_be_0=(), free=()):
+    """Raises InputError unless the numbers among the flags are finite and above 0, or may be 0."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name not in free:
+            least = "of at least 0" if name in may_be_0 else "above 0"
+            right = 0 < value < math.inf or (value == 0 and name in may_be_0)
             need(right, f"--{name} {value} must be a number {least}")
 
 
@@ -199,8 +198,7 @@ def reply_text(turn, turns, shown, prompts):
     return tuple(text.split("<image>"))
 
 
-# -------------------------------------------------------------------------------------------------
-# Images
+# ---- Images -------------------------------------------------------------------------------------
 
 
 def open_image(path):
@@ -251,8 +249,7 @@ def resize_for_model(image, min_pixels, max_pixels, factor=28):
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-# -------------------------------------------------------------------------------------------------
-# The zoom tool
+# ---- The zoom tool ------------------------------------------------------------------------------
 
 MAX_ASPECT = 200
 SOURCE = re.compile(r"original_image|observation_([1-9][0-9]{0,5})")
@@ -303,8 +300,7 @@ def zoom(views, call):
     return views[index].crop((left, top, right, bottom))
 
 
-# -------------------------------------------------------------------------------------------------
-# One turn of the model
+# ---- One turn of the model ----------------------------------------------------------------------
 
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # an unclosed thought runs to the end
 _TAG = re.compile(r"<(grounding|answer)>")
@@ -382,8 +378,7 @@ def replay(row, image):
     return views
 
 
-# -------------------------------------------------------------------------------------------------
-# Served models: one client for teacher, judge and evaluated model
+# ---- Served models: one client for teacher, judge and evaluated model ---------------------------
 
 
 class ServerError(Exception):
@@ -590,8 +585,7 @@ def play(client, row, image, prompts, limits, seed=None, before=(), cut=False, t
     return turns, finish, prediction
 
 
-# -------------------------------------------------------------------------------------------------
-# JSONL
+# ---- JSONL --------------------------------------------------------------------------------------
 
 
 def parse_json(text):
@@ -663,22 +657,18 @@ class Journal:
     what is there already, in this file and in `others`, those of other processes."""
 
     def __init__(self, path, others=()):
-        self.path, self.lock = Path(path), threading.Lock()
-        rows = {file: self.read(file) for file in sorted({self.path, *others})}
-        self.rows = [row for part in rows.values() for row in part]
+        self.path, self.lock, self.rows = Path(path), threading.Lock(), []
+        for file in sorted({self.path, *others}):
+            # complete lines only: a kill may have cut the last
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            try:
+                self.rows += [parse_json(line.decode("utf-8")) for line in lines]
+            except ValueError as error:
+                raise InputError(f"{file}: damaged ({error}); delete it") from None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8")
         # without a line that was cut; in place, since another process may be writing too
         os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-
-    @staticmethod
-    def read(path):
-        """Complete lines only: a kill may have cut the last."""
-        try:
-            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-            return [parse_json(line.decode("utf-8")) for line in lines]
-        except ValueError as error:
-            raise InputError(f"{path}: damaged ({error}); delete it") from None
 
     def add(self, *rows):
         with self.lock:
@@ -756,8 +746,7 @@ def read_questions(path, hint="", check=check_question):
     return read_jsonl(path, check_new, hint)
 
 
-# -------------------------------------------------------------------------------------------------
-# Answers
+# ---- Answers ------------------------------------------------------------------------------------
 
 
 def normalise(text):
