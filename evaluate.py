@@ -371,9 +371,10 @@ class Engine:
         self.cache.write(slot, saved)
         self.slots[slot] = Rollout(
             ids=list(ids), mask=[False] * len(ids), row=self.rows[i], root=self.roots[i],
-            system=self.policy.system(self.rows[i]), prompt=self.prompts[i], sample=sample,
-            views=[image], fed=len(ids) - 1, next_position=position, turn_start=len(ids),
-            random=np.random.default_rng([*self.key, self.prompts[i], sample]), job=(i, sample))
+            system=tools.system_text(self.rows[i], self.policy.prompts), prompt=self.prompts[i],
+            sample=sample, views=[image], fed=len(ids) - 1, next_position=position,
+            turn_start=len(ids), job=(i, sample),
+            random=np.random.default_rng([*self.key, self.prompts[i], sample]))
 
     def step(self):
         """Feed what is pending in every slot and a draft behind it, draw at the last pending token

@@ -180,10 +180,9 @@ def read_sets(specs):
 
 
 def pick_rows(sizes, weights, places, total, seed, step, attempt):
-    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is
-    drawn by weight. A set's questions come in an order drawn for the step, in which every place of
-    every attempt has a number of its own: none comes twice in a step as long as the set lasts.
-    Depends on (seed, step, attempt) and the place only."""
+    """Questions for some of the `total` places of a step: [(set, index in it)], the set drawn by
+    weight. In a set's order of the step every place of every attempt has a number of its own: none
+    comes twice while the set lasts. Depends on (seed, step, attempt) and the place only."""
     rng = np.random.default_rng([seed, step, attempt])
     which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
     rng = np.random.default_rng([seed, step])
@@ -222,8 +221,7 @@ def with_advantages(parts, args, paid):
 
 def collect_groups(engine, sets, weights, step, places, args, paid):
     """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
-    ({place: rollouts of the group, with their A'}, everything that was played, places left without
-    signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
+    ({place: rollouts of its group, with A'}, everything that was played, places without signal)."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
     # anew in every step: a resumed run must repeat the rounding, too
@@ -353,7 +351,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     return sums, max(largest), optimizer.step(lr, args.max_norm, healthy)
 
 
-def measure(played, sums, largest, norms, silent, seconds, args, device, counts):
+def measure(played, sums, largest, norms, silent, seconds, device, counts):
     """One row of metrics.jsonl, over all ranks (docs/metrics.md explains every metric)."""
     right = [r for r in played if r.reward == 1.0]
     own = {"rollouts": len(played), "unscored": sum(r.reward is None for r in played),
@@ -400,8 +398,7 @@ def subtracted(args, value):
 
 
 def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
-    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this
-    rank)."""
+    """Rollouts -> advantages -> a step per mini-batch. Returns (metrics, this rank's groups)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
@@ -415,7 +412,7 @@ def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank,
         totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
         norms += [norm] if norm is not None else []
     seconds = (middle - begin, time.time() - middle)
-    measured = measure(played, totals, largest, norms, len(silent), seconds, args, policy.device,
+    measured = measure(played, totals, largest, norms, len(silent), seconds, policy.device,
                        engine.counts)
     return {"step": step + 1, "lr": lr, **measured}, groups
 
@@ -429,8 +426,7 @@ def dump(out, step, groups, count=8):
 
 
 def train(policy, sets, weights, held_out, args, rank, world):
-    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is
-    the best one evaluated."""
+    """A step -> now and then an evaluation (the best model goes to --out), a dump, a checkpoint."""
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
     turns = args.eval_turns if args.unfinished_value == "outcome" else args.max_turns
     limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens,
@@ -471,9 +467,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
 
 
 def history(out):
-    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the
-    last value of an unfinished conversation). All ranks wait until the file has been cut."""
-    sft.barrier()
+    """(Best held-out score, last value of an unfinished conversation) of metrics.jsonl's lines."""
+    sft.barrier()   # until rank 0 has cut the file
     path = Path(out) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     tools.need(lines, f"{path} is gone: without it --resume does not know the best model so far; "
@@ -497,8 +492,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--model", default="checkpoints/sft",
-        help="local folder or hub id of the policy to start from")
+    add("--model", default="checkpoints/sft", help="local folder or hub id to start from")
     add("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE[:WEIGHT]",
         help="question files; a question's file is drawn by weight (default 1)")
     add("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
@@ -506,32 +500,25 @@ def parse_args():
     group = parser.add_argument_group("rollouts")
     add = group.add_argument
     add("--steps", type=int, default=12, help="RL steps")
-    add("--prompts_per_step", type=int, default=24,
-        help="P: questions per step over all processes (paper: 256)")
+    add("--prompts_per_step", type=int, default=24, help="P: questions a step (paper: 256)")
     add("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
-    add("--resample", type=int, default=1,
-        help="how often a place without signal gets a fresh question")
-    add("--max_turns", type=int, default=6,
-        help="turns per conversation, the answer included (paper: 6)")
+    add("--resample", type=int, default=1, help="fresh questions for a place without signal")
+    add("--max_turns", type=int, default=6, help="turns, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
     group = parser.add_argument_group("loss")
     add = group.add_argument
     add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
-        help="mask conversations that ran out of turns or context; without: they count as wrong "
-             "answers")
+        help="mask conversations that ran out of turns or context; without: they count as wrong")
     add("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
-        help="the baseline, which is what the mask pays for an unfinished conversation: a number, "
-             "group (released code), completed, estimate (accuracy of such conversations among "
-             "the held-out ones) or outcome (play on); without the mask nothing is paid, and the "
-             "baseline is the group's mean")
+        help="the baseline, what the mask pays for an unfinished conversation: a number, group "
+             "(released code; also without the mask), completed, estimate (accuracy of such "
+             "conversations among the held-out ones) or outcome (play on)")
     add("--mask_void", action="store_true",
-        help="mask conversations in which a turn broke off, too; without: they count as wrong "
-             "answers")
+        help="mask conversations in which a turn broke off, too; without: they count as wrong")
     add("--overturn_penalty", type=float, default=0.0,
         help="taken from the reward of an unfinished conversation (with --no-overturn_mask)")
-    add("--divisor", default="completed", choices=["completed", "all"],
-        help="what the loss is divided by")
+    add("--divisor", default="completed", choices=["completed", "all"], help="of the sum")
     add("--aggregation", default="response", choices=["response", "token", "constant"],
         help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
     add("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
@@ -545,28 +532,22 @@ def parse_args():
     add("--decay", action=argparse.BooleanOptionalAction, default=True,
         help="let the rate fall linearly to 0 over the run (paper: constant)")
     add("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    add("--minibatch", type=int, default=3,
-        help="prompts with signal per optimizer step (paper: 32 of 256)")
+    add("--minibatch", type=int, default=3, help="prompts with signal per update (paper: 32)")
     add("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
         help="do not train the vision tower and its projector, as in the cold start")
-    sft.add_optimizer_flags(group, weight_decay=0.0)
-    add("--seed", type=int, default=0,
-        help="questions of each step and random numbers of the samples")
-    group = parser.add_argument_group("checkpoints")
+    sft.add_training_flags(group, weight_decay=0.0, save_every=10)
+    add("--seed", type=int, default=0, help="questions of each step and draws of the samples")
+    group = parser.add_argument_group("evaluation")
     add = group.add_argument
-    sft.add_checkpoint_flags(group, save_every=10)
     add("--eval_every", type=int, default=6,
         help="steps between scores on questions held out from RL; --out keeps the best model (0: "
              "no evaluation, the last model is kept)")
     add("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
-    add("--eval_data", type=Path, default=Path("data/val.jsonl"),
-        help="questions that no stage has seen")
+    add("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions not seen yet")
     add("--eval_turns", type=int, default=32,
-        help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
-             "that counts in the end")
-    add("--dump_every", type=int, default=4,
-        help="steps between dumps of 8 conversations to --out/rollouts/")
+        help="turns in these evaluations: choose by the accuracy that counts in the end")
+    add("--dump_every", type=int, default=4, help="steps between dumps to --out/rollouts/")
     args = parser.parse_args()
     tools.check_flags(
         args, ["seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",

@@ -75,13 +75,13 @@ for dtype in (torch.float32, torch.float64):
         function(torch.ones(1, dtype=dtype))
 # of a collective: longer than the slowest rank's rollouts may keep the others waiting
 TIMEOUT = timedelta(minutes=60)
+MAX_SKIPPED = 5     # steps in a row
 
 # ---- Processes: how they meet, agree, and stop together -----------------------------------------
 
 
 def setup_distributed():
-    """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on
-    CPU, NCCL on GPU."""
+    """Join torchrun's process group, if any (gloo or NCCL). Returns (rank, world size, device)."""
     rank, world = my_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -133,8 +133,7 @@ def heed_sigterm():
 
 def asked_to_stop(device):
     """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop
-    at the same one: they save and exit 0. A rank whose peers have died never gets here: its
-    collectives fail."""
+    at the same one: they save and exit 0. Where a peer has died, a collective fails before."""
     return over_ranks([len(stop_signals)], device, dist.ReduceOp.MAX)[0] > 0
 
 
@@ -167,8 +166,7 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
 
 
 def gather(items):
-    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank
-    must call this."""
+    """The items of all ranks' lists, rank by rank, by pickle. Every rank must call this."""
     lists = [items]
     if world_size() > 1:
         lists = [None] * world_size()
@@ -497,8 +495,7 @@ AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate`
 
 @dataclass(eq=False)
 class Policy:
-    """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that
-    end a turn."""
+    """A model and what it takes to talk to it. banned: ids never written; stop: turn ends."""
     model: torch.nn.Module
     tokenizer: object
     processor: object
@@ -520,13 +517,11 @@ class Policy:
         self.banned_index = torch.tensor(self.banned, device=self.device)
 
     def text(self, text):
-        """Token ids of a text; a special token written by a user or found in data is split into
-        ordinary ones."""
+        """Token ids of a text; a special token written in it is split into ordinary ones."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def message(self, role, text, image_tokens=None):
-        """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand:
-        text is (before, after)."""
+        """Ids of one chat message in the Qwen format; text may be (before, after) the image."""
         before, after = text if isinstance(text, tuple) else (text, "")
         ids = [self.start_id, *self.text(f"{role}\n{before}")]
         if image_tokens is not None:
@@ -534,8 +529,7 @@ class Policy:
         return [*ids, *self.text(after), self.end_id, *self.text("\n")]
 
     def pixels(self, views):
-        """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in
-        patches)."""
+        """PIL views as the model sees them: [(patches (N, C), grid (t, h, w) in patches)]."""
         if not views:
             return []
         small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
@@ -554,13 +548,9 @@ class Policy:
     def image_tokens(self, grid):
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
-    def system(self, row):
-        """The row's own system text, or the prompts' one."""
-        return tools.system_text(row, self.prompts)
-
     def opening(self, row, grid):
         """Ids of system prompt and question up to where the assistant begins to write."""
-        system = self.system(row)
+        system = tools.system_text(row, self.prompts)
         ids = self.message("system", system) if system else []
         question = tools.question_text(row, self.prompts)
         return ids + self.message("user", question, self.image_tokens(grid)) + self.assistant()
@@ -569,8 +559,7 @@ class Policy:
         return [self.start_id, *self.text("assistant\n")]
 
     def reply(self, turn, turns, shown, grid=None):
-        """Ids between an assistant's stop token and its next turn: what the tool says, see
-        tools.reply_text. grid: the crop's."""
+        """Ids from a stop token to the next turn: tools.reply_text's words. grid: the crop's."""
         text = tools.reply_text(turn, turns, shown, self.prompts)
         message = self.message("user", text, grid and self.image_tokens(grid))
         return self.text("\n") + message + self.assistant()
@@ -595,8 +584,7 @@ def check_device(path, config, device, dtype):
 
 
 def head_size(text):
-    """Width of one attention head; Qwen3-VL's text configuration names it, Qwen2.5-VL's does
-    not."""
+    """Width of an attention head; only Qwen3-VL's text configuration names it."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
@@ -657,8 +645,7 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
 
 @dataclass
 class Sequence:
-    """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images:
-    (patches, grid)."""
+    """A conversation as tokens. mask[t]: the policy writes token t. images: (patches, grid)."""
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     images: list = field(default_factory=list)
@@ -800,9 +787,8 @@ def learning_rate(step, total, peak, warmup):
 
 
 def save_state(out, optimizer, step, keep=2):
-    """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once;
-    when all are on the disk, rank 0 names the step in latest.json, and older steps go, but for the
-    last `keep`. A kill at any moment leaves a whole state."""
+    """Every rank writes its pieces to out/state/step_N/RANK.pt; then rank 0 names the step in
+    latest.json, and all but the last `keep` go. A kill at any moment leaves a whole state."""
     rank, folder = my_rank(), Path(out) / "state" / f"step_{step:07d}"
     if rank < optimizer.pieces:
         state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
@@ -825,10 +811,9 @@ def save_state(out, optimizer, step, keep=2):
 
 
 def load_state(out, optimizer, resume, total):
-    """Continue from the last state that is complete. Returns its step, 0 if there is none. Without
-    `resume` the run starts anew, and an older run's state is set aside, so that a later --resume
-    cannot mix the two; a worker restarted by torchrun --max_restarts always resumes. Raises
-    InputError if a file is unreadable or beyond the `total` steps of this run."""
+    """Continue from the last whole state. Returns its step, 0 if there is none. Without `resume` it
+    is set aside, so that a later --resume cannot mix the two runs; a worker restarted by torchrun
+    always resumes. Raises InputError if a file is unreadable or beyond the `total` steps."""
     folder, rank = Path(out) / "state", my_rank()
     if not resume and attempt[-1] == 1:
         if folder.exists() and rank == 0:
@@ -871,8 +856,7 @@ def open_log(out, step):
 
 
 def export(policy, out):
-    """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights
-    last."""
+    """Rank 0 writes a plain Hugging Face folder: files aside, then moved, weights last."""
     if my_rank() != 0:
         return
     out, aside = Path(out), Path(out) / ".export"
@@ -909,16 +893,6 @@ def step_rows(rows, step, batch, seed):
             order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         picked.append(rows[order[at]])
     return picked
-
-
-def load_batch(policy, rows, root, args, rank, world, step):
-    """This rank's share of a step's batch as Sequences; long conversations are shared out
-    evenly."""
-    batch = sorted(step_rows(rows, step, args.batch, args.seed), key=lambda row: len(row["turns"]))
-    return [encode(policy, row, root) for row in batch[rank::world]]
-
-
-MAX_SKIPPED = 5
 
 
 def finite(value):
@@ -987,8 +961,11 @@ def train_step(policy, optimizer, sequences, lr, args):
 
 
 def train(policy, rows, root, args, rank, world):
-    """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log ->
-    save."""
+    """The loop: learning rate -> batch -> micro-steps -> step -> log -> save."""
+    def load(step):     # this rank's share; long conversations are shared out evenly
+        batch = step_rows(rows, step, args.batch, args.seed)
+        batch.sort(key=lambda row: len(row["turns"]))
+        return [encode(policy, row, root) for row in batch[rank::world]]
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
     freeze = args.model != "tiny" if args.freeze_vision is None else args.freeze_vision
     optimizer, start = start_training(policy, args, freeze, total)
@@ -996,9 +973,7 @@ def train(policy, rows, root, args, rank, world):
     bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
                          desc=f"sft {args.out.name}")
     # images of the next batch are opened and cut while the model trains on this one
-    batches = one_ahead(partial(load_batch, policy, rows, root, args, rank, world),
-                        range(start, total))
-    for step, sequences in zip(bar, batches):
+    for step, sequences in zip(bar, one_ahead(load, range(start, total))):
         lr = learning_rate(step, total, args.lr, args.warmup)
         longest = max((len(s.ids) for s in sequences), default=0)
         tools.need(longest <= args.max_tokens, f"a conversation has {longest} tokens, more than "
@@ -1018,42 +993,31 @@ def train(policy, rows, root, args, rank, world):
 def add_policy_flags(group):
     """The flags of every stage that loads a policy."""
     add = group.add_argument
-    add("--prompts", type=Path,
-        help="JSON file with other system, question, observation and error texts")
-    add("--min_pixels", type=int,
-        help="smallest view shown to the model (default: the model's own)")
-    add("--max_pixels", type=int, help="largest view shown to the model (default: the model's own)")
+    add("--prompts", type=Path, help="JSON file with other texts, see tools.PROMPTS")
+    add("--min_pixels", type=int, help="smallest view that is shown (default: the model's own)")
+    add("--max_pixels", type=int, help="largest view that is shown (default: the model's own)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
         help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
 
 
-def add_optimizer_flags(group, weight_decay):
-    """The flags that start_training and Optimizer read, of every trainer."""
+def add_training_flags(group, weight_decay, save_every):
+    """The flags that start_training and end_step read, of every trainer."""
     add = group.add_argument
     add("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
     add("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     add("--shard_optimizer", action="store_true",
-        help="each process keeps gradients, float32 weights and moments of its own share of the "
-             "model only")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in backward to save memory")
-
-
-def add_checkpoint_flags(group, save_every):
-    """The flags that start_training and end_step read, of every trainer."""
-    add = group.add_argument
+        help="a process keeps gradients, float32 weights and moments of its own share only")
+    add("--checkpointing", action="store_true", help="recompute activations, to save memory")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="how many checkpoints are kept")
-    add("--resume", action="store_true",
-        help="go on from the last checkpoint in --out/state where there is one")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Supervised fine-tuning on conversations.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--model", default="checkpoints/base",
-        help="'tiny' (random weights), a local folder, or a hub id")
+    add("--model", default="checkpoints/base", help="'tiny' (random), local folder or hub id")
     add("--data", type=Path, default=Path("data/coldstart.jsonl"), help="trajectory rows")
     add("--out", type=Path, default=Path("checkpoints/sft"), help="folder for the trained model")
     add_policy_flags(group)
@@ -1071,10 +1035,8 @@ def parse_args():
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
         help="do not train the vision tower and its projector (default, as in the paper, but for "
              "--model tiny)")
-    add_optimizer_flags(group, weight_decay=0.01)
+    add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
-    group = parser.add_argument_group("checkpoints")
-    add_checkpoint_flags(group, save_every=200)
     args = parser.parse_args()
     tools.check_flags(args, ["seed", "weight_decay", "warmup"])
     return args

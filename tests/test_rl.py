@@ -709,7 +709,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
     assert not any(r.reward is None for part in groups.values() for r in part)
     assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
     sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
-    metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), args, "cpu", engine.counts)
+    metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), "cpu", engine.counts)
     assert 1 <= metrics["tokens_per_pass"] <= 9 and 0 <= metrics["draft_accepted"] <= 1
     right = sum(r.reward == 1.0 for r in played)
     assert (metrics["unscored"] == len(unscored) / len(played)
