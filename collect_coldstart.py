@@ -1,8 +1,12 @@
 """Collect cold-start trajectories: a teacher solves questions turn by turn; only correct ones stay.
 
-The default teacher is scripted: it reads the scene's layout, but acts through the same tool as the
-policy. Its thoughts say what is still to be looked at, so that a small policy, which need remember
-only its own last turn, can search for 32. Or a served model teaches (--teacher URL).
+The default teacher is scripted: it reads the scene's layout, but acts through the same tool and the
+same views as the policy, and says in each thought what it sees, what is still to be looked at, and
+where it goes next. That running list is what lets a small policy search for 32 turns: all it must
+remember stands in its own last turn.
+
+Any model behind an OpenAI-compatible endpoint can teach as well (--teacher URL), as in the paper:
+it is shown six solved questions, images and turns, and then plays the question through the tool.
 
 Search patterns, one per trajectory, named in the row ("pattern"):
     scan            the nine parts in reading order from a random start, every candidate at once
@@ -12,8 +16,10 @@ Search patterns, one per trajectory, named in the row ("pattern"):
     recover         makes a call that the tool refuses, and mends it
     search_again    overlooks the target, finds nothing, and scans all nine parts again
     recheck         looks twice before answering
-    guess           gives up after a few turns and guesses; it is asked again until that is right,
-                    ATTEMPTS times at most. To unlearn it is what RL is for
+    guess           gives up after a few turns and answers with a guess, which it calls one. As with
+                    a real teacher only the lucky ones are kept: it is asked again until the answer
+                    is right, ATTEMPTS times at most. So the student searches, and guesses now and
+                    then; to unlearn that is what RL is for
 
 What differs from the Mini-o3 paper:
 1. The paper prompts a VLM with six exemplars; the scripted teacher needs neither network nor GPU.
@@ -186,8 +192,9 @@ class Teacher:
 
 
 def solve(job, root, prompts, max_turns, seed):
-    """The trajectory row of a question: the teacher's turns, played through the real tool; where it
-    guesses, the last of several ("attempts"). job: (number, question row)."""
+    """The trajectory row of a question: the scripted teacher's turns, played through the real tool
+    on the real image; where it guesses, the last of several attempts. job: (number, question row).
+    """
     index, row = job
     rng = np.random.default_rng([seed, index])
     drawn = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))

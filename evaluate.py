@@ -71,11 +71,13 @@ class Limits:
 @dataclass
 class Rollout(sft.Sequence):
     """One conversation while it is played and after. logprobs: one number per token the policy
-    wrote, in order; numbers: see uniform; views: what was seen, let go of at the end.
+    wrote, in order.
 
     fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; new_image:
     an observation that was appended but not fed yet (a future, since it is cut into patches in the
-    background)."""
+    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for
+    the n-th token that the policy writes, however often that token is drawn.
+    """
     row: dict = None
     system: str = ""
     prompt: int = 0
@@ -164,11 +166,14 @@ def to_device(device, *arrays):
 
 
 class SlotCache:
-    """Keys and values of every slot, two tensors per layer: (slots, heads, length, D). The model
-    calls update() in every layer; the engine says beforehand, with at(), which slots and columns
-    are written. Nothing is ever erased: a column is written anew, by a token that is kept, before
-    any query may see it. What is attended to is cut into spans of neighbouring slots, so that
-    nothing is copied and a short conversation is not charged for the longest one.
+    """Keys and values of every slot, two tensors per layer: (slots, heads, length, D). Grows with
+    the longest conversation.
+
+    The model calls update() in every layer; the engine says beforehand, with at(), which slots and
+    columns are written. Nothing is ever erased: a column is written anew, by a token that is kept,
+    before any query may see it. What is attended to is cut into spans of neighbouring slots, so
+    that nothing is copied and a short conversation is not charged for the longest one. The engine
+    keeps conversations of similar length together.
     """
 
     def __init__(self, config, slots, dtype, device, longest):
@@ -422,10 +427,13 @@ class Engine:
         return list(itertools.takewhile(lambda token: token not in self.never, draft))
 
     def forward(self, slots, pieces, images, draws=None):
-        """Run the model on a piece of token ids per slot, of neighbouring slots, end to end in one
-        row of N tokens. images: (patches, grid) or None per slot; draws: how many of the last
-        tokens of each piece are followed by a draw (default: one). Returns (log-probs behind these
-        (M, V), position behind each piece)."""
+        """Run the model on a piece of token ids per slot, behind what the slot's cache holds
+        already. Slots are neighbours. Pieces lie end to end in one row of N tokens, without
+        padding.
+
+        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece
+        are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
+        behind each piece)."""
         rollouts, device = [self.slots[i] for i in slots], self.policy.device
         where = np.tile([r.next_position + i for r, piece in zip(rollouts, pieces)
                          for i in range(len(piece))], (3, 1, 1))  # (3, 1, N)
@@ -484,7 +492,8 @@ class Engine:
         return full or ids[right] in self.policy.stop
 
     def step_tool(self, r):
-        """A turn is complete: parse it, zoom, and decide whether the conversation is over."""
+        """A turn is complete: parse it, zoom, and append what the tool returned, or say in
+        r.finish why the conversation is over."""
         limits, written = self.limits, r.ids[r.turn_start:]
         stopped = written[-1] in self.policy.stop
         text = self.policy.tokenizer.decode(written[:-1] if stopped else written,
@@ -512,9 +521,10 @@ class Engine:
         r.turn_start = len(r.ids)
 
     def retire(self, slot):
-        """Score a finished conversation and fill its slot. Long ones stand in front, so that those
-        of a chunk are about equally long (see CHUNK): every chunk behind the free slot hands its
-        longest forward, the new one begins in the last. Chunks of two, the second one has ended:
+        """Score a finished conversation and fill its slot. Long conversations stand in front, so
+        that a chunk, which attends over as many columns as its longest one has, holds equally long
+        ones: every chunk behind the free slot hands its longest forward, and the new conversation
+        begins in the last. With chunks of two and these lengths, when the second one has ended:
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
         Without a new one the slots close up."""
         r = self.slots[slot]
@@ -581,9 +591,10 @@ JUDGE = (
 
 
 class Judge:
-    """Asks a served model whether a prediction means the same as the answer, never twice: verdicts
-    are kept in `folder`, one file per rank. After GIVE_UP failures in a row every request is tried
-    only once, until one succeeds: a judge that is away must not hold up training."""
+    """Asks a served model whether a prediction means the same as the answer. Verdicts are kept in
+    `folder`, one file per rank, and a process never asks for one twice. After GIVE_UP failures in a
+    row every request is tried only once, until one succeeds: a judge that is away must not hold up
+    training."""
 
     def __init__(self, client, folder, rank=0, requests=8):
         self.client, self.threads, self.failures = client, ThreadPoolExecutor(requests), 0
@@ -719,8 +730,9 @@ def pass_rates(rows, budget):
 
 
 def summarise(levels, budgets):
-    """{level: trajectory rows} -> {level: its numbers, and "mean" if there are several}, which
-    docs/metrics.md explains. Raises InputError if nothing in a level is scored."""
+    """{level: trajectory rows} -> one dict per level: accuracy and standard error per budget, mean
+    turns, finish shares; at the largest budget also the accuracy per category, where questions have
+    one. Raises InputError if nothing in a level is scored."""
     table = {}
     for level, rows in levels.items():
         scored = [r for r in rows if r["reward"] is not None]
@@ -761,7 +773,8 @@ def percent(mean, error):
 
 
 def print_table(table, budgets, samples):
-    """The numbers of summarise as Markdown tables, in percent."""
+    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error; by
+    category, where there are some, at the largest."""
     print(f"Avg@{samples} in % (standard error) when at most T turns are allowed")
     rows = []
     for level, t in table.items():

@@ -180,9 +180,10 @@ def read_sets(specs):
 
 
 def pick_rows(sizes, weights, places, total, seed, step, attempt):
-    """Questions for some of the `total` places of a step: [(set, index in it)], the set drawn by
-    weight. In a set's order of the step every place of every attempt has a number of its own: none
-    comes twice while the set lasts. Depends on (seed, step, attempt) and the place only."""
+    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is
+    drawn by weight. A set's questions come in an order drawn for the step, in which every place of
+    every attempt has a number of its own: none comes twice in a step as long as the set lasts.
+    Depends on (seed, step, attempt) and the place only."""
     rng = np.random.default_rng([seed, step, attempt])
     which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
     rng = np.random.default_rng([seed, step])
@@ -221,7 +222,8 @@ def with_advantages(parts, args, paid):
 
 def collect_groups(engine, sets, weights, step, places, args, paid):
     """Play this rank's places of one step; paid: the unfinished_value of group_advantages. Returns
-    ({place: rollouts of its group, with A'}, everything that was played, places without signal)."""
+    ({place: rollouts of the group, with their A'}, everything that was played, places left without
+    signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
     groups, played = {}, []
     engine.key, total = (args.seed, step), args.prompts_per_step
     # anew in every step: a resumed run must repeat the rounding, too
@@ -398,7 +400,8 @@ def subtracted(args, value):
 
 
 def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
-    """Rollouts -> advantages -> a step per mini-batch. Returns (metrics, this rank's groups)."""
+    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this
+    rank)."""
     begin = time.time()
     places = list(range(rank, args.prompts_per_step, world))
     groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
@@ -426,7 +429,8 @@ def dump(out, step, groups, count=8):
 
 
 def train(policy, sets, weights, held_out, args, rank, world):
-    """A step -> now and then an evaluation (the best model goes to --out), a dump, a checkpoint."""
+    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is
+    the best one evaluated."""
     optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
     turns = args.eval_turns if args.unfinished_value == "outcome" else args.max_turns
     limits = evaluate.Limits(turns, args.max_images or turns, args.max_turn_tokens,
@@ -467,7 +471,8 @@ def train(policy, sets, weights, held_out, args, rank, world):
 
 
 def history(out):
-    """(Best held-out score, last value of an unfinished conversation) of metrics.jsonl's lines."""
+    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the
+    last value of an unfinished conversation). All ranks wait until the file has been cut."""
     sft.barrier()   # until rank 0 has cut the file
     path = Path(out) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -500,10 +505,13 @@ def parse_args():
     group = parser.add_argument_group("rollouts")
     add = group.add_argument
     add("--steps", type=int, default=12, help="RL steps")
-    add("--prompts_per_step", type=int, default=24, help="P: questions a step (paper: 256)")
+    add("--prompts_per_step", type=int, default=24,
+        help="P: questions per step over all processes (paper: 256)")
     add("--group", type=int, default=16, help="G: conversations per question (paper: 16)")
-    add("--resample", type=int, default=1, help="fresh questions for a place without signal")
-    add("--max_turns", type=int, default=6, help="turns, the answer included (paper: 6)")
+    add("--resample", type=int, default=1,
+        help="how often a place without signal gets a fresh question")
+    add("--max_turns", type=int, default=6,
+        help="turns per conversation, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
     group = parser.add_argument_group("loss")
@@ -511,14 +519,16 @@ def parse_args():
     add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
         help="mask conversations that ran out of turns or context; without: they count as wrong")
     add("--unfinished_value", type=value_flag, default=0.5, metavar="VALUE",
-        help="the baseline, what the mask pays for an unfinished conversation: a number, group "
-             "(released code; also without the mask), completed, estimate (accuracy of such "
-             "conversations among the held-out ones) or outcome (play on)")
+        help="the baseline, which is what the mask pays for an unfinished conversation: a number, "
+             "group (released code), completed, estimate (accuracy of such conversations among "
+             "the held-out ones) or outcome (play on); without the mask nothing is paid, and the "
+             "baseline is the group's mean")
     add("--mask_void", action="store_true",
         help="mask conversations in which a turn broke off, too; without: they count as wrong")
     add("--overturn_penalty", type=float, default=0.0,
         help="taken from the reward of an unfinished conversation (with --no-overturn_mask)")
-    add("--divisor", default="completed", choices=["completed", "all"], help="of the sum")
+    add("--divisor", default="completed", choices=["completed", "all"],
+        help="what the loss is divided by")
     add("--aggregation", default="response", choices=["response", "token", "constant"],
         help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
     add("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
@@ -532,7 +542,8 @@ def parse_args():
     add("--decay", action=argparse.BooleanOptionalAction, default=True,
         help="let the rate fall linearly to 0 over the run (paper: constant)")
     add("--warmup_steps", type=int, default=3, help="steps with rising learning rate")
-    add("--minibatch", type=int, default=3, help="prompts with signal per update (paper: 32)")
+    add("--minibatch", type=int, default=3,
+        help="prompts with signal per optimizer step (paper: 32 of 256)")
     add("--tokens", type=int, default=4096, help="tokens per forward pass on one process")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
         help="do not train the vision tower and its projector, as in the cold start")
@@ -544,10 +555,13 @@ def parse_args():
         help="steps between scores on questions held out from RL; --out keeps the best model (0: "
              "no evaluation, the last model is kept)")
     add("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
-    add("--eval_data", type=Path, default=Path("data/val.jsonl"), help="questions not seen yet")
+    add("--eval_data", type=Path, default=Path("data/val.jsonl"),
+        help="questions that no stage has seen")
     add("--eval_turns", type=int, default=32,
-        help="turns in these evaluations: choose by the accuracy that counts in the end")
-    add("--dump_every", type=int, default=4, help="steps between dumps to --out/rollouts/")
+        help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
+             "that counts in the end")
+    add("--dump_every", type=int, default=4,
+        help="steps between dumps of 8 conversations to --out/rollouts/")
     args = parser.parse_args()
     tools.check_flags(
         args, ["seed", "draft", "resample", "clip_low", "clip_high", "clip_dual", "warmup_steps",

@@ -81,7 +81,8 @@ MAX_SKIPPED = 5     # steps in a row
 
 
 def setup_distributed():
-    """Join torchrun's process group, if any (gloo or NCCL). Returns (rank, world size, device)."""
+    """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on
+    CPU, NCCL on GPU."""
     rank, world = my_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -133,7 +134,8 @@ def heed_sigterm():
 
 def asked_to_stop(device):
     """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop
-    at the same one: they save and exit 0. Where a peer has died, a collective fails before."""
+    at the same one: they save and exit 0. A rank whose peers have died never gets here: its
+    collectives fail."""
     return over_ranks([len(stop_signals)], device, dist.ReduceOp.MAX)[0] > 0
 
 
@@ -166,7 +168,8 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
 
 
 def gather(items):
-    """The items of all ranks' lists, rank by rank, by pickle. Every rank must call this."""
+    """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank
+    must call this."""
     lists = [items]
     if world_size() > 1:
         lists = [None] * world_size()
@@ -495,7 +498,8 @@ AttentionMaskInterface.register("conversations", sdpa_mask)     # for `generate`
 
 @dataclass(eq=False)
 class Policy:
-    """A model and what it takes to talk to it. banned: ids never written; stop: turn ends."""
+    """A model with everything needed to talk to it. banned: ids it may never write; stop: ids that
+    end a turn."""
     model: torch.nn.Module
     tokenizer: object
     processor: object
@@ -521,7 +525,8 @@ class Policy:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def message(self, role, text, image_tokens=None):
-        """Ids of one chat message in the Qwen format; text may be (before, after) the image."""
+        """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand:
+        text is (before, after)."""
         before, after = text if isinstance(text, tuple) else (text, "")
         ids = [self.start_id, *self.text(f"{role}\n{before}")]
         if image_tokens is not None:
@@ -529,7 +534,8 @@ class Policy:
         return [*ids, *self.text(after), self.end_id, *self.text("\n")]
 
     def pixels(self, views):
-        """PIL views as the model sees them: [(patches (N, C), grid (t, h, w) in patches)]."""
+        """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in
+        patches)."""
         if not views:
             return []
         small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
@@ -559,7 +565,8 @@ class Policy:
         return [self.start_id, *self.text("assistant\n")]
 
     def reply(self, turn, turns, shown, grid=None):
-        """Ids from a stop token to the next turn: tools.reply_text's words. grid: the crop's."""
+        """Ids between an assistant's stop token and its next turn: what the tool says, see
+        tools.reply_text. grid: the crop's."""
         text = tools.reply_text(turn, turns, shown, self.prompts)
         message = self.message("user", text, grid and self.image_tokens(grid))
         return self.text("\n") + message + self.assistant()
@@ -584,7 +591,8 @@ def check_device(path, config, device, dtype):
 
 
 def head_size(text):
-    """Width of an attention head; only Qwen3-VL's text configuration names it."""
+    """Width of one attention head; Qwen3-VL's text configuration names it, Qwen2.5-VL's does
+    not."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
@@ -645,7 +653,8 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
 
 @dataclass
 class Sequence:
-    """A conversation as tokens. mask[t]: the policy writes token t. images: (patches, grid)."""
+    """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images:
+    (patches, grid)."""
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     images: list = field(default_factory=list)
@@ -787,8 +796,9 @@ def learning_rate(step, total, peak, warmup):
 
 
 def save_state(out, optimizer, step, keep=2):
-    """Every rank writes its pieces to out/state/step_N/RANK.pt; then rank 0 names the step in
-    latest.json, and all but the last `keep` go. A kill at any moment leaves a whole state."""
+    """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once;
+    when all are on the disk, rank 0 names the step in latest.json, and older steps go, but for the
+    last `keep`. A kill at any moment leaves a whole state."""
     rank, folder = my_rank(), Path(out) / "state" / f"step_{step:07d}"
     if rank < optimizer.pieces:
         state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
@@ -811,9 +821,10 @@ def save_state(out, optimizer, step, keep=2):
 
 
 def load_state(out, optimizer, resume, total):
-    """Continue from the last whole state. Returns its step, 0 if there is none. Without `resume` it
-    is set aside, so that a later --resume cannot mix the two runs; a worker restarted by torchrun
-    always resumes. Raises InputError if a file is unreadable or beyond the `total` steps."""
+    """Continue from the last state that is complete. Returns its step, 0 if there is none. Without
+    `resume` the run starts anew, and an older run's state is set aside, so that a later --resume
+    cannot mix the two; a worker restarted by torchrun --max_restarts always resumes. Raises
+    InputError if a file is unreadable or beyond the `total` steps of this run."""
     folder, rank = Path(out) / "state", my_rank()
     if not resume and attempt[-1] == 1:
         if folder.exists() and rank == 0:
@@ -856,7 +867,8 @@ def open_log(out, step):
 
 
 def export(policy, out):
-    """Rank 0 writes a plain Hugging Face folder: files aside, then moved, weights last."""
+    """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights
+    last."""
     if my_rank() != 0:
         return
     out, aside = Path(out), Path(out) / ".export"
@@ -961,8 +973,11 @@ def train_step(policy, optimizer, sequences, lr, args):
 
 
 def train(policy, rows, root, args, rank, world):
-    """The loop: learning rate -> batch -> micro-steps -> step -> log -> save."""
-    def load(step):     # this rank's share; long conversations are shared out evenly
+    """The loop: learning rate -> batch -> micro-steps -> sum over ranks -> clip -> step -> log ->
+    save."""
+    def load(step):
+        """This rank's share of a step's batch as Sequences; long conversations are shared out
+        evenly."""
         batch = step_rows(rows, step, args.batch, args.seed)
         batch.sort(key=lambda row: len(row["turns"]))
         return [encode(policy, row, root) for row in batch[rank::world]]
@@ -993,7 +1008,8 @@ def train(policy, rows, root, args, rank, world):
 def add_policy_flags(group):
     """The flags of every stage that loads a policy."""
     add = group.add_argument
-    add("--prompts", type=Path, help="JSON file with other texts, see tools.PROMPTS")
+    add("--prompts", type=Path,
+        help="JSON file with other system, question, observation and error texts")
     add("--min_pixels", type=int, help="smallest view that is shown (default: the model's own)")
     add("--max_pixels", type=int, help="largest view that is shown (default: the model's own)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
@@ -1006,11 +1022,14 @@ def add_training_flags(group, weight_decay, save_every):
     add("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
     add("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     add("--shard_optimizer", action="store_true",
-        help="a process keeps gradients, float32 weights and moments of its own share only")
-    add("--checkpointing", action="store_true", help="recompute activations, to save memory")
+        help="each process keeps gradients, float32 weights and moments of its own share of the "
+             "model only")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in backward to save memory")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="how many checkpoints are kept")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
+    add("--resume", action="store_true",
+        help="go on from the last checkpoint in --out/state where there is one")
 
 
 def parse_args():

@@ -146,7 +146,8 @@ PHRASES = {
 
 
 def check_flags(args, may_be_0=(), free=()):
-    """Raises InputError unless the numbers among the flags are finite and above 0, or may be 0."""
+    """Raises InputError unless all flags that are numbers are finite and above 0. may_be_0: names
+    of those that may be 0, too; free: of those that may be any number."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in free:
             least = "of at least 0" if name in may_be_0 else "above 0"
