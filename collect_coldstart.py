@@ -8,7 +8,7 @@ remember stands in its own last turn.
 Any model behind an OpenAI-compatible endpoint can teach as well (--teacher URL), as in the paper:
 it is shown six solved questions, images and turns, and then plays the question through the tool.
 
-Search patterns, one per trajectory, named in the row ("pattern"):
+Search patterns, one per trajectory, named in the row ("strategy"):
     scan            the nine parts in reading order from a random start, every candidate at once
     depth_first     the nine parts in random order, every candidate at once
     hint            the parts that have the colour's wallpaper first, then the others
@@ -49,11 +49,9 @@ from pathlib import Path
 import numpy as np
 
 import tools
-from build_data import (SHAPES, describe_cell, describe_part, describe_walls, make_question,
-                        parallel, place_box, places_with)
-from tools import PHRASES, PLACES
+from build_data import (PHRASES, POSITIONS, SHAPES, describe_cell, describe_part, describe_walls,                         parallel, position_box, positions_with)
 
-PATTERNS = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
+STRATEGIES = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
             "search_again": 0.04, "recheck": 0.04, "guess": 0.22}
 ATTEMPTS = 10   # a guessed shape is right once in 4 times, a digit once in 10
 
@@ -87,13 +85,13 @@ class Teacher:
         if self.later:
             state += PHRASES["later"].format(places=" ".join(self.later))
         state += PHRASES["go"].format(place=place)
-        call = call or json.dumps({"bbox_2d": place_box(place), "source": source})
+        call = call or json.dumps({"bbox_2d": position_box(place), "source": source})
         return f"<think>{seen}{state}</think><grounding>{call}</grounding>"
 
     def ring(self):
         """All parts in reading order from a random start."""
         start = int(self.rng.integers(9))
-        return PLACES[start:] + PLACES[:start]
+        return POSITIONS[start:] + POSITIONS[:start]
 
     def plan(self):
         """Choose the order of the parts; returns the word for it."""
@@ -106,10 +104,10 @@ class Teacher:
             self.later = self.ring()
             return PHRASES["scan"]
         if self.order == "depth_first":
-            self.later = [PLACES[i] for i in self.rng.permutation(9)]
+            self.later = [POSITIONS[i] for i in self.rng.permutation(9)]
             return PHRASES["shuffle"]
-        hinted = [place for place, wall in zip(PLACES, row["walls"]) if wall == row["colour"]]
-        self.later = hinted + [place for place in PLACES if place not in hinted]
+        hinted = [place for place, wall in zip(POSITIONS, row["wallpaper"]) if wall == row["colour"]]
+        self.later = hinted + [place for place in POSITIONS if place not in hinted]
         return PHRASES["hint"]
 
     def mistake(self, seen, source, place):
@@ -119,12 +117,12 @@ class Teacher:
         if self.rng.random() >= 0.5:
             return seen
         if self.due == "recover":
-            call = {"bbox_2d": place_box(place), "source": source}
+            call = {"bbox_2d": position_box(place), "source": source}
             yield self.think(seen, place, source, bad_call(self.rng, call, self.shown)), False
             self.due = None
             return PHRASES["sorry"]
         held = [o[1] for o in self.row["objects"] if o[0] == self.parts.get(source)]
-        empty = [PLACES[i] for i in range(9) if i not in held]
+        empty = [POSITIONS[i] for i in range(9) if i not in held]
         if self.due == "backtrack" and self.here and empty:
             yield self.think(seen, str(self.rng.choice(empty)), source), False
             self.shown, self.due = self.shown + 1, None
@@ -141,8 +139,8 @@ class Teacher:
         self.shown += 1
         if self.here:
             self.here = ([(source, rest)] if rest else []) + self.here[1:]
-            return self.parts[source], PLACES.index(place)
-        self.later, part = rest, PLACES.index(place)
+            return self.parts[source], POSITIONS.index(place)
+        self.later, part = rest, POSITIONS.index(place)
         self.parts[f"observation_{self.shown}"] = part
         return part, None
 
@@ -152,7 +150,7 @@ class Teacher:
         overlooked = self.due == "search_again" and part == objects[0][0]
         if overlooked:
             objects, self.due = objects[1:], None
-        places = places_with(objects, part, colour)
+        places = positions_with(objects, part, colour)
         if places:
             self.here.append((f"observation_{self.shown}", places))
         return describe_part(objects, part, colour), not overlooked
@@ -161,17 +159,17 @@ class Teacher:
         """Read a view of one place. Returns (text, whether it ends in the answer)."""
         row, found = self.row, [part, place] == self.row["objects"][0][:2]
         seen = describe_cell(row["objects"], part, place)
-        seen += PHRASES["verdict"].format(wanted=row["wanted"], verdict="Yes" if found else "No")
+        seen += PHRASES["verdict"].format(wanted=row["target_attribute"], verdict="Yes" if found else "No")
         if found and self.due == "recheck":
             source = next(s for s in reversed(self.parts) if self.parts[s] == part)
-            self.here, self.later, self.due = [(source, [PLACES[place]])], [], None
+            self.here, self.later, self.due = [(source, [POSITIONS[place]])], [], None
             return seen + PHRASES["check"], False
         return seen + (PHRASES["answer"].format(answer=row["answer"]) if found else ""), found
 
     def turns(self):
         """Yield (text, learn) turn by turn until the answer."""
         row, answer, learn, found = self.row, self.row["answer"], True, False
-        seen = describe_walls(row["walls"], row["colour"]) + self.plan()
+        seen = describe_walls(row["wallpaper"], row["colour"]) + self.plan()
         for turn in itertools.count(1):
             if turn == self.guess_at:
                 shape = answer in SHAPES
@@ -197,7 +195,7 @@ def solve(job, root, prompts, max_turns, seed):
     """
     index, row = job
     rng = np.random.default_rng([seed, index])
-    drawn = str(rng.choice(list(PATTERNS), p=list(PATTERNS.values())))
+    drawn = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
     image = tools.open_image(root / row["image"])
     for attempt in range(1, ATTEMPTS + 1):
         views, turns, teacher = [image], [], Teacher(row, drawn, rng)
@@ -212,78 +210,28 @@ def solve(job, root, prompts, max_turns, seed):
         solved = trajectory(row, prompts, turns, finish, prediction, "scripted")
         if pattern != "guess" or solved["reward"] == 1.0:
             break
-    return {**solved, "pattern": pattern, "attempts": attempt}
+    return {**solved, "strategy": pattern, "attempts": attempt}
 
 
 def trajectory(row, prompts, turns, finish, prediction, teacher):
     """The trajectory row of a conversation."""
     reward = float(tools.match_answer(prediction, row["answer"], row.get("options")))
     return {**tools.without_layout(row), "system": prompts["system"], "turns": turns,
-            "finish": finish, "prediction": prediction, "reward": reward, "teacher": teacher}
+            "finish_reason": finish, "prediction": prediction, "reward": reward, "teacher": teacher}
 
 
 def check_layout(row):
     """A question of the default world with its layout, as the scripted teacher needs it."""
     tools.check_question(row)
-    objects, walls = row.get("objects"), row.get("walls")
+    objects, walls = row.get("objects"), row.get("wallpaper")
     drawn = isinstance(objects, list) and objects and all(
         isinstance(o, list) and [type(v) for v in o] == [int, int, str, str, int]
         and 0 <= min(o[:2]) and max(o[:2]) < 9 for o in objects)
     papered = isinstance(walls, list) and len(walls) == 9 and all(
         isinstance(wall, (str, type(None))) for wall in walls)
-    named = isinstance(row.get("colour"), str) and isinstance(row.get("wanted"), str)
-    tools.need(drawn and papered and named, "the scripted teacher needs questions with a layout "
+    named = isinstance(row.get("colour"), str) and isinstance(row.get("target_attribute"), str)
+    tools.check(drawn and papered and named, "the scripted teacher needs questions with a layout "
                "('objects', 'walls'), as build_data.py draws them")
-
-
-# ---- A served teacher ---------------------------------------------------------------------------
-
-EXAMPLES_FOLLOW = (
-    "\n\nFirst you see how others have answered questions like yours, each about an image of its "
-    "own; observations are numbered anew for every question. Then comes your question. Work in the "
-    "same way: look closer until you have seen the answer, and do not guess.")
-
-
-def solved_examples(path, prompts, folder, count=6):
-    """Trajectory rows to be shown to a teacher and the folder of their images: those of a file or,
-    by default, the scripted teacher's, each of another pattern, on images drawn into `folder`."""
-    if path is not None:
-        rows = tools.read_jsonl(path, tools.check_trajectory)
-        tools.need(rows, f"{path} has no rows to be shown to the teacher")
-        return rows, path.parent
-    found = {}
-    for index in itertools.count():
-        level = ("easy", "medium", "hard")[index % 3]
-        question = make_question(("instruct", index, level), folder, 0)
-        row = solve((index, question), folder, prompts, 8, 0)
-        if row["reward"] == 1.0 and row["pattern"] != "guess":
-            found.setdefault(row["pattern"], row)
-        if len(found) == count:
-            return list(found.values()), folder
-
-
-def show_examples(rows, root, client, prompts):
-    """What a teacher sees before its question: system prompt, then the examples turn by turn."""
-    messages = [{"role": "system", "content": prompts["system"] + EXAMPLES_FOLLOW}]
-    for row in rows:
-        views, shown = tools.replay(row, tools.open_image(Path(root) / row["image"])), 0
-        messages.append(client.show(tools.question_text(row, prompts), views[0]))
-        for number, turn in enumerate(row["turns"], 1):
-            messages.append({"role": "assistant", "content": turn["text"]})
-            if number < len(row["turns"]):
-                shown += "zoom" in turn
-                said = tools.reply_text(turn, number, shown, prompts)
-                messages.append(client.show(said, views[shown]))
-    return messages
-
-
-def solve_served(job, client, before, root, prompts, limits, seed):
-    """One trajectory of a served teacher. Raises ServerError if it gives no usable reply."""
-    index, row = job
-    seed = int(np.random.default_rng([seed, index]).integers(2**31))
-    image = tools.open_image(root / row["image"])
-    played = tools.play(client, row, image, prompts, limits, seed, before, cut=True)
-    return trajectory(row, prompts, *played, client.name)
 
 
 def collect(rows, args, prompts, client=None, examples=()):
@@ -291,8 +239,8 @@ def collect(rows, args, prompts, client=None, examples=()):
     nothing. Returns (all trajectories in order, those that are correct). Questions that got no
     usable reply stay open for another run."""
     settings = [rows, prompts, args.max_turns, args.seed, args.teacher, client and [
-        args.teacher_model, args.max_turn_tokens, args.min_pixels, args.max_pixels,
-        args.image_bytes, list(examples)]]  # another collection has another partial file
+        args.teacher_model, args.max_new_tokens, args.min_pixels, args.max_pixels,
+        args.max_image_bytes, list(examples)]]  # another collection has another partial file
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     journal = tools.Journal(args.out.with_name(f"{args.out.name}.{digest}.partial"))
     done = {row["id"]: row for row in journal.rows}
@@ -302,11 +250,12 @@ def collect(rows, args, prompts, client=None, examples=()):
         work = partial(solve, max_turns=args.max_turns, **common)
         results = parallel(work, jobs, args.workers, "collect", len(done))
     else:
+        from extras import served
         limits = types.SimpleNamespace(max_turns=args.max_turns, max_images=args.max_turns,
-                                       max_turn_tokens=args.max_turn_tokens)
-        work = partial(solve_served, client=client, before=examples, limits=limits, **common)
-        played = tools.in_threads(client, work, jobs, args.requests)
-        bar = tools.Progress(played, desc="collect", initial=len(done), total=len(rows))
+                                       max_new_tokens=args.max_new_tokens)
+        work = partial(served.solve_served, client=client, before=examples, limits=limits, **common)
+        played = served.in_threads(client, work, jobs, args.requests)
+        bar = tools.progress_bar(played, desc="collect", initial=len(done), total=len(rows))
         results = (row for _, row in bar if row is not None)
     for row in results:
         done[row["id"]] = row
@@ -339,32 +288,33 @@ def parse_args():
     add("--teacher_model", help="name of the model on that server")
     add("--exemplars", type=Path, help="trajectory rows that are shown first (default: six drawn)")
     add("--requests", type=int, default=8, help="questions that are played at once")
-    add("--max_turn_tokens", type=int, default=1024, help="a longer turn ends as void")
+    add("--max_new_tokens", type=int, default=1024, help="a longer turn ends as void")
     add("--min_pixels", type=int, default=40_000, help="smallest picture sent")
     add("--max_pixels", type=int, default=2_000_000, help="largest picture sent")
-    add("--image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
+    add("--max_image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
         "server, in bytes; larger ones become JPEG, and smaller")
     args = parser.parse_args()
-    tools.check_flags(args, ["seed"])
-    tools.need(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must be "
+    tools.check_number_flags(args, ["seed"])
+    tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must be "
                f"in the folder of --data ({args.data.parent}), where the images are")
-    tools.need(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "
+    tools.check(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "
                "questions in --data; choose another name")
     return args
 
 
 def print_summary(done, kept, args, client):
-    left_out = collections.Counter(row["finish"] for row in done if row["reward"] != 1.0)
+    left_out = collections.Counter(row["finish_reason"] for row in done if row["reward"] != 1.0)
     print(f"teacher {args.teacher}: {len(done)} trajectories, {len(kept)} correct and kept, "
           f"{len(done) - len(kept)} left out ({dict(left_out)})")
     again = sum(row.get("attempts", 1) - 1 for row in done)
     if again:
         print(f"asked again after a wrong guess: {again} times")
     if client is not None:
-        tools.print_cost("teacher", [client.used[k] for k in tools.COSTS])
+        from extras import served
+        served.print_cost("teacher", [client.used[k] for k in served.COSTS])
     counts = {"turns": collections.Counter(len(row["turns"]) for row in kept)}
     if client is None:  # a served teacher follows no pattern of ours
-        counts["pattern"] = collections.Counter(row["pattern"] for row in kept)
+        counts["strategy"] = collections.Counter(row["strategy"] for row in kept)
     for name in sorted(counts):
         found = sorted(counts[name].items())
         print(f"per {name}: " + ", ".join(f"{key}: {times}" for key, times in found))
@@ -372,22 +322,23 @@ def print_summary(done, kept, args, client):
 
 def main():
     args = parse_args()
-    check = check_layout if args.teacher == "scripted" else tools.check_question
-    rows = tools.read_questions(args.data, "python build_data.py", check)[:args.limit]
-    tools.need(rows, f"{args.data} has no rows; make it with: python build_data.py")
+    check_row = check_layout if args.teacher == "scripted" else tools.check_question
+    rows = tools.read_questions(args.data, "python build_data.py", check_row)[:args.limit]
+    tools.check(rows, f"{args.data} has no rows; make it with: python build_data.py")
     prompts, client, examples = tools.load_prompts(args.prompts), None, []
     if args.teacher != "scripted":
-        client = tools.ChatClient(args.teacher, args.teacher_model, "teacher", args.min_pixels,
-                                  args.max_pixels, args.image_bytes)
+        from extras import served
+        client = served.ChatClient(args.teacher, args.teacher_model, "teacher", args.min_pixels,
+                                  args.max_pixels, args.max_image_bytes)
         with tempfile.TemporaryDirectory() as folder:
-            shown = solved_examples(args.exemplars, prompts, Path(folder))
-            examples = show_examples(*shown, client, prompts)
+            shown = served.solved_examples(args.exemplars, prompts, Path(folder))
+            examples = served.show_examples(*shown, client, prompts)
     done, kept = collect(rows, args, prompts, client, examples)
     print_summary(done, kept, args, client)
-    tools.need(len(done) == len(rows), f"{len(rows) - len(done)} of {len(rows)} questions got no "
+    tools.check(len(done) == len(rows), f"{len(rows) - len(done)} of {len(rows)} questions got no "
                f"usable reply ({client and client.failures()}); run the same command again to try "
                "just these")
-    tools.need(kept, f"none of {len(done)} trajectories is correct; {args.out} is left as it is")
+    tools.check(kept, f"none of {len(done)} trajectories is correct; {args.out} is left as it is")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 
 Commands:
     base, 1 CPU    python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \\
-                       --batch 16 --epochs 2.5 --aggregation response
+                       --batch_size 16 --epochs 2.5 --aggregation response
     cold start     python sft.py
     2 CPU cores    torchrun --nproc_per_node=2 sft.py
-    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch 32 --lr 1e-5 \\
-                       --checkpointing
+    1 GPU          python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --batch_size 32 --lr 1e-5 \\
+                       --gradient_checkpointing
     8 GPUs         torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct \\
-                       --batch 32 --lr 1e-5 --shard_optimizer --checkpointing --tokens 32768 \\
+                       --batch_size 32 --lr 1e-5 --shard_optimizer --gradient_checkpointing --micro_batch_tokens 32768 \\
                        --min_pixels 40000 --max_pixels 2000000
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                        --rdzv_endpoint=HOST:29500 sft.py ...
@@ -83,7 +83,7 @@ MAX_SKIPPED = 5     # steps in a row
 def setup_distributed():
     """Join the process group if torchrun started us. Returns (rank, world size, device). gloo on
     CPU, NCCL on GPU."""
-    rank, world = my_rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -126,20 +126,20 @@ attempt = [1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]
 stop_signals = []
 
 
-def heed_sigterm():
+def install_sigterm_handler():
     """From now on SIGTERM (of a batch system, or of torchrun when a peer has died) only leaves a
-    note for asked_to_stop."""
+    note for stop_requested."""
     signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(time.time()))
 
 
-def asked_to_stop(device):
+def stop_requested(device):
     """Whether any rank has received SIGTERM. All ranks ask at the end of a step, so that all stop
     at the same one: they save and exit 0. A rank whose peers have died never gets here: its
     collectives fail."""
-    return over_ranks([len(stop_signals)], device, dist.ReduceOp.MAX)[0] > 0
+    return all_reduce([len(stop_signals)], device, dist.ReduceOp.MAX)[0] > 0
 
 
-def my_rank():
+def get_rank():
     return int(os.environ.get("RANK", "0"))
 
 
@@ -158,7 +158,7 @@ def close_distributed():
         dist.destroy_process_group()
 
 
-def over_ranks(values, device, op=dist.ReduceOp.SUM):
+def all_reduce(values, device, op=dist.ReduceOp.SUM):
     """Sum a list of numbers over all ranks (or op=MAX: their largest), in float64. Every rank must
     call this. Returns a list of floats."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -167,7 +167,7 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
     return total.tolist()
 
 
-def gather(items):
+def all_gather_objects(items):
     """The items of all ranks' lists, as one list, rank by rank; they travel pickled. Every rank
     must call this."""
     lists = [items]
@@ -184,7 +184,7 @@ def broadcast_weights(model):
             dist.broadcast(tensor.data, src=0)
 
 
-def buckets(params, megabytes=25):
+def make_buckets(params, megabytes=25):
     """Cut parameters, in their order, into lists of about this many megabytes (2**20 bytes) of one
     dtype each: few, large messages. A list is closed once it is larger than that."""
     bucket, size = [], 0
@@ -260,13 +260,13 @@ class Optimizer:
     def __init__(self, params, lr, weight_decay, shard=False, megabytes=25):
         self.world = world_size()
         self.shard = shard and self.world > 1
-        self.pieces, self.piece = (self.world, my_rank()) if self.shard else (1, 0)
+        self.pieces, self.piece = (self.world, get_rank()) if self.shard else (1, 0)
         # decay on matrices only: shrinking norms and biases has no use
         groups = [([p for p in reversed(params) if p.dim() > 1], weight_decay),
                   ([p for p in reversed(params) if p.dim() <= 1], 0.0)]
         self.buckets, options = [], []
         for group, decay in groups:
-            added = [Bucket(part, self.pieces, self.piece) for part in buckets(group, megabytes)]
+            added = [Bucket(part, self.pieces, self.piece) for part in make_buckets(group, megabytes)]
             self.buckets += added
             if added:
                 options.append({"params": [b.master for b in added], "weight_decay": decay})
@@ -285,7 +285,7 @@ class Optimizer:
         the sum of this rank's losses."""
         micros, losses = list(micros), []
         device = self.buckets[0].flat.device
-        rounds = int(over_ranks([max(1, len(micros))], device, dist.ReduceOp.MAX)[0])
+        rounds = int(all_reduce([max(1, len(micros))], device, dist.ReduceOp.MAX)[0])
         for i in range(rounds):
             self.sending, self.last, self.next = True, i == rounds - 1, 0
             for bucket in self.buckets:
@@ -345,7 +345,7 @@ class Optimizer:
         squares = sum(torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
                       for bucket in self.buckets)
         if self.shard:
-            squares = over_ranks([squares], squares.device)[0]
+            squares = all_reduce([squares], squares.device)[0]
         norm = math.sqrt(squares)
         if healthy and math.isfinite(norm):
             for group in self.adam.param_groups:
@@ -502,7 +502,7 @@ class Policy:
     end a turn."""
     model: torch.nn.Module
     tokenizer: object
-    processor: object
+    image_processor: object
     prompts: dict
     min_pixels: int
     max_pixels: int
@@ -510,66 +510,66 @@ class Policy:
     def __post_init__(self):
         config, token = self.model.config, self.tokenizer.convert_tokens_to_ids
         self.device = next(self.model.parameters()).device
-        self.image_id = token("<|image_pad|>")
-        self.start_id, self.end_id = token("<|im_start|>"), token("<|im_end|>")
+        self.image_token_id = token("<|image_pad|>")
+        self.im_start_id, self.im_end_id = token("<|im_start|>"), token("<|im_end|>")
         self.vision_ids = (token("<|vision_start|>"), token("<|vision_end|>"))
-        self.stop = {self.end_id, token("<|endoftext|>")}
-        self.merge = config.vision_config.spatial_merge_size
-        self.factor = config.vision_config.patch_size * self.merge
-        never = {token(t) for t in SPECIAL} - self.stop
-        self.banned = sorted(never | set(range(len(self.tokenizer), config.text_config.vocab_size)))
-        self.banned_index = torch.tensor(self.banned, device=self.device)
+        self.stop_ids = {self.im_end_id, token("<|endoftext|>")}
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.resize_factor = config.vision_config.patch_size * self.merge_size
+        never = {token(t) for t in SPECIAL} - self.stop_ids
+        self.suppressed_ids = sorted(never | set(range(len(self.tokenizer), config.text_config.vocab_size)))
+        self.suppressed_index = torch.tensor(self.suppressed_ids, device=self.device)
 
-    def text(self, text):
+    def encode_text(self, text):
         """Token ids of a text; a special token written in it is split into ordinary ones."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def message(self, role, text, image_tokens=None):
+    def encode_message(self, role, text, image_tokens=None):
         """Ids of one chat message in the Qwen format; `<image>` in a template was cut beforehand:
         text is (before, after)."""
         before, after = text if isinstance(text, tuple) else (text, "")
-        ids = [self.start_id, *self.text(f"{role}\n{before}")]
+        ids = [self.im_start_id, *self.encode_text(f"{role}\n{before}")]
         if image_tokens is not None:
-            ids += [self.vision_ids[0], *[self.image_id] * image_tokens, self.vision_ids[1]]
-        return [*ids, *self.text(after), self.end_id, *self.text("\n")]
+            ids += [self.vision_ids[0], *[self.image_token_id] * image_tokens, self.vision_ids[1]]
+        return [*ids, *self.encode_text(after), self.im_end_id, *self.encode_text("\n")]
 
-    def pixels(self, views):
+    def preprocess_images(self, views):
         """The copies of PIL views that the model sees: list of (patches (N, C), grid (t, h, w) in
         patches)."""
         if not views:
             return []
-        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.factor)
+        small = [tools.resize_for_model(view, self.min_pixels, self.max_pixels, self.resize_factor)
                  for view in views]
-        out = self.processor(images=small, do_resize=False, return_tensors="pt")
+        out = self.image_processor(images=small, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].tolist()
         patches = out["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(p.to(self.model.dtype), tuple(g)) for p, g in zip(patches, grids)]
 
-    def grid(self, view):
+    def image_grid(self, view):
         """The grid that pixels() gives a view, without making its pixels."""
         width, height = tools.size_for_model(*view.size, self.min_pixels, self.max_pixels,
-                                             self.factor)
-        return 1, height * self.merge // self.factor, width * self.merge // self.factor
+                                             self.resize_factor)
+        return 1, height * self.merge_size // self.resize_factor, width * self.merge_size // self.resize_factor
 
-    def image_tokens(self, grid):
-        return grid[0] * grid[1] * grid[2] // self.merge**2
+    def num_image_tokens(self, grid):
+        return grid[0] * grid[1] * grid[2] // self.merge_size**2
 
-    def opening(self, row, grid):
+    def prompt_ids(self, row, grid):
         """Ids of system prompt and question up to where the assistant begins to write."""
         system = tools.system_text(row, self.prompts)
-        ids = self.message("system", system) if system else []
+        ids = self.encode_message("system", system) if system else []
         question = tools.question_text(row, self.prompts)
-        return ids + self.message("user", question, self.image_tokens(grid)) + self.assistant()
+        return ids + self.encode_message("user", question, self.num_image_tokens(grid)) + self.generation_prompt()
 
-    def assistant(self):
-        return [self.start_id, *self.text("assistant\n")]
+    def generation_prompt(self):
+        return [self.im_start_id, *self.encode_text("assistant\n")]
 
-    def reply(self, turn, turns, shown, grid=None):
+    def tool_message_ids(self, turn, turns, shown, grid=None):
         """Ids between an assistant's stop token and its next turn: what the tool says, see
-        tools.reply_text. grid: the crop's."""
-        text = tools.reply_text(turn, turns, shown, self.prompts)
-        message = self.message("user", text, grid and self.image_tokens(grid))
-        return self.text("\n") + message + self.assistant()
+        tools.tool_message. grid: the crop's."""
+        text = tools.tool_message(turn, turns, shown, self.prompts)
+        message = self.encode_message("user", text, grid and self.num_image_tokens(grid))
+        return self.encode_text("\n") + message + self.generation_prompt()
 
 
 def check_family(path):
@@ -577,7 +577,7 @@ def check_family(path):
     is supported (OSError if there is none)."""
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
-    tools.need(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
+    tools.check(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
                f"{', '.join(FAMILIES)}")
     return config
 
@@ -585,7 +585,7 @@ def check_family(path):
 def check_device(path, config, device, dtype):
     """Raise InputError if a model of billions of parameters is about to run on a CPU by mistake."""
     width = config.get("text_config", config).get("hidden_size", 0)
-    tools.need(width < 1024 or torch.device(device).type != "cpu" or dtype != "auto",
+    tools.check(width < 1024 or torch.device(device).type != "cpu" or dtype != "auto",
                f"{path}: no GPU was found for a model as large as this (width {width}); to run it "
                "on the CPU all the same, say so with --dtype bfloat16 or float32")
 
@@ -600,7 +600,7 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
                 hint=""):
     """A policy from a local folder or hub id. Raises InputError (hint: how to make the folder)."""
     local = str(path).startswith(("checkpoints", ".", "/")) or Path(path).is_dir()
-    tools.need(not local or (Path(path) / "config.json").exists(),
+    tools.check(not local or (Path(path) / "config.json").exists(),
                f"{path} holds no model" + (f"; make it with: {hint}" if hint else ""))
     try:
         check_device(path, check_family(path), device, dtype)
@@ -641,10 +641,10 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
     embed.forward = partial(embed_patches, embed.proj)
     smallest = min_pixels or processor.size["shortest_edge"]
     largest = max_pixels or processor.size["longest_edge"]
-    tools.need(smallest <= largest, f"--min_pixels {smallest} is above --max_pixels {largest}")
+    tools.check(smallest <= largest, f"--min_pixels {smallest} is above --max_pixels {largest}")
     policy = Policy(model, tokenizer, processor, prompts or dict(tools.PROMPTS), smallest, largest)
     # a served copy must not write image placeholders either
-    model.generation_config.suppress_tokens = policy.banned
+    model.generation_config.suppress_tokens = policy.suppressed_ids
     return policy
 
 
@@ -655,13 +655,13 @@ def make_policy(model, tokenizer, processor, device, prompts=None, min_pixels=No
 class Sequence:
     """One conversation as tokens. mask[t]: token t was (or is to be) written by the policy. images:
     (patches, grid)."""
-    ids: list = field(default_factory=list)
-    mask: list = field(default_factory=list)
+    token_ids: list = field(default_factory=list)
+    loss_mask: list = field(default_factory=list)
     images: list = field(default_factory=list)
 
     def add(self, ids, written, image=None):
-        self.ids += ids
-        self.mask += [written] * len(ids)
+        self.token_ids += ids
+        self.loss_mask += [written] * len(ids)
         self.images += [image] if image is not None else []
 
 
@@ -670,20 +670,20 @@ def encode(policy, row, root):
     written by the policy, its end_id too, unless it says "learn": false. Behind every turn but the
     last stands what the tool said: nothing was said behind that one. Raises InputError."""
     views = tools.replay(row, tools.open_image(Path(root) / row["image"]))
-    images, shown = policy.pixels(views), 1
+    images, shown = policy.preprocess_images(views), 1
     sequence = Sequence()
-    sequence.add(policy.opening(row, images[0][1]), False, images[0])
+    sequence.add(policy.prompt_ids(row, images[0][1]), False, images[0])
     for number, turn in enumerate(row["turns"], 1):
-        sequence.add([*policy.text(turn["text"]), policy.end_id], turn.get("learn", True))
+        sequence.add([*policy.encode_text(turn["text"]), policy.im_end_id], turn.get("learn", True))
         if number == len(row["turns"]):
             break
         image = images[shown] if "zoom" in turn else None
-        sequence.add(policy.reply(turn, number, shown, image and image[1]), False, image)
+        sequence.add(policy.tool_message_ids(turn, number, shown, image and image[1]), False, image)
         shown += "zoom" in turn
     return sequence
 
 
-def positions(ids, grids, image_id, merge, start=0):
+def mrope_positions(ids, grids, image_id, merge, start=0):
     """M-RoPE positions (Qwen2-VL paper, section 2.1) of a piece of a conversation that begins at
     position `start`.
 
@@ -708,18 +708,18 @@ def collate(policy, sequences):
     (1, T); position_ids (3, 1, T); written (N,), the places in the row of what the policy wrote,
     which is never a conversation's first token; and, if there are images, pixel_values, all their
     patches, and image_grid_thw (images, 3). Beside them lengths, a list."""
-    where = [positions(s.ids, [g for _, g in s.images], policy.image_id, policy.merge)[0]
+    where = [mrope_positions(s.token_ids, [g for _, g in s.images], policy.image_token_id, policy.merge_size)[0]
              for s in sequences]  # (3, length)
-    written = torch.tensor([written for s in sequences for written in s.mask])
-    batch = {"input_ids": torch.tensor([[token for s in sequences for token in s.ids]]),
-             "written": written.nonzero()[:, 0],  # (N,)
+    written = torch.tensor([written for s in sequences for written in s.loss_mask])
+    batch = {"input_ids": torch.tensor([[token for s in sequences for token in s.token_ids]]),
+             "loss_positions": written.nonzero()[:, 0],  # (N,)
              "position_ids": torch.cat(where, dim=1)[:, None]}
     images = [image for s in sequences for image in s.images]
     if images:
         batch["pixel_values"] = torch.cat([patches for patches, _ in images])  # (sum of patches, C)
         batch["image_grid_thw"] = torch.tensor([grid for _, grid in images])  # (images, 3)
     batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
-    return {"lengths": [len(s.ids) for s in sequences], **batch}
+    return {"lengths": [len(s.token_ids) for s in sequences], **batch}
 
 
 def micro_batches(sequences, tokens):
@@ -727,16 +727,16 @@ def micro_batches(sequences, tokens):
     that goes alone; no batch is empty."""
     batch, size = [], 0
     for sequence in sequences:
-        if batch and size + len(sequence.ids) > tokens:
+        if batch and size + len(sequence.token_ids) > tokens:
             yield batch
             batch, size = [], 0
         batch.append(sequence)
-        size += len(sequence.ids)
+        size += len(sequence.token_ids)
     if batch:
         yield batch
 
 
-def one_ahead(function, items):
+def prefetch(function, items):
     """function(item) of each item in turn; the next one is computed in a thread meanwhile."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
@@ -747,29 +747,29 @@ def one_ahead(function, items):
             yield result
 
 
-def project(policy, hidden):
+def vocab_logprobs(policy, hidden):
     """Log-probabilities over the vocabulary, in at least float32. Banned ids have -inf, and no
     share. (N, D) -> (N, V)."""
     logits = policy.model.lm_head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.index_fill(-1, policy.banned_index, -math.inf).log_softmax(-1)
+    return logits.index_fill(-1, policy.suppressed_index, -math.inf).log_softmax(-1)
 
 
 def token_logprobs(policy, batch, chunk=4096):
     """Log-probability of every token the policy wrote, given all before it: (N,), in the order of
-    batch["written"]. Of nothing an empty tensor, connected to the model all the same. All else in
+    batch["loss_positions"]. Of nothing an empty tensor, connected to the model all the same. All else in
     the batch is for policy.model.model.
 
     The vocabulary is projected only at those positions, `chunk` at a time, and recomputed in
     backward: with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far.
     """
-    inputs = {name: value for name, value in batch.items() if name != "written"}
+    inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]         # (T, D)
     # token t is predicted at t - 1
-    hidden, targets = hidden[batch["written"] - 1], batch["input_ids"][0, batch["written"]]
+    hidden, targets = hidden[batch["loss_positions"] - 1], batch["input_ids"][0, batch["loss_positions"]]
 
     def score(h, t):
-        return project(policy, h).gather(-1, t[:, None])[:, 0]  # (n, V) -> (n,)
+        return vocab_logprobs(policy, h).gather(-1, t[:, None])[:, 0]  # (n, V) -> (n,)
 
     parts = [checkpoint(score, h, t, use_reentrant=False) if len(targets) > chunk else score(h, t)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
@@ -779,7 +779,7 @@ def token_logprobs(policy, batch, chunk=4096):
 # ---- Optimizer and checkpoints ------------------------------------------------------------------
 
 
-def trainable(policy, freeze_vision):
+def trainable_parameters(policy, freeze_vision):
     """Parameters to train. freeze_vision: the vision tower and its projector stay as they are."""
     policy.model.model.visual.requires_grad_(not freeze_vision)
     return [p for p in policy.model.parameters() if p.requires_grad]
@@ -799,7 +799,7 @@ def save_state(out, optimizer, step, keep=2):
     """Write the state at `step`: every rank its pieces to out/state/step_N/RANK.pt, all at once;
     when all are on the disk, rank 0 names the step in latest.json, and older steps go, but for the
     last `keep`. A kill at any moment leaves a whole state."""
-    rank, folder = my_rank(), Path(out) / "state" / f"step_{step:07d}"
+    rank, folder = get_rank(), Path(out) / "state" / f"step_{step:07d}"
     if rank < optimizer.pieces:
         state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
         try:
@@ -825,7 +825,7 @@ def load_state(out, optimizer, resume, total):
     `resume` the run starts anew, and an older run's state is set aside, so that a later --resume
     cannot mix the two; a worker restarted by torchrun --max_restarts always resumes. Raises
     InputError if a file is unreadable or beyond the `total` steps of this run."""
-    folder, rank = Path(out) / "state", my_rank()
+    folder, rank = Path(out) / "state", get_rank()
     if not resume and attempt[-1] == 1:
         if folder.exists() and rank == 0:
             shutil.rmtree(folder.with_name("old_state"), ignore_errors=True)
@@ -848,7 +848,7 @@ def load_state(out, optimizer, resume, total):
         reason = str(error).strip().splitlines()[0]
         raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start "
                                "over") from None
-    tools.need(facts["step"] <= total, f"{path} is at step {facts['step']}, beyond the {total} "
+    tools.check(facts["step"] <= total, f"{path} is at step {facts['step']}, beyond the {total} "
                "steps of this run; ask for more steps")
     if facts["world"] != world_size() and rank == 0:
         print(f"{path} was saved by {facts['world']} processes, now there are {world_size()}: the "
@@ -869,16 +869,16 @@ def open_log(out, step):
 def export(policy, out):
     """Write a plain Hugging Face folder (rank 0). Files are written aside and then moved, weights
     last."""
-    if my_rank() != 0:
+    if get_rank() != 0:
         return
     out, aside = Path(out), Path(out) / ".export"
-    policy.processor.size["shortest_edge"] = policy.min_pixels
-    policy.processor.size["longest_edge"] = policy.max_pixels
+    policy.image_processor.size["shortest_edge"] = policy.min_pixels
+    policy.image_processor.size["longest_edge"] = policy.max_pixels
     shutil.rmtree(aside, ignore_errors=True)
     try:
         policy.model.save_pretrained(aside)
         policy.tokenizer.save_pretrained(aside)
-        policy.processor.save_pretrained(aside)
+        policy.image_processor.save_pretrained(aside)
     except Exception as error:  # safetensors has exceptions of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free "
@@ -894,7 +894,7 @@ def export(policy, out):
 # ---- Training -----------------------------------------------------------------------------------
 
 
-def step_rows(rows, step, batch, seed):
+def rows_of_step(rows, step, batch, seed):
     """The `batch` rows of a step, counted from 0. Epochs follow one another, each shuffled by
     (seed, epoch); nothing else decides. A batch may hold the end of one and the beginning of the
     next, or several."""
@@ -907,12 +907,12 @@ def step_rows(rows, step, batch, seed):
     return picked
 
 
-def finite(value):
+def finite_or_none(value):
     """A number for metrics.jsonl; None where it is not finite: the step was skipped."""
     return value if math.isfinite(value) else None
 
 
-def enable_checkpointing(model):
+def enable_gradient_checkpointing(model):
     """Recompute the layers' activations in backward. The library (whose newer versions call it by
     another name) also makes the embeddings ask for a gradient, as adapters need it: a frozen vision
     tower would then keep its activations, and run a backward pass, for nothing."""
@@ -924,12 +924,12 @@ def enable_checkpointing(model):
 def start_training(policy, args, freeze_vision, total):
     """What every trainer does first: the same weights on all ranks, an optimizer, the state of an
     earlier run. Returns (optimizer, steps done before)."""
-    heed_sigterm()
+    install_sigterm_handler()
     broadcast_weights(policy.model)
-    optimizer = Optimizer(trainable(policy, freeze_vision), args.lr, args.weight_decay,
+    optimizer = Optimizer(trainable_parameters(policy, freeze_vision), args.lr, args.weight_decay,
                           args.shard_optimizer)
-    if args.checkpointing:
-        enable_checkpointing(policy.model)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(policy.model)
     policy.model.train()
     return optimizer, load_state(args.out, optimizer, args.resume, total)
 
@@ -938,15 +938,15 @@ def end_step(args, optimizer, done, total, device):
     """What every trainer does after `done` steps: save where that is due. Returns whether the run
     must stop before its end, because a rank has received SIGTERM. Raises InputError after too many
     steps in a row without a finite loss and gradient (all ranks count alike)."""
-    tools.need(optimizer.skipped < MAX_SKIPPED, f"step {done}: loss or gradient was not finite "
+    tools.check(optimizer.skipped < MAX_SKIPPED, f"step {done}: loss or gradient was not finite "
                f"{MAX_SKIPPED} times in a row (these steps were skipped); lower --lr and start "
                "again, or go on from the last checkpoint with --resume")
-    stop = done < total and asked_to_stop(device)
+    stop = done < total and stop_requested(device)
     # after skipped steps weights may be broken: keep the older ones
     due = done % args.save_every == 0 and not optimizer.skipped
     if stop or due or done == total:
-        save_state(args.out, optimizer, done, args.keep)
-    if stop and my_rank() == 0:
+        save_state(args.out, optimizer, done, args.keep_checkpoints)
+    if stop and get_rank() == 0:
         print(f"stopped after step {done}, as asked to: go on with --resume ({args.out})",
               flush=True)
     return stop
@@ -957,19 +957,19 @@ def train_step(policy, optimizer, sequences, lr, args):
     the tokens of the global batch, or ("response") over its conversations the mean over a
     conversation's own tokens: a short reply then weighs as much as a long one. Returns (loss,
     gradient norm, tokens)."""
-    lengths = [sum(s.mask[1:]) for s in sequences]
-    tokens, responses = over_ranks([sum(lengths), sum(n > 0 for n in lengths)], policy.device)
+    lengths = [sum(s.loss_mask[1:]) for s in sequences]
+    tokens, responses = all_reduce([sum(lengths), sum(n > 0 for n in lengths)], policy.device)
 
     def loss_of(micro):
         logprobs = token_logprobs(policy, collate(policy, micro))                       # (N,)
         if args.aggregation == "token":
             return -logprobs.sum() / max(tokens, 1)
-        own = torch.tensor([sum(s.mask[1:]) for s in micro], device=policy.device)
+        own = torch.tensor([sum(s.loss_mask[1:]) for s in micro], device=policy.device)
         return -(logprobs / own.repeat_interleave(own)).sum() / max(responses, 1)
 
-    loss = optimizer.backward(micro_batches(sequences, args.tokens), loss_of)
-    total = over_ranks([loss], policy.device)[0]
-    return total, optimizer.step(lr, args.max_norm, math.isfinite(total)), int(tokens)
+    loss = optimizer.backward(micro_batches(sequences, args.micro_batch_tokens), loss_of)
+    total = all_reduce([loss], policy.device)[0]
+    return total, optimizer.step(lr, args.max_grad_norm, math.isfinite(total)), int(tokens)
 
 
 def train(policy, rows, root, args, rank, world):
@@ -978,26 +978,26 @@ def train(policy, rows, root, args, rank, world):
     def load(step):
         """This rank's share of a step's batch as Sequences; long conversations are shared out
         evenly."""
-        batch = step_rows(rows, step, args.batch, args.seed)
+        batch = rows_of_step(rows, step, args.batch_size, args.seed)
         batch.sort(key=lambda row: len(row["turns"]))
         return [encode(policy, row, root) for row in batch[rank::world]]
-    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
+    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     freeze = args.model != "tiny" if args.freeze_vision is None else args.freeze_vision
     optimizer, start = start_training(policy, args, freeze, total)
     log = open_log(args.out, start) if rank == 0 else None
-    bar = tools.Progress(range(start, total), initial=start, total=total, disable=rank != 0,
+    bar = tools.progress_bar(range(start, total), initial=start, total=total, disable=rank != 0,
                          desc=f"sft {args.out.name}")
     # images of the next batch are opened and cut while the model trains on this one
-    for step, sequences in zip(bar, one_ahead(load, range(start, total))):
-        lr = learning_rate(step, total, args.lr, args.warmup)
-        longest = max((len(s.ids) for s in sequences), default=0)
-        tools.need(longest <= args.max_tokens, f"a conversation has {longest} tokens, more than "
-                   f"--max_tokens {args.max_tokens}: raise it, lower --max_pixels, or remove the "
+    for step, sequences in zip(bar, prefetch(load, range(start, total))):
+        lr = learning_rate(step, total, args.lr, args.warmup_ratio)
+        longest = max((len(s.token_ids) for s in sequences), default=0)
+        tools.check(longest <= args.max_seq_len, f"a conversation has {longest} tokens, more than "
+                   f"--max_seq_len {args.max_seq_len}: raise it, lower --max_pixels, or remove the "
                    "longest rows")
         loss, norm, count = train_step(policy, optimizer, sequences, lr, args)
         if rank == 0:
-            log.write(tools.json_line({"step": step + 1, "loss": finite(loss),
-                                       "grad_norm": finite(norm), "lr": lr, "tokens": count}))
+            log.write(tools.json_line({"step": step + 1, "loss": finite_or_none(loss),
+                                       "grad_norm": finite_or_none(norm), "lr": lr, "tokens": count}))
             log.flush()
             bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f}", refresh=False)
         if end_step(args, optimizer, step + 1, total, policy.device):
@@ -1020,14 +1020,14 @@ def add_training_flags(group, weight_decay, save_every):
     """The flags that start_training and end_step read, of every trainer."""
     add = group.add_argument
     add("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
-    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     add("--shard_optimizer", action="store_true",
         help="each process keeps gradients, float32 weights and moments of its own share of the "
              "model only")
-    add("--checkpointing", action="store_true",
+    add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward to save memory")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="how many checkpoints are kept")
+    add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
     add("--resume", action="store_true",
         help="go on from the last checkpoint in --out/state where there is one")
 
@@ -1044,20 +1044,20 @@ def parse_args():
     add = group.add_argument
     add("--epochs", type=float, default=1.5, help="passes over the data")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--batch", type=int, default=8, help="conversations per step, over all processes")
-    add("--tokens", type=int, default=2048, help="tokens per forward pass on one process")
-    add("--max_tokens", type=int, default=32768, help="longest conversation that is accepted")
+    add("--batch_size", type=int, default=8, help="conversations per step, over all processes")
+    add("--micro_batch_tokens", type=int, default=2048, help="tokens per forward pass on one process")
+    add("--max_seq_len", type=int, default=32768, help="longest conversation that is accepted")
     add("--lr", type=float, default=1.5e-3, help="peak learning rate (7B: 1e-5)")
     add("--aggregation", default="token", choices=["token", "response"],
         help="the loss is a mean over all tokens, or over each conversation's mean")
-    add("--warmup", type=float, default=0.1, help="fraction of steps with rising learning rate")
+    add("--warmup_ratio", type=float, default=0.1, help="fraction of steps with rising learning rate")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
         help="do not train the vision tower and its projector (default, as in the paper, but for "
              "--model tiny)")
     add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()
-    tools.check_flags(args, ["seed", "weight_decay", "warmup"])
+    tools.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio"])
     return args
 
 
@@ -1066,7 +1066,7 @@ def main():
     rank, world, device = setup_distributed()
     stage = "build_data.py" if args.data.name == "instruct.jsonl" else "collect_coldstart.py"
     rows = tools.read_jsonl(args.data, tools.check_trajectory, f"python {stage}")
-    tools.need(rows, f"{args.data} has no rows")
+    tools.check(rows, f"{args.data} has no rows")
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = tools.load_prompts(args.prompts)
     if args.model == "tiny":

@@ -16,25 +16,17 @@ This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
-import base64
-import collections
 import errno
-import io
 import json
 import math
 import os
-import random
 import re
 import sys
 import tempfile
-import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -49,7 +41,7 @@ class InputError(ValueError):
     """A mistake in a file or a flag; its text is one line: what is wrong, where, and what to do."""
 
 
-def need(right, wrong):
+def check(right, wrong):
     """Raises InputError, saying what is wrong, unless something is right. About a row of a file the
     text names no row: whoever reads the file adds file:line, or counts the text as a reason."""
     if not right:
@@ -97,7 +89,7 @@ class PlainLines:
         pass
 
 
-def Progress(*args, **kwargs):
+def progress_bar(*args, **kwargs):
     """tqdm's bar on a terminal; anywhere else a plain line every half minute."""
     if not sys.stderr.isatty():
         kwargs.update(file=PlainLines(), mininterval=30, maxinterval=30,
@@ -120,39 +112,15 @@ PROMPTS = {
     "error": "Error: {error}",
 }
 
-# The small language of the scripted teacher, shared by the base model's data and the cold start: a
-# word that has to be copied from one turn to the next must look the same in both.
-PLACES = ["top-left", "top", "top-right", "left", "center", "right",
-          "bottom-left", "bottom", "bottom-right"]
-PHRASES = {
-    "part": "I see {colour} in {places}.",         # a view of nine places: which hold this colour
-    "no_part": "I see no {colour}.",
-    "walls": "I see {colour} walls in {places}.",  # the whole image: walls hint at what is there
-    "no_walls": "I see no {colour} walls.",
-    "cell": "I see {colour} {shape} {digit}.",     # a view of one place
-    "empty": "I see nothing.",
-    "verdict": " Want {wanted}. {verdict}.",       # after a cell: is it what the question names?
-    "answer": " Answer {answer}.",                 # what follows from a Yes
-    "here": " In {source} {places}.",              # candidates still to be looked at, where seen
-    "later": " Later {places}.",                   # parts of the image still to be looked at
-    "go": " Go {place}.",
-    "scan": " Scan.", "shuffle": " Shuffle.", "hint": " Hint.",      # the plan, said in turn one
-    "guess": " Guess {answer}.",                   # an answer that nothing seen supports
-    "again": " Not found. Scan again.",
-    "back": " Wrong guess. Back.",
-    "check": " Check.",
-    "sorry": "That call was refused.",
-}
 
-
-def check_flags(args, may_be_0=(), free=()):
+def check_number_flags(args, may_be_0=(), free=()):
     """Raises InputError unless all flags that are numbers are finite and above 0. may_be_0: names
     of those that may be 0, too; free: of those that may be any number."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in free:
             least = "of at least 0" if name in may_be_0 else "above 0"
             right = 0 < value < math.inf or (value == 0 and name in may_be_0)
-            need(right, f"--{name} {value} must be a number {least}")
+            check(right, f"--{name} {value} must be a number {least}")
 
 
 def load_prompts(path):
@@ -164,12 +132,12 @@ def load_prompts(path):
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read prompts as JSON: {error}") from None
     right = isinstance(given, dict) and given.keys() <= PROMPTS.keys()
-    need(right and all(isinstance(text, str) for text in given.values()),
+    check(right and all(isinstance(text, str) for text in given.values()),
          f"{path}: prompts are a JSON object of strings with keys among {', '.join(PROMPTS)}")
     prompts = {**PROMPTS, **given}
     for key, parts in {"question": ["{question}", "<image>"], "observation": ["<image>"],
                        "error": ["{error}"]}.items():
-        need(all(prompts[key].count(part) == 1 for part in parts),
+        check(all(prompts[key].count(part) == 1 for part in parts),
              f"{path}: '{key}' must contain {' and '.join(parts)} exactly once")
     return prompts
 
@@ -187,10 +155,10 @@ def question_text(row, prompts):
     return tuple(part.replace("{question}", row["question"]) for part in parts)
 
 
-def reply_text(turn, turns, shown, prompts):
+def tool_message(turn, turns, shown, prompts):
     """What the tool says after a turn, the conversation's `turns`-th, when `shown` observations
     have been seen: (text before the crop, text after it), or one text, why the call was refused."""
-    text = turn.get("reply")  # an imported conversation has its own words
+    text = turn.get("tool_message")  # an imported conversation has its own words
     if "zoom" not in turn:
         return prompts["error"].replace("{error}", turn["error"]) if text is None else text
     if text is None:
@@ -206,7 +174,7 @@ def open_image(path):
     """An image file as RGB. Raises InputError if it is missing, damaged or absurdly large."""
     try:
         with Image.open(path) as image:
-            return as_shown(image)
+            return to_rgb(image)
     except FileNotFoundError:
         wrong = "image is missing; run the stage that wrote this data again"
     except Exception as error:  # decoders raise nearly anything on broken data
@@ -214,7 +182,7 @@ def open_image(path):
     raise InputError(f"{path}: {wrong}")
 
 
-def as_shown(image):
+def to_rgb(image):
     """A PIL image as RGB, as a viewer shows it: a camera's photo upright (EXIF), 16 bits scaled to
     8, white where it is transparent."""
     image = ImageOps.exif_transpose(image)
@@ -252,12 +220,12 @@ def resize_for_model(image, min_pixels, max_pixels, factor=28):
 
 # ---- The zoom tool ------------------------------------------------------------------------------
 
-MAX_ASPECT = 200
+MAX_ASPECT_RATIO = 200
 SOURCE = re.compile(r"original_image|observation_([1-9][0-9]{0,5})")
 FORMAT = '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}'
 
 
-def check_call(call):
+def validate_call(call):
     """([x0, y0, x1, y1] floats, source) of an untrusted call. Raises ToolError with a sentence."""
     if not isinstance(call, dict) or "bbox_2d" not in call or "source" not in call:
         raise ToolError(f"The call must be a JSON object such as {FORMAT}.")
@@ -285,9 +253,9 @@ def zoom(views, call):
     views: PIL images, see source_index; call: {"bbox_2d": relative corners, "source": name}.
     Pixels: floor of the near corner, ceil of the far one. Raises ToolError with a sentence, which
     names a source that is not there, or says "narrow" where the crop's longer side has more than
-    MAX_ASPECT times the pixels of its shorter one.
+    MAX_ASPECT_RATIO times the pixels of its shorter one.
     """
-    (x0, y0, x1, y1), source = check_call(call)
+    (x0, y0, x1, y1), source = validate_call(call)
     index = source_index(source)
     if index >= len(views):
         raise ToolError(f"There is no {source} yet.")
@@ -296,7 +264,7 @@ def zoom(views, call):
     # neighbouring floats may round to the same edge of a pixel
     right, bottom = max(math.ceil(x1 * width), left + 1), max(math.ceil(y1 * height), top + 1)
     w, h = right - left, bottom - top
-    if max(w, h) > MAX_ASPECT * min(w, h):
+    if max(w, h) > MAX_ASPECT_RATIO * min(w, h):
         raise ToolError("The box is too narrow: make it wider or higher.")
     return views[index].crop((left, top, right, bottom))
 
@@ -334,7 +302,7 @@ def parse_turn(text):
     if kind == "answer":
         return "answer", body.strip()
     try:
-        box, source = check_call(json.loads(body))
+        box, source = validate_call(json.loads(body))
     except ToolError as error:
         return "error", str(error)
     except (ValueError, RecursionError):  # not JSON, thousands of digits, or nested too deep
@@ -379,213 +347,6 @@ def replay(row, image):
     return views
 
 
-# ---- Served models: one client for teacher, judge and evaluated model ---------------------------
-
-
-class ServerError(Exception):
-    """A served model gave no usable reply to a request; the text is one line: why."""
-
-
-class ContextFull(ServerError):
-    """The conversation has become too long for the served model."""
-
-
-COSTS = ["requests", "retries", "prompt_tokens", "completion_tokens"]
-GIVE_UP = 20  # conversations in a row without a usable reply
-URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[\w.~%/+-]*)?", re.ASCII)
-
-
-def print_cost(role, numbers):
-    requests, retries, prompt, completion = map(int, numbers)
-    print(f"{role}: {requests} replies, {retries} retries, {prompt} prompt and {completion} "
-          "completion tokens")
-
-
-class ChatClient:
-    """A model behind an OpenAI-compatible chat endpoint; many threads may use one client.
-
-    url: the server, with or without /v1; name: the model's name there; role: its key is read from
-    the environment variable <ROLE>_API_KEY and kept nowhere else. Pictures are shown at min_pixels
-    to max_pixels, in at most image_bytes each. A request is tried `attempts` times in all, timeout:
-    seconds without a byte; before it is tried again it waits `pause` seconds, twice as long each
-    time, or as long as the server asks, 60 s at most. Raises InputError if the URL or the key
-    cannot be right.
-    """
-
-    def __init__(self, url, name=None, role="model", min_pixels=40_000, max_pixels=2_000_000,
-                 image_bytes=1_500_000, attempts=6, pause=1.0, timeout=300.0):
-        variable = f"{role.upper()}_API_KEY"
-        need(URL.fullmatch(url), f"{role} '{url}' must be a URL such as http://localhost:8000/v1; "
-             f"a key belongs into the environment variable {variable}")
-        need(min_pixels <= max_pixels,
-             f"--min_pixels {min_pixels} is above --max_pixels {max_pixels}")
-        self.secret = os.environ.get(variable, "").strip()
-        need(all("!" <= letter <= "~" for letter in self.secret),
-             f"the key in {variable} contains characters that no key has")
-        # without a key the library would send the one saved for the Hugging Face Hub, to any URL
-        self.client = InferenceClient(base_url=url, api_key=self.secret or "none", timeout=timeout)
-        self.url, self.role, self.name = url, role, name or "default"
-        self.min_pixels, self.max_pixels, self.image_bytes = min_pixels, max_pixels, image_bytes
-        self.attempts, self.pause, self.used = attempts, pause, collections.Counter()
-        self.lock, self.stopped = threading.Lock(), threading.Event()
-
-    def count(self, **numbers):
-        with self.lock:
-            self.used.update(numbers)
-
-    def reply(self, messages, max_tokens, temperature=1.0, seed=None, attempts=None):
-        """The model's next message: (text, whether it was cut at max_tokens). Raises ServerError
-        when all attempts have failed or this request is refused (ContextFull: for its length),
-        InputError when every request would be."""
-        pause, why = self.pause, "stopped"
-        for attempt in range(attempts or self.attempts):
-            wait = min(60.0, pause) * random.uniform(0.8, 1.2)  # threads do not come all at once
-            if self.stopped.wait(wait if attempt else 0):
-                break
-            self.count(retries=int(attempt > 0))
-            asked = ""
-            try:
-                return self.read(self.client.chat_completion(
-                    messages, model=self.name, max_tokens=max_tokens, temperature=temperature,
-                    seed=seed))
-            except OfflineModeIsEnabled:
-                raise InputError("HF_HUB_OFFLINE forbids all requests, even to this machine: unset "
-                                 "it") from None
-            except HfHubHTTPError as error:
-                status = error.response.status_code
-                why = self.line(f"HTTP {status}: {said_by(error)}")
-                self.check_status(status, why)
-                asked = error.response.headers.get("retry-after", "")
-            except Exception as error:  # the transport; garbage is any of a dozen exceptions
-                why = self.line(f"no chat completion ({type(error).__name__}: {error})")
-            seconds = float(asked) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", asked) else 0.0
-            pause = max(2 * pause, seconds)
-        raise ServerError(why)
-
-    def check_status(self, status, why):
-        """Raises what reply() raises for an HTTP status after which one need not try again."""
-        if status in (401, 403, 404, 405):
-            raise InputError(f"{self.url} refuses all requests ({why}); check the URL, "
-                             f"--{self.role}_model or _name ('{self.name}') and "
-                             f"{self.role.upper()}_API_KEY") from None
-        if status not in (408, 409, 429) and status < 500:
-            full = r"context.(length|window|size)|too long|maximum.{0,20}length"
-            raise (ContextFull if re.search(full, why, re.I) else ServerError)(why) from None
-
-    def read(self, out):
-        """reply()'s result from a chat completion; raises anything if it is none. A thought that
-        the server keeps apart is put back."""
-        choice, message = out.choices[0], out.choices[0].message
-        thought = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
-        thought = f"<think>{thought}</think>" if isinstance(thought, str) else ""
-        text = "" if message.content is None and thought else message.content
-        if not isinstance(text, str):
-            raise ValueError("it has no text")
-        used = {k: getattr(out.usage, k, 0) for k in ("prompt_tokens", "completion_tokens")}
-        self.count(requests=1, **{k: v for k, v in used.items() if isinstance(v, int)})
-        text = (thought + text).encode("utf-8", "replace").decode()  # half a surrogate pair
-        return text, choice.finish_reason == "length"
-
-    def line(self, text):
-        """The beginning of a text on one line, without the key: some servers repeat a wrong one."""
-        return " ".join((text.replace(self.secret, "***") if self.secret else text).split())[:200]
-
-    def failures(self):
-        return "; ".join(f"{n} x {what}" for what, n in self.used.items() if what not in COSTS)
-
-    def show(self, text, view=None):
-        """A user's message: text, with a picture between its two parts if it is (before, after)."""
-        if isinstance(text, str):
-            return {"role": "user", "content": text}
-        small = resize_for_model(view, self.min_pixels, self.max_pixels)
-        image = {"type": "image_url", "image_url": {"url": data_url(small, self.image_bytes)}}
-        before, after = ({"type": "text", "text": part} for part in text)
-        parts = [part for part in (before, image, after) if part.get("text") != ""]
-        return {"role": "user", "content": parts}
-
-
-def said_by(error):
-    """The text of the reply that an HTTP error is about."""
-    try:
-        error.response.read()
-        return error.response.text
-    except Exception:  # the connection broke before the text had come, or it is not text
-        return ""
-
-
-def in_threads(client, work, jobs, count):
-    """Map over threads that wait for a server: yields (job, result) as they come; result None, with
-    its reason counted in client.used, if the server gave no usable reply. After GIVE_UP of these in
-    a row the rest is not played."""
-    def attempt(job):
-        try:
-            return work(job)
-        except ServerError as error:
-            client.count(**{str(error)[:160]: 1})
-
-    pool, failures = ThreadPoolExecutor(count), 0
-    waiting = {pool.submit(attempt, job): job for job in jobs}
-    try:
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
-            failures = 0 if future.result() is not None else failures + 1
-            if failures >= GIVE_UP:
-                break
-        else:
-            waiting = {}
-    finally:  # on an error, too, nothing more is sent
-        if waiting:
-            client.stopped.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def data_url(image, most):
-    """An image as a data URL of at most `most` characters: PNG if that fits, else JPEG, smaller and
-    smaller until it does."""
-    kind, file = "png", io.BytesIO()
-    image.save(file, "PNG")
-    while 4 * len(file.getvalue()) / 3 + 40 > most and image.size != (1, 1):
-        if kind == "jpeg":
-            smaller = [max(1, int(side * 0.7)) for side in image.size]
-            image = image.resize(smaller, Image.Resampling.BICUBIC)
-        kind, file = "jpeg", io.BytesIO()
-        image.save(file, "JPEG", quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def play(client, row, image, prompts, limits, seed=None, before=(), cut=False, temperature=1.0):
-    """A conversation of a served model about one question, with the same tool as everybody's.
-
-    limits: max_turns, max_images, max_turn_tokens (evaluate.Limits); before: messages that come
-    first (default: the system prompt); cut: what the model writes after its call or answer is taken
-    off, since it can only be made up. Returns (turns, finish, prediction). Raises as client.reply.
-    """
-    system = system_text(row, prompts)
-    before = before or ([{"role": "system", "content": system}] if system else [])
-    messages = [*before, client.show(question_text(row, prompts), image)]
-    views, turns, finish, prediction = [image], [], None, None
-    while finish is None:
-        try:
-            text, too_long = client.reply(messages, limits.max_turn_tokens, temperature, seed)
-        except ContextFull:
-            if not turns:
-                raise
-            return turns, "over_context", None
-        tag = first_tag(text)
-        text = text[:tag[2]] if cut and tag else text
-        if too_long and not tag:
-            turn, finish = {"text": text}, "void"
-        else:
-            turn, finish, prediction = take_turn(
-                views, text, len(turns) + 1, limits.max_turns, limits.max_images)
-        turns.append(turn)
-        messages.append({"role": "assistant", "content": text})
-        if finish is None:
-            said = reply_text(turn, len(turns), len(views) - 1, prompts)
-            messages.append(client.show(said, views[-1]))
-    return turns, finish, prediction
-
-
 # ---- JSONL --------------------------------------------------------------------------------------
 
 
@@ -600,9 +361,9 @@ def parse_json(text):
     return value
 
 
-def read_jsonl(path, check=None, hint=""):
+def read_jsonl(path, check_row=None, hint=""):
     """Rows of a JSONL file, a list of dicts. Raises InputError naming file:line for a bad row and,
-    for a missing file, saying what to do (hint: the command that makes it). check(row) may raise
+    for a missing file, saying what to do (hint: the command that makes it). check_row(row) may raise
     InputError with what is wrong in the row."""
     path, rows = Path(path), []
     if not path.is_file():
@@ -614,9 +375,9 @@ def read_jsonl(path, check=None, hint=""):
                 continue
             try:
                 row = parse_json(line.decode("utf-8"))
-                need(isinstance(row, dict), "a row must be a JSON object")
-                if check is not None:
-                    check(row)
+                check(isinstance(row, dict), "a row must be a JSON object")
+                if check_row is not None:
+                    check_row(row)
             except ValueError as error:
                 raise InputError(f"{path}:{number}: {error}; mend or remove this line") from None
             rows.append(row)
@@ -658,7 +419,7 @@ class Journal:
     what is there already, in this file and in `others`, those of other processes."""
 
     def __init__(self, path, others=()):
-        self.path, self.lock, self.rows = Path(path), threading.Lock(), []
+        self.path, self.rows = Path(path), []
         for file in sorted({self.path, *others}):
             # complete lines only: a kill may have cut the last
             lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
@@ -672,31 +433,30 @@ class Journal:
         os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def add(self, *rows):
-        with self.lock:
-            self.file.writelines(map(json_line, rows))
-            self.file.flush()
+        self.file.writelines(map(json_line, rows))
+        self.file.flush()
 
 
 def check_question(row):
     """Raises InputError unless `row` is a question whose image lies inside the data's folder."""
     for key in ("id", "image", "question", "answer"):
-        need(isinstance(row.get(key), str) and row[key].strip(),
+        check(isinstance(row.get(key), str) and row[key].strip(),
              f"field '{key}' must be a non-empty string")
     path, options, user = Path(row["image"]), row.get("options"), row.get("user")
-    need(not path.is_absolute() and ".." not in path.parts,
+    check(not path.is_absolute() and ".." not in path.parts,
          f"image path '{row['image']}' must stay inside the folder of this file")
     if options is not None:
-        need(isinstance(options, list) and options and all(isinstance(o, str) for o in options),
+        check(isinstance(options, list) and options and all(isinstance(o, str) for o in options),
              "field 'options' must be a list of strings or absent")
-        need(_option(row["answer"], options) is not None, f"the answer '{row['answer']}' is none "
+        check(option_index(row["answer"], options) is not None, f"the answer '{row['answer']}' is none "
              "of the options, neither by letter nor by its words")
-    need(isinstance(row.get("system", ""), (str, type(None))),
+    check(isinstance(row.get("system", ""), (str, type(None))),
          "field 'system' must be a string or absent")
-    need(user is None or (isinstance(user, str) and user.count("<image>") == 1),
+    check(user is None or (isinstance(user, str) and user.count("<image>") == 1),
          "field 'user' must be a string with <image> exactly once, or absent")
-    need(all(isinstance(row.get(key, ""), str) for key in ("source", "category", "cycle")),
+    check(all(isinstance(row.get(key, ""), str) for key in ("source", "category", "cycle")),
          "fields 'source', 'category' and 'cycle' must be strings or absent")
-    need(row.get("level") in (None, "easy", "medium", "hard"),
+    check(row.get("level") in (None, "easy", "medium", "hard"),
          "field 'level' must be easy, medium, hard or absent")
 
 
@@ -705,43 +465,43 @@ def check_trajectory(row):
     or neither at the end."""
     check_question(row)
     turns, shown = row.get("turns"), 0
-    need(isinstance(turns, list) and turns, "field 'turns' must be a non-empty list")
+    check(isinstance(turns, list) and turns, "field 'turns' must be a non-empty list")
     for number, turn in enumerate(turns, 1):
         at, last = f"turn {number}", number == len(turns)
-        need(isinstance(turn, dict) and isinstance(turn.get("text"), str),
+        check(isinstance(turn, dict) and isinstance(turn.get("text"), str),
              f"{at} must be an object with a 'text'")
-        need(isinstance(turn.get("learn", True), bool),
+        check(isinstance(turn.get("learn", True), bool),
              f"{at}: 'learn' must be true, false or absent")
         if "zoom" in turn:
             try:
-                _, source = check_call(turn["zoom"])
+                _, source = validate_call(turn["zoom"])
             except ToolError as error:
                 raise InputError(f"{at}: {error}") from None
-            need(last or source_index(source) <= shown, f"{at}: there is no {source} yet")
+            check(last or source_index(source) <= shown, f"{at}: there is no {source} yet")
             shown += 1
         else:
-            need(isinstance(turn.get("error", ""), str), f"{at}: 'error' must be a string")
-            need(last or "error" in turn,
+            check(isinstance(turn.get("error", ""), str), f"{at}: 'error' must be a string")
+            check(last or "error" in turn,
                  f"{at} has neither 'zoom' nor 'error' and is not the last")
-        reply, images = turn.get("reply"), int("zoom" in turn)
+        reply, images = turn.get("tool_message"), int("zoom" in turn)
         if reply is not None:
-            need(not last and isinstance(reply, str) and reply.count("<image>") == images,
+            check(not last and isinstance(reply, str) and reply.count("<image>") == images,
                  f"{at}: 'reply' must be a string with <image> {images} times, and absent on the "
                  "last turn")
 
 
 def without_layout(row):
     """A question row as all but the scripted teacher may see it: without where things lie."""
-    return {k: v for k, v in row.items() if k not in ("objects", "walls")}
+    return {k: v for k, v in row.items() if k not in ("objects", "wallpaper")}
 
 
-def read_questions(path, hint="", check=check_question):
+def read_questions(path, hint="", check_row=check_question):
     """Question rows of a file. Raises InputError as read_jsonl does, and for an id met twice."""
     seen = set()
 
     def check_new(row):
-        check(row)
-        need(row["id"] not in seen, f"id '{row['id']}' stands in an earlier line too")
+        check_row(row)
+        check(row["id"] not in seen, f"id '{row['id']}' stands in an earlier line too")
         seen.add(row["id"])
 
     return read_jsonl(path, check_new, hint)
@@ -758,7 +518,7 @@ def normalise(text):
     return " ".join(words) or text.strip()  # punctuation only ("?") is compared as it stands
 
 
-def _option(text, options):
+def option_index(text, options):
     """Index of the option that `text` names by its words or by letter ("B", "(B)", "B. red"); None
     if it names none, as a letter in front of other words than its option's does."""
     words = [normalise(option) for option in options]
@@ -773,10 +533,10 @@ def _option(text, options):
     return index if fits else None
 
 
-def decided(prediction, options=None):
+def is_decided(prediction, options=None):
     """Whether match_answer can tell right from wrong: there is no prediction, or it names one of
     the options. Otherwise other words may mean the same, which only a judge can tell."""
-    return not prediction or bool(options and _option(prediction, options) is not None)
+    return not prediction or bool(options and option_index(prediction, options) is not None)
 
 
 def match_answer(prediction, answer, options=None):
@@ -785,6 +545,6 @@ def match_answer(prediction, answer, options=None):
     if prediction is None:
         return False
     if options:
-        chosen = _option(prediction, options)
-        return chosen is not None and chosen == _option(answer, options)
+        chosen = option_index(prediction, options)
+        return chosen is not None and chosen == option_index(answer, options)
     return normalise(prediction) == normalise(answer)

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,15 +29,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+runpy.run_path(str(ROOT / "extras" / "root.py"))
 
 import build_data
 import collect_coldstart
-import crash
 import evaluate
-import exact
 import sft
 import tools
+from extras import crash
+from support import exact  # noqa: F401
 
 torch.set_num_threads(2)
 
@@ -71,7 +72,7 @@ def run_here(script, *args):
 @functools.cache
 def forks():
     """The process that forks stages, see forks.py; it ends with this one."""
-    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], text=True,
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "support" / "forks.py")], text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -175,7 +176,7 @@ def world(tmp_path_factory):
     prompts = dict(tools.PROMPTS, system="Look closer.")
     solved = [collect_coldstart.solve(job, out, prompts, 32, 0) for job in enumerate(rows)]
     # searches only: they hold what tests look at
-    solved = [row for row in solved if row["pattern"] != "guess"]
+    solved = [row for row in solved if row["strategy"] != "guess"]
     solved.sort(key=lambda row: len(row["turns"]))
     tools.write_jsonl(out / "coldstart.jsonl", solved[:8])
     tools.write_jsonl(out / "short.jsonl", solved[:5])
@@ -201,7 +202,7 @@ def make_tiny(world, prompts):
 
 def overfit(policy, rows, root, steps):
     """Train the text model on a few trajectories for some seconds."""
-    optimizer = sft.Optimizer(sft.trainable(policy, freeze_vision=True), 3e-3, 0.0)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, freeze_vision=True), 3e-3, 0.0)
     batch = sft.collate(policy, [sft.encode(policy, row, root) for row in rows])
     for step in range(steps):
         optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).mean())
@@ -300,10 +301,10 @@ def engine_behind_a_server(policy):
         pieces = []
         for message in body["messages"]:
             view, text = picture_of(message)
-            image = policy.pixels([view])[0] if view is not None else None
-            ids = policy.message(message["role"], text, image and policy.image_tokens(image[1]))
+            image = policy.preprocess_images([view])[0] if view is not None else None
+            ids = policy.encode_message(message["role"], text, image and policy.num_image_tokens(image[1]))
             pieces.append((ids, image))
-        pieces.append((policy.assistant(), None))
+        pieces.append((policy.generation_prompt(), None))
         with lock:
             engine, written = evaluate.Engine(policy, evaluate.Limits(), 1), []
             engine.slots = [evaluate.Rollout()]
@@ -311,16 +312,16 @@ def engine_behind_a_server(policy):
                 policy.model.config.text_config, 1, policy.model.dtype, policy.device, 4096)
             for ids, image in pieces:
                 logprobs, after = engine.forward([0], [ids], [image])
-                engine.slots[0].fed, engine.slots[0].next_position = (
-                    engine.slots[0].fed + len(ids), after[0])
+                engine.slots[0].num_cached_tokens, engine.slots[0].next_position = (
+                    engine.slots[0].num_cached_tokens + len(ids), after[0])
             while len(written) < body["max_tokens"]:
                 token = logprobs.argmax(-1).item()
-                if token in policy.stop:
+                if token in policy.stop_ids:
                     return policy.tokenizer.decode(written, skip_special_tokens=False)
                 written.append(token)
                 logprobs, after = engine.forward([0], [[token]], [None])
-                engine.slots[0].fed, engine.slots[0].next_position = (
-                    engine.slots[0].fed + 1, after[0])
+                engine.slots[0].num_cached_tokens, engine.slots[0].next_position = (
+                    engine.slots[0].num_cached_tokens + 1, after[0])
         text = policy.tokenizer.decode(written, skip_special_tokens=False)
         return 200, {}, json.dumps({"choices": [{"finish_reason": "length",
                                                  "message": {"content": text}}]}).encode()

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 
 import build_data
-import crash
+from extras import crash
 import sft
 import tools
 from build_data import COLOURS, LEVELS, SHAPES
 from conftest import Forked, run_script
-from tools import PLACES
+from tools import POSITIONS
 
 
 def scenes(count=120):
@@ -148,8 +148,8 @@ def test_other_numbers_of_objects_can_be_asked_for():
 
 def test_a_wallpaper_is_the_colour_of_an_object_in_its_part():
     for scene in scenes() + crowded_scenes():
-        assert len(scene["walls"]) == 9
-        for part, wall in enumerate(scene["walls"]):
+        assert len(scene["wallpaper"]) == 9
+        for part, wall in enumerate(scene["wallpaper"]):
             held = {o[2] for o in scene["objects"] if o[0] == part}
             assert wall in held or (wall is None and not held)
 
@@ -160,11 +160,11 @@ def test_a_wallpaper_is_a_hint_and_not_the_answer():
     wallpaper."""
     first, target = [], []
     for scene in scenes():
-        for part, wall in enumerate(scene["walls"]):
+        for part, wall in enumerate(scene["wallpaper"]):
             held = [o[2] for o in scene["objects"] if o[0] == part]
             if len(held) == 2 and held[0] != held[1]:
                 first.append(wall == held[0])
-        target.append(scene["walls"][scene["objects"][0][0]] == scene["colour"])
+        target.append(scene["wallpaper"][scene["objects"][0][0]] == scene["colour"])
     assert len(first) > 200 and 0.4 < np.mean(first) < 0.6
     assert 0.6 < np.mean(target) < 0.95
 
@@ -183,7 +183,7 @@ def test_the_row_keeps_what_the_teacher_needs_and_is_a_question():
         tools.check_question({"id": "1", "image": "1.jpg", **scene})
         _, _, colour, shape, digit = scene["objects"][0]
         assert scene["colour"] == colour
-        assert {scene["wanted"], scene["answer"]} == {shape, str(digit)}
+        assert {scene["target_attribute"], scene["answer"]} == {shape, str(digit)}
         assert json.loads(tools.json_line(scene)) == scene
 
 
@@ -206,7 +206,7 @@ def test_the_target_box_shows_the_target():
         steps = [image]
         for number, index in enumerate((part, place)):
             source = "observation_1" if number else "original_image"
-            box = build_data.place_box(PLACES[index])
+            box = build_data.position_box(POSITIONS[index])
             steps.append(tools.zoom(steps, {"bbox_2d": box, "source": source}))
         for view in (direct, steps[-1]):
             assert max(abs(v - side // 9) for v in view.size) <= 2
@@ -231,8 +231,8 @@ def test_the_image_shows_every_object_and_no_other():
 def test_the_wallpaper_can_be_seen_in_the_image_and_at_the_size_that_the_model_sees():
     for scene in scenes(12):
         image = draw(scene)
-        assert papers(image, scene) == scene["walls"]
-        assert papers(tools.resize_for_model(image, 6000, 8000), scene) == scene["walls"]
+        assert papers(image, scene) == scene["wallpaper"]
+        assert papers(tools.resize_for_model(image, 6000, 8000), scene) == scene["wallpaper"]
 
 
 def test_frames_tell_where_a_part_and_a_place_lie():
@@ -463,7 +463,7 @@ def said(answer, word):
 
 def groups(names):
     """{name: the places that have it} of a list with a name, or None, per place."""
-    return {name: [p for p, n in zip(PLACES, names) if n == name]
+    return {name: [p for p, n in zip(POSITIONS, names) if n == name]
             for name in names if name is not None}
 
 
@@ -501,7 +501,7 @@ def test_instructions_about_a_part_are_true(instructions):
             asked = about[1] if about else asked_colour(row["question"])
             for colour in COLOURS if asked == "everything" else [asked]:
                 pixels = close(view, colour)
-                seen[colour] = [name for i, name in enumerate(PLACES)
+                seen[colour] = [name for i, name in enumerate(POSITIONS)
                                 if core(ninth(pixels, i)).mean() > 0.1]
             if not any(seen.values()):
                 nothing = "I see nothing." if asked == "everything" else f"I see no {asked}."
@@ -521,16 +521,16 @@ def test_maps_name_what_is_at_each_place(instructions):
         about, (scene, part, place) = re.fullmatch(MAP, row["question"]), subject(row, drawn)
         if about is None:
             continue
-        assert place is None and ("walls" in row["question"]) <= (part is None)
+        assert place is None and ("wallpaper" in row["question"]) <= (part is None)
         if part is None:
-            names = [f"{wall} walls" if wall else "nothing" for wall in scene["walls"]]
+            names = [f"{wall} walls" if wall else "nothing" for wall in scene["wallpaper"]]
         else:
             colours = {o[1]: o[2] for o in scene["objects"] if o[0] == part}
             names = [colours.get(place, "nothing") for place in range(9)]
         if about[1]:
             names = [name if name.split()[0] == about[1] else "nothing" for name in names]
             one_colour[set(names) != {"nothing"}] += 1
-        assert row["answer"] == " ".join(f"{place} {name}." for place, name in zip(PLACES, names))
+        assert row["answer"] == " ".join(f"{place} {name}." for place, name in zip(POSITIONS, names))
         seen |= set(names)
     assert seen >= {*COLOURS, "nothing", "red walls"}
     assert min(one_colour.values()) > 3
@@ -588,7 +588,7 @@ def test_descriptions_by_hand():
     assert build_data.describe_walls(walls, "blue") == "I see blue walls in top-left right."
     assert build_data.describe_walls(walls, "green") == "I see no green walls."
     every = "I see red walls in top-right. I see blue walls in top-left right."
-    lessons = build_data.lessons_on_nine("walls", walls, "?", ["red", "blue"], False)
+    lessons = build_data.lessons_on_nine("wallpaper", walls, "?", ["red", "blue"], False)
     assert ("Which walls are what?", every) in list(lessons)
     assert build_data.describe_cell(objects, 0, 8) == "I see red star 7."
     assert build_data.describe_cell(objects, 0, 0) == "I see nothing."
@@ -1095,11 +1095,11 @@ def test_a_coldstart_conversation_keeps_its_own_words(tmp_path, capsys):
     assert row == {
         "image": stored(picture(0, (400, 300))), "source": "visual_probe",
         "question": USER.replace("<image>", "").strip(), "answer": "a red hat",
-        "prediction": "a red hat", "finish": "answer", "reward": 1.0, "teacher": "mini_o3",
+        "prediction": "a red hat", "finish_reason": "answer", "reward": 1.0, "teacher": "mini_o3",
         "system": SYSTEM, "user": USER, "turns": [
-            {"text": FIRST, "zoom": zooms[0], "reply": SHOWN},
-            {"text": BROKEN, "error": REFUSED, "reply": REFUSED},
-            {"text": SECOND, "zoom": zooms[1], "reply": SHOWN},
+            {"text": FIRST, "zoom": zooms[0], "tool_message": SHOWN},
+            {"text": BROKEN, "error": REFUSED, "tool_message": REFUSED},
+            {"text": SECOND, "zoom": zooms[1], "tool_message": SHOWN},
             {"text": ANSWER}]}
     assert len(list((tmp_path / "out" / "images").iterdir())) == 1  # crops follow from the zooms
     tools.check_trajectory({"id": name, **row})
@@ -1113,7 +1113,7 @@ def test_a_coldstart_conversation_becomes_exactly_its_texts(tmp_path, capsys, ma
     (row,) = tools.read_jsonl(tmp_path / "out" / "coldstart.jsonl", tools.check_trajectory)
     policy = make_tiny(torch.float32)
     sequence = sft.encode(policy, row, tmp_path / "out")
-    tokens = iter([policy.image_tokens(grid) for _, grid in sequence.images])
+    tokens = iter([policy.num_image_tokens(grid) for _, grid in sequence.images])
 
     def shown(text):
         before, *after = text.split("<image>")
@@ -1126,15 +1126,15 @@ def test_a_coldstart_conversation_becomes_exactly_its_texts(tmp_path, capsys, ma
         role = "assistant" if number % 2 else "user"
         end = "\n" if number < len(WHOLE) - 1 else ""
         expected += f"<|im_start|>{role}\n{shown(text)}<|im_end|>{end}"
-    assert policy.tokenizer.decode(sequence.ids) == expected and next(tokens, None) is None
-    starts, ends = sequence.ids.count(policy.start_id), sequence.ids.count(policy.end_id)
+    assert policy.tokenizer.decode(sequence.token_ids) == expected and next(tokens, None) is None
+    starts, ends = sequence.token_ids.count(policy.im_start_id), sequence.token_ids.count(policy.im_end_id)
     assert starts == ends == 1 + len(WHOLE)
-    images = sum(policy.image_tokens(grid) for _, grid in sequence.images)
-    assert sequence.ids.count(policy.image_id) == images
-    written = policy.tokenizer.decode([i for i, mine in zip(sequence.ids, sequence.mask) if mine])
+    images = sum(policy.num_image_tokens(grid) for _, grid in sequence.images)
+    assert sequence.token_ids.count(policy.image_token_id) == images
+    written = policy.tokenizer.decode([i for i, mine in zip(sequence.token_ids, sequence.loss_mask) if mine])
     assert written == "".join(f"{text}<|im_end|>" for text in WHOLE[1::2])
-    start = sequence.ids[:sequence.mask.index(True)]  # what the engine starts from
-    assert policy.opening(row, sequence.images[0][1]) == start
+    start = sequence.token_ids[:sequence.loss_mask.index(True)]  # what the engine starts from
+    assert policy.prompt_ids(row, sequence.images[0][1]) == start
 
 
 def test_beginnings_are_merged_wherever_they_lie(tmp_path, capsys):
@@ -1224,8 +1224,8 @@ def test_shapes_of_observations(stored_size, same):
 
 def test_own_words_are_checked_when_a_file_is_read():
     zoom = {"bbox_2d": [0, 0, 1, 1], "source": "original_image"}
-    turns = [{"text": "", "zoom": zoom, "reply": "<image>"},
-             {"text": "", "error": "no", "reply": "no"}, {"text": ""}]
+    turns = [{"text": "", "zoom": zoom, "tool_message": "<image>"},
+             {"text": "", "error": "no", "tool_message": "no"}, {"text": ""}]
     row = {"id": "1", "image": "a.png", "question": "q", "answer": "a", "user": "<image>",
            "turns": turns}
     tools.check_trajectory(row)
@@ -1234,7 +1234,7 @@ def test_own_words_are_checked_when_a_file_is_read():
             tools.check_question({**row, "user": user})
     for number, reply in ((0, ""), (0, "<image><image>"), (0, 3), (1, "<image>"), (2, "more")):
         turns = json.loads(json.dumps(row["turns"]))
-        turns[number]["reply"] = reply
+        turns[number]["tool_message"] = reply
         with pytest.raises(tools.InputError, match=f"turn {number + 1}: 'reply'"):
             tools.check_trajectory({**row, "turns": turns})
 
@@ -1309,9 +1309,9 @@ def test_a_filter_that_keeps_nothing_writes_nothing(tmp_path):
     (["--filter", "r.jsonl", "--out", "x"], "--out cannot be used with --filter"),
     (["--filter", "r.jsonl"], "r.jsonl does not exist; make it with: python evaluate.py"),
     (["--filter", "r.jsonl", "--keep", "0.9", "0.1"],
-     "--keep must be two pass rates, 0 <= LOW <= HIGH <= 1"),
+     "--pass_rate_range must be two pass rates, 0 <= LOW <= HIGH <= 1"),
     (["--filter", "r.jsonl", "--keep", "nan", "1"],
-     "--keep must be two pass rates, 0 <= LOW <= HIGH <= 1"),
+     "--pass_rate_range must be two pass rates, 0 <= LOW <= HIGH <= 1"),
     (["--source", "."], "--source cannot be used without --import or --filter"),
     (["--keep", "0", "1"], "--keep cannot be used without --import or --filter")], ids=str)
 def test_flags_that_do_not_belong_together_are_one_line(monkeypatch, tmp_path, flags, message):

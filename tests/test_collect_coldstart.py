@@ -23,15 +23,15 @@ from PIL import Image
 
 import build_data
 import collect_coldstart
-import crash
+from extras import crash
 import tools
-from build_data import LEVELS, describe_cell, describe_part, describe_walls, place_box, places_with
-from collect_coldstart import PATTERNS, Teacher
+from build_data import LEVELS, describe_cell, describe_part, describe_walls, position_box, positions_with
+from collect_coldstart import STRATEGIES, Teacher
 from conftest import ROOT, ChatServer, Forked, picture_of, run_script
-from tools import PHRASES, PLACES
+from tools import PHRASES, POSITIONS
 
-SEARCHES = [pattern for pattern in PATTERNS if pattern != "guess"]
-PLACE_OF = {tuple(place_box(place)): index for index, place in enumerate(PLACES)}
+SEARCHES = [pattern for pattern in STRATEGIES if pattern != "guess"]
+PLACE_OF = {tuple(position_box(place)): index for index, place in enumerate(POSITIONS)}
 
 
 def scene(level, index):
@@ -71,7 +71,7 @@ def truth(row, view):
         return PHRASES["sorry"]
     part, place = view
     if part is None:
-        return describe_walls(row["walls"], row["colour"])
+        return describe_walls(row["wallpaper"], row["colour"])
     if place is None:
         return describe_part(row["objects"], part, row["colour"])
     return describe_cell(row["objects"], part, place)
@@ -80,7 +80,7 @@ def truth(row, view):
 def later(text):
     """The parts that a thought says are still to be looked at, in its order."""
     said = re.search(PHRASES["later"].format(places="([a-z -]+)"), text)
-    return [PLACES.index(place) for place in said[1].split()] if said else []
+    return [POSITIONS.index(place) for place in said[1].split()] if said else []
 
 
 def visits(row, turns):
@@ -99,8 +99,8 @@ def tour(row, parts):
     """The views of a search through these parts: every part, then at once each place that holds the
     colour, in reading order. It does not stop at the target."""
     def candidates(part):
-        return [(part, PLACES.index(place))
-                for place in places_with(row["objects"], part, row["colour"])]
+        return [(part, POSITIONS.index(place))
+                for place in positions_with(row["objects"], part, row["colour"])]
 
     return [view for part in parts for view in [(part, None), *candidates(part)]]
 
@@ -117,14 +117,14 @@ def ring(start):
 
 def hinted(row):
     """The parts that have the colour's wallpaper."""
-    return [part for part in range(9) if row["walls"][part] == row["colour"]]
+    return [part for part in range(9) if row["wallpaper"][part] == row["colour"]]
 
 
 # -------------------------------------------------------------------------------------------------
 # The teacher
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_every_pattern_finds_the_answer_and_only_then_gives_it(pattern):
     for row, turns in lessons(pattern):
         steps = list(follow(row, [text for text, _ in turns]))
@@ -134,17 +134,17 @@ def test_every_pattern_finds_the_answer_and_only_then_gives_it(pattern):
         assert all(kind in ("zoom", "error") for _, kind, _ in steps[:-1])
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_every_taught_call_is_legal_and_goes_where_the_thought_says(pattern):
     for row, turns in lessons(pattern):
         for (text, learn), (_, kind, _) in zip(turns, follow(row, [text for text, _ in turns])):
             if learn and kind != "answer":
                 assert kind == "zoom"
-                place = PLACES[PLACE_OF[tuple(tools.parse_turn(text)[1]["bbox_2d"])]]
+                place = POSITIONS[PLACE_OF[tuple(tools.parse_turn(text)[1]["bbox_2d"])]]
                 assert PHRASES["go"].format(place=place) + "</think>" in text
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_mistakes_and_only_mistakes_are_not_learned(pattern):
     """A mistake is a call that the tool refuses, a false word about the view, or a zoom at a place
     with nothing on it."""
@@ -162,7 +162,7 @@ def test_mistakes_and_only_mistakes_are_not_learned(pattern):
     assert {name for name, times in found.items() if times} == ({expected} if expected else set())
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_verdicts_are_true(pattern):
     """ "Want square. Yes." is said in front of the target and nowhere else, "No." in front of every
     other object."""
@@ -173,7 +173,7 @@ def test_verdicts_are_true(pattern):
             verdict = re.search(r" Want (\w+)\. (Yes|No)\.", text)
             assert (verdict is not None) == at_object
             if verdict:
-                assert verdict[1] == row["wanted"]
+                assert verdict[1] == row["target_attribute"]
                 assert (verdict[2] == "Yes") == (view == tuple(row["objects"][0][:2]))
 
 
@@ -183,7 +183,7 @@ def plan_of(text):
     return plan
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_a_search_looks_where_its_first_turn_says(pattern):
     """Mistakes apart, it looks at the parts in the announced order, at every candidate once, and at
     nothing else, up to the target. Not found: the announced parts were too few, or the target was
@@ -208,7 +208,7 @@ def test_a_search_looks_where_its_first_turn_says(pattern):
     assert plans == ({own[pattern]} if pattern in own else {"scan", "shuffle", "hint"})
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_plans_cover_all_nine_parts_in_their_own_order(pattern):
     """hint: the parts with the colour's wallpaper, then the others; scan: in reading order from a
     random start; depth first: at random."""
@@ -228,7 +228,7 @@ def test_plans_cover_all_nine_parts_in_their_own_order(pattern):
     assert pattern != "depth_first" or len(orders) > 25
 
 
-@pytest.mark.parametrize("pattern", SEARCHES)
+@pytest.mark.parametrize("strategy", SEARCHES)
 def test_scenes_without_a_hint_are_solved_too(pattern):
     """No part has the colour's wallpaper (seldom, unless there are many other objects): the hint is
     plain reading order."""
@@ -250,7 +250,7 @@ def test_the_hint_saves_turns():
     assert np.mean(turns["hint"]) < 0.85 * np.mean(turns["scan"])
 
 
-@pytest.mark.parametrize("pattern", ["scan", "depth_first", "hint"])
+@pytest.mark.parametrize("strategy", ["scan", "depth_first", "hint"])
 def test_the_last_turn_holds_all_that_is_left_to_do(pattern):
     """Its thought lists the parts not yet looked at and, by the observation they were seen in, the
     candidates not yet looked at, so that nothing older has to be remembered."""
@@ -260,9 +260,9 @@ def test_the_last_turn_holds_all_that_is_left_to_do(pattern):
         for number, (text, kind, (part, place)) in enumerate(steps):
             if part is not None and place is None:
                 assert parts.pop(0) == part
-                left[f"observation_{number}"] = places_with(row["objects"], part, row["colour"])
+                left[f"observation_{number}"] = positions_with(row["objects"], part, row["colour"])
             if place is not None:
-                left[source].remove(PLACES[place])
+                left[source].remove(POSITIONS[place])
             if PHRASES["again"] in text:
                 assert parts == [] and not any(left.values())
                 parts = later(text)
@@ -290,7 +290,7 @@ def test_bad_calls_are_refused_in_several_ways():
     """Malformed JSON, a box out of range, swapped corners, three numbers, an observation that does
     not exist."""
     rng, said = np.random.default_rng(0), collections.Counter()
-    call = {"bbox_2d": place_box("center"), "source": "observation_1"}
+    call = {"bbox_2d": position_box("center"), "source": "observation_1"}
     image = Image.new("RGB", (90, 90))
     for _ in range(200):
         text = f"<grounding>{collect_coldstart.bad_call(rng, call, 1)}</grounding>"
@@ -360,14 +360,14 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
     for index in range(160):
         row = rows[index % len(rows)]
         solved = collect_coldstart.solve((index, row), world, prompts, 32, 0)
-        if solved["finish"] == "over_turn" or solved["pattern"] == "guess" and not solved["reward"]:
+        if solved["finish_reason"] == "over_turn" or solved["strategy"] == "guess" and not solved["reward"]:
             continue
         tools.check_trajectory(solved)
-        seen.add(solved["pattern"])
-        assert (solved["finish"], solved["reward"]) == ("answer", 1.0)
+        seen.add(solved["strategy"])
+        assert (solved["finish_reason"], solved["reward"]) == ("answer", 1.0)
         assert solved["prediction"] == row["answer"]
         assert solved["system"] == prompts["system"] and solved["teacher"] == "scripted"
-        kept = {k: v for k, v in row.items() if k not in ("objects", "walls")}
+        kept = {k: v for k, v in row.items() if k not in ("objects", "wallpaper")}
         assert {k: v for k, v in solved.items() if k in row} == kept
         for turn, (_, kind, _) in zip(solved["turns"],
                                       follow(row, [t["text"] for t in solved["turns"]])):
@@ -375,24 +375,24 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
         image = tools.open_image(world / row["image"])
         views = tools.replay(solved, image)
         assert len(views) == 1 + sum("zoom" in turn for turn in solved["turns"])
-        assert solved["pattern"] == "guess" or abs(views[-1].size[0] - image.size[0] / 9) <= 2
-    assert seen == set(PATTERNS)
+        assert solved["strategy"] == "guess" or abs(views[-1].size[0] - image.size[0] / 9) <= 2
+    assert seen == set(STRATEGIES)
 
 
 def test_a_guess_is_asked_again_until_it_is_right(world, prompts, monkeypatch):
     """Rejection sampling: with ten attempts 1 - 0.9^10 = 65% of digits and 94% of shapes are
     guessed right in the end; wrong ones stay wrong rows, which the collection leaves out. Searches
     are never asked again."""
-    monkeypatch.setattr(collect_coldstart, "PATTERNS", {"guess": 1.0})
+    monkeypatch.setattr(collect_coldstart, "STRATEGIES", {"guess": 1.0})
     rows = tools.read_jsonl(world / "train.jsonl")
     solved = [collect_coldstart.solve((i, rows[i % len(rows)]), world, prompts, 32, 0)
               for i in range(60)]
-    guesses = [row for row in solved if row["pattern"] == "guess"]
+    guesses = [row for row in solved if row["strategy"] == "guess"]
     assert all(row["reward"] == 1.0 or row["attempts"] == collect_coldstart.ATTEMPTS
                for row in guesses)
     assert 0.5 < sum(row["reward"] for row in guesses) / len(guesses) < 1.0
     assert max(row["attempts"] for row in guesses if row["reward"] == 1.0) > 3
-    monkeypatch.setattr(collect_coldstart, "PATTERNS", {"scan": 1.0})
+    monkeypatch.setattr(collect_coldstart, "STRATEGIES", {"scan": 1.0})
     solved = collect_coldstart.solve((0, {**rows[0], "answer": "none"}), world, prompts, 32, 0)
     assert solved["attempts"] == 1
 
@@ -429,15 +429,15 @@ def folder(world, tmp_path_factory):
 def test_the_command_keeps_correct_trajectories_and_counts(folder):
     rows = tools.read_jsonl(folder / "whole.jsonl", tools.check_trajectory)
     said = (folder / "whole.txt").read_text()
-    assert all(r["reward"] == 1.0 and r["finish"] == "answer" and len(r["turns"]) <= 32
+    assert all(r["reward"] == 1.0 and r["finish_reason"] == "answer" and len(r["turns"]) <= 32
                for r in rows)
-    assert not any({"objects", "walls"} & set(r) for r in rows)  # what only the teacher reads
+    assert not any({"objects", "wallpaper"} & set(r) for r in rows)  # what only the teacher reads
     assert f"160 trajectories, {len(rows)} correct and kept, {160 - len(rows)} left out" in said
     assert "finished in" in said
-    for key, value in (("pattern", lambda r: r["pattern"]), ("turns", lambda r: len(r["turns"]))):
+    for key, value in (("strategy", lambda r: r["strategy"]), ("turns", lambda r: len(r["turns"]))):
         counts = collections.Counter(map(value, rows))
         assert f"per {key}: " + ", ".join(f"{k}: {counts[k]}" for k in sorted(counts)) in said
-    assert {r["pattern"] for r in rows} == set(PATTERNS)
+    assert {r["strategy"] for r in rows} == set(STRATEGIES)
     assert [r["id"] for r in rows] == sorted((r["id"] for r in rows), key=lambda i: int(i[1:]))
     assert not list(folder.glob("*whole*partial*"))
 
@@ -578,7 +578,7 @@ def test_the_questions_are_not_overwritten(small):
     assert (small / "train.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("key", ["objects", "walls", "colour", "wanted"])
+@pytest.mark.parametrize("key", ["objects", "wallpaper", "colour", "target_attribute"])
 def test_questions_without_a_layout_are_refused_by_line(small, key):
     first, second = tools.read_jsonl(small / "train.jsonl")
     tools.write_jsonl(small / "train.jsonl", [first, {k: v for k, v in second.items() if k != key}])
@@ -644,7 +644,7 @@ def test_a_served_teacher_is_shown_examples_and_only_right_answers_are_kept(worl
     for row in rows:
         expected = oracle.solved[row["question"]]       # what it made up after its calls is cut off
         assert [t["text"] for t in row["turns"]] == [t["text"] for t in expected["turns"]]
-        assert row["finish"] == "answer"
+        assert row["finish_reason"] == "answer"
         assert row["system"] == tools.PROMPTS["system"] and row["teacher"] == "big"
         assert "objects" not in row
     count = sum(len(oracle.solved[q["question"]]["turns"]) for q in questions)
@@ -670,7 +670,7 @@ def test_questions_without_a_usable_reply_stay_open_for_another_run(world, promp
         client = tools.ChatClient(server.url, "big", "teacher", attempts=2, pause=0.01)
         args = argparse.Namespace(max_turns=32, seed=0, teacher="x", teacher_model="big",
                                   out=tmp_path / "out.jsonl", requests=2,
-                                  data=tmp_path / "train.jsonl", max_turn_tokens=99, min_pixels=1,
+                                  data=tmp_path / "train.jsonl", max_new_tokens=99, min_pixels=1,
                                   max_pixels=2, image_bytes=3)
         done, kept = collect_coldstart.collect(rows, args, tools.PROMPTS, client)
         assert len(done) == len(kept) == 5 and client.used["retries"] == 1

@@ -242,10 +242,10 @@ def shell_of_docstring(script):
 def test_flags_by_hand():
     """One of each way in which a flag gets into a parser, and one that is not there."""
     known = flags("rl.py")
-    assert {"--steps", "--decay", "--no-decay", "--min_pixels", "--resume", "--judge"} <= known
+    assert {"--steps", "--anneal_lr", "--no-anneal_lr", "--min_pixels", "--resume", "--judge"} <= known
     assert not {"--no-steps", "--epochs", "--lr_decay"} & known
-    assert "--kills" in flags("tests/crash.py") and flags("tools.py") is None
-    assert flags("docs/plan.py") == known
+    assert "--kills" in flags("extras/crash.py") and flags("tools.py") is None
+    assert flags("extras/plan.py") == known
 
 
 @pytest.mark.parametrize("where", [*PAGES, *SCRIPTS])
@@ -270,7 +270,7 @@ def test_commands_are_found():
     found = commands(shell_of("README.md"))
     assert [script for script, _ in found][:6] == [
         "build_data.py", "sft.py", "collect_coldstart.py", "sft.py", "rl.py", "evaluate.py"]
-    assert found[1][1] == ["--model", "--data", "--out", "--batch", "--epochs", "--aggregation"]
+    assert found[1][1] == ["--model", "--data", "--out", "--batch_size", "--epochs", "--aggregation"]
 
 
 def test_ci_finds_its_command():

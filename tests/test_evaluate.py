@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import crash
+from extras import crash
 import evaluate
 import sft
 import tools
 from conftest import (ChatServer, Forked, LiveBytes, engine_behind_a_server, library_attention,
                       run_script)
 
-LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_turn_tokens=48, max_context=1200)
+LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_new_tokens=48, max_model_len=1200)
 
 
 def play(policy, world, samples=2, slots=8, limits=LIMITS, **kwargs):
@@ -37,35 +37,35 @@ def rollouts(trained, world):
 
 
 def same(a, b):
-    return ([(r.ids, r.mask, r.turns, r.finish) for r in a]
-            == [(r.ids, r.mask, r.turns, r.finish) for r in b])
+    return ([(r.token_ids, r.loss_mask, r.turns, r.finish_reason) for r in a]
+            == [(r.token_ids, r.loss_mask, r.turns, r.finish_reason) for r in b])
 
 
 def zooms_like_generate(policy, rollouts):
     """Assert that every turn of greedy rollouts is what `generate` writes after the same
     conversation; count their zooms."""
     for r in rollouts:
-        starts = [i for i in range(1, len(r.ids)) if r.mask[i] and not r.mask[i - 1]]
+        starts = [i for i in range(1, len(r.token_ids)) if r.loss_mask[i] and not r.loss_mask[i - 1]]
         for start in starts:
             end = start
-            while end < len(r.ids) and r.mask[end]:
+            while end < len(r.token_ids) and r.loss_mask[end]:
                 end += 1
-            ids = torch.tensor([r.ids[:start]])
-            shown = (ids == policy.image_id).sum().item()
+            ids = torch.tensor([r.token_ids[:start]])
+            shown = (ids == policy.image_token_id).sum().item()
             images, count = [], 0
             for patches, grid in r.with_images(policy).images:
                 if count < shown:
                     images.append((patches, grid))
-                    count += policy.image_tokens(grid)
+                    count += policy.num_image_tokens(grid)
             with library_attention(policy):
                 reference = policy.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids),
-                    mm_token_type_ids=(ids == policy.image_id).long(),
+                    mm_token_type_ids=(ids == policy.image_token_id).long(),
                     pixel_values=torch.cat([p for p, _ in images]),
                     image_grid_thw=torch.tensor([g for _, g in images]),
-                    do_sample=False, max_new_tokens=LIMITS.max_turn_tokens,
-                    suppress_tokens=policy.banned)
-            assert reference[0, start:].tolist() == r.ids[start:end]
+                    do_sample=False, max_new_tokens=LIMITS.max_new_tokens,
+                    suppress_tokens=policy.suppressed_ids)
+            assert reference[0, start:].tolist() == r.token_ids[start:end]
     return sum("zoom" in turn for r in rollouts for turn in r.turns[:-1])
 
 
@@ -101,7 +101,7 @@ def sampler_trainer_gap(policy, rollouts):
     with torch.no_grad():
         full = sft.token_logprobs(
             policy, sft.collate(policy, [r.with_images(policy) for r in rollouts]), chunk=64)
-    assert len(recorded) == len(full) == sum(sum(r.mask) for r in rollouts)
+    assert len(recorded) == len(full) == sum(sum(r.loss_mask) for r in rollouts)
     return (full - recorded).abs().max().item()
 
 
@@ -126,62 +126,62 @@ def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
     refusal."""
     for r in rollouts:
         turns, at = [], 0
-        while at < len(r.ids):
+        while at < len(r.token_ids):
             end = at
-            while end < len(r.ids) and r.mask[end] == r.mask[at]:
+            while end < len(r.token_ids) and r.loss_mask[end] == r.loss_mask[at]:
                 end += 1
-            if r.mask[at]:
-                turns.append([t for t in r.ids[at:end] if t not in trained.stop])
+            if r.loss_mask[at]:
+                turns.append([t for t in r.token_ids[at:end] if t not in trained.stop])
             at = end
         assert [trained.tokenizer.decode(t, skip_special_tokens=False)
                 for t in turns] == [t["text"] for t in r.turns]
-        assert not {t for t, m in zip(r.ids, r.mask) if m} & set(trained.banned)
+        assert not {t for t, m in zip(r.token_ids, r.loss_mask) if m} & set(trained.suppressed_ids)
 
 
 def test_conversation_equals_its_stored_row(rollouts, trained, world):
     """Token in, token out: a stored trajectory, encoded again by the trainer, has the observations
     the engine fed."""
     for r in rollouts:
-        again = sft.encode(trained, {**r.as_row(), "system": None}, world)
-        forced = [t for t, m in zip(r.ids, r.mask) if not m]
-        assert [t for t, m in zip(again.ids, again.mask) if not m] == forced
+        again = sft.encode(trained, {**r.to_row(), "system": None}, world)
+        forced = [t for t, m in zip(r.token_ids, r.loss_mask) if not m]
+        assert [t for t, m in zip(again.ids, again.loss_mask) if not m] == forced
         shown = r.with_images(trained).images
         assert [g for _, g in again.images] == [g for _, g in shown]
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, shown))
-        assert (sum(t == trained.image_id for t in r.ids)
-                == sum(trained.image_tokens(g) for _, g in shown))
+        assert (sum(t == trained.image_token_id for t in r.token_ids)
+                == sum(trained.num_image_tokens(g) for _, g in shown))
         assert r.views == r.images == []    # memory does not grow with the number of rollouts
 
 
 def test_finish_reasons_and_limits(rollouts, trained, world):
-    seen = collections.Counter(r.finish for r in rollouts)
-    assert set(seen) <= set(evaluate.FINISHES) and len(seen) >= 2
+    seen = collections.Counter(r.finish_reason for r in rollouts)
+    assert set(seen) <= set(evaluate.FINISH_REASONS) and len(seen) >= 2
     for r in rollouts:
         assert (len(r.turns) <= LIMITS.max_turns
                 and len(r.with_images(trained).images) <= LIMITS.max_images)
-        assert (r.finish == "answer") == (r.prediction is not None)
-        if r.finish == "over_turn":
+        assert (r.finish_reason == "answer") == (r.prediction is not None)
+        if r.finish_reason == "over_turn":
             assert "zoom" in r.turns[-1] or "error" in r.turns[-1]
     short = play(trained, world, samples=6, limits=evaluate.Limits(2, 2, 48, 1200))
     # a policy is not told its budget: the first turns are the same
     for long, cut in zip(rollouts, short):
         assert cut.turns[:1] == long.turns[:1]
-        assert (cut.finish == "over_turn") == (len(long.turns) > 2 or long.finish == "over_turn")
+        assert (cut.finish_reason == "over_turn") == (len(long.turns) > 2 or long.finish_reason == "over_turn")
 
 
 def test_over_context_and_a_context_too_small(rollouts, trained, world):
     # room for one turn and less than one observation
-    tight = max(r.mask.index(True) for r in rollouts) + 48 + 20
+    tight = max(r.loss_mask.index(True) for r in rollouts) + 48 + 20
     again = play(trained, world, limits=evaluate.Limits(6, 6, 48, tight))
-    assert any(r.finish == "over_context" for r in again)
-    assert all(len(r.ids) <= tight for r in again)
-    with pytest.raises(tools.InputError, match="--max_context"):
+    assert any(r.finish_reason == "over_context" for r in again)
+    assert all(len(r.token_ids) <= tight for r in again)
+    with pytest.raises(tools.InputError, match="--max_model_len"):
         play(trained, world, limits=evaluate.Limits(6, 6, 48, 60))
 
 
 def test_token_cap_ends_a_turn_as_void(trained, world):
     for r in play(trained, world, limits=evaluate.Limits(6, 6, 5, 1200)):
-        assert r.finish == "void" and len(r.turns) == 1 and sum(r.mask) == 5
+        assert r.finish_reason == "void" and len(r.turns) == 1 and sum(r.loss_mask) == 5
 
 
 def test_draw_follows_the_distribution(make_tiny):
@@ -242,7 +242,7 @@ def test_random_numbers_are_indexed_by_position():
 
 
 # -------------------------------------------------------------------------------------------------
-# Drafts: whatever is drafted, conversations are the same
+# NgramProposer: whatever is drafted, conversations are the same
 
 
 def same_logprobs(a, b):
@@ -250,7 +250,7 @@ def same_logprobs(a, b):
     return max(abs(x - y) for x, y in pairs) < 1e-9
 
 
-class Script(evaluate.Drafts):
+class Script(evaluate.NgramProposer):
     """Drafts what `guess(ids, most)` says, instead of what was learned."""
 
     def __init__(self, guess):
@@ -273,7 +273,7 @@ def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained, world
         expected = undrafted if slots > 1 else undrafted[:2] + undrafted[6:8] + undrafted[12:14]
         assert same(again, expected) and same_logprobs(again, expected)
         count = engine.counts
-        assert count["passes"] + count["accepted"] == sum(sum(r.mask) for r in again)
+        assert count["passes"] + count["accepted"] == sum(sum(r.loss_mask) for r in again)
         assert 0 < count["accepted"] <= count["drafted"] <= draft * count["passes"]
     greedy = [play(trained, world, slots=6, greedy=True, draft=draft) for draft in (0, 8)]
     assert same(*greedy) and same_logprobs(*greedy)
@@ -282,7 +282,7 @@ def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained, world
 def oracle(rollouts, wrong=False, beyond=()):
     """A guess that knows the conversations: always right, or always wrong; `beyond` is added at the
     end of a turn."""
-    known = {tuple(r.ids[:i]): r.ids[i] for r in rollouts for i in range(len(r.ids)) if r.mask[i]}
+    known = {tuple(r.token_ids[:i]): r.token_ids[i] for r in rollouts for i in range(len(r.token_ids)) if r.loss_mask[i]}
 
     def guess(ids, most):
         ids, draft = list(ids), []
@@ -297,7 +297,7 @@ def oracle(rollouts, wrong=False, beyond=()):
 def random_ids(policy):
     """A guess of random ids, half of them such as the policy may never write."""
     rng = np.random.default_rng(0)
-    special = sorted(policy.stop) + policy.banned
+    special = sorted(policy.stop_ids) + policy.suppressed_ids
 
     def guess(ids, most):
         length = rng.integers(most + 1)
@@ -309,13 +309,13 @@ def random_ids(policy):
 def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, monkeypatch):
     """Always wrong; always right, up to and beyond the end of a turn; random, with image
     placeholders."""
-    image, stop = trained.image_id, trained.end_id
+    image, stop = trained.image_token_id, trained.im_end_id
     guesses = {"wrong": oracle(undrafted, wrong=True),
                "right": oracle(undrafted, beyond=[stop, 105, image, 105]),
                "random": random_ids(trained)}
     rows, fed = tools.read_jsonl(world / "train.jsonl")[:3], []
     for name, guess in guesses.items():
-        monkeypatch.setattr(evaluate, "Drafts", lambda: Script(guess))
+        monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(guess))
         engine = evaluate.Engine(trained, LIMITS, 16)
         guessed = engine.guess
         monkeypatch.setattr(engine, "guess", lambda r: fed.append(guessed(r)) or fed[-1])
@@ -325,7 +325,7 @@ def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, 
         # samples with one beginning differ
         assert rate > 0.8 if name == "right" else rate < 0.1, (name, rate)
         assert engine.counts["drafted"] > 300
-    assert not {token for draft in fed for token in draft} & {*trained.banned, *trained.stop}
+    assert not {token for draft in fed for token in draft} & {*trained.suppressed_ids, *trained.stop}
 
 
 @pytest.mark.parametrize("limits", [evaluate.Limits(6, 6, 5, 1200),
@@ -334,16 +334,16 @@ def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, 
 def test_drafts_end_where_the_conversation_must(undrafted, trained, world, monkeypatch, limits):
     """A draft that runs on for ever meets the cap of a turn, and the end of a context with no spare
     token."""
-    if limits.max_context is None:
+    if limits.max_model_len is None:
         r = max(undrafted, key=lambda r: len(r.turns))
-        second = [i for i in range(1, len(r.ids)) if r.mask[i] and not r.mask[i - 1]][1]
-        limits = replace(limits, max_context=second + limits.max_turn_tokens)
+        second = [i for i in range(1, len(r.token_ids)) if r.loss_mask[i] and not r.loss_mask[i - 1]][1]
+        limits = replace(limits, max_model_len=second + limits.max_new_tokens)
     expected = play(trained, world, samples=6, slots=16, limits=limits, draft=0)
-    monkeypatch.setattr(evaluate, "Drafts", lambda: Script(oracle(expected, beyond=[105] * 50)))
+    monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(oracle(expected, beyond=[105] * 50)))
     again = play(trained, world, samples=6, slots=16, limits=limits, draft=50)
     assert same(again, expected) and same_logprobs(again, expected)
-    assert {r.finish for r in again} & {"void", "over_context"}
-    assert all(len(r.ids) <= limits.max_context for r in again)
+    assert {r.finish_reason for r in again} & {"void", "over_context"}
+    assert all(len(r.token_ids) <= limits.max_model_len for r in again)
 
 
 def test_the_cache_given_is_the_cache_used(trained, world):
@@ -362,11 +362,11 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypat
         for layer in engine.cache.layers:
             for tensor in layer:
                 for i in slots:
-                    tensor[i, :, engine.slots[i].fed:] = 1e30
+                    tensor[i, :, engine.slots[i].num_cached_tokens:] = 1e30
         return forward(engine, slots, *rest)
 
     monkeypatch.setattr(evaluate.Engine, "forward", poisoned)
-    monkeypatch.setattr(evaluate, "Drafts", lambda: Script(random_ids(trained)))
+    monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(random_ids(trained)))
     again = play(trained, world, samples=6, slots=16)
     assert same(again, undrafted) and same_logprobs(again, undrafted)
     assert sampler_trainer_gap(trained, again) < 1e-10
@@ -377,28 +377,28 @@ def test_what_is_kept_of_a_draft_by_hand(make_tiny):
     two are right, and 3 is what it writes next. Four tokens were fed, up to position 4; the last
     one is forgotten."""
     policy = make_tiny()
-    engine, stop = evaluate.Engine(policy, LIMITS, 1, draft=0), policy.end_id
+    engine, stop = evaluate.Engine(policy, LIMITS, 1, draft=0), policy.im_end_id
 
     def kept(draft, drawn, turn_start=2):
         r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=turn_start)
         scores = [-0.5 * n for n in range(len(drawn))]
         over = engine.keep(r, draft, drawn, scores, 2 + len(draft))
-        return over, r.ids[2:], r.mask[2:], r.logprobs, r.fed, r.next_position
+        return over, r.token_ids[2:], r.loss_mask[2:], r.logprobs, r.num_cached_tokens, r.next_position
 
     assert kept([7, 8, 9], [7, 8, 3, 4]) == (False, [7, 8, 3], [True] * 3, [0.0, -0.5, -1.0], 4, 4)
     assert kept([7, 8, 9], [7, 8, 9, 4])[1:] == ([7, 8, 9, 4], [True] * 4, [0.0, -0.5, -1.0, -1.5],
                                                  5, 5)
     assert kept([], [3]) == (False, [3], [True], [0.0], 2, 2)
     assert kept([7], [stop, 8]) == (True, [stop], [True], [0.0], 2, 2)
-    assert kept([7], [7, 8], turn_start=4 - LIMITS.max_turn_tokens)[0]      # the turn is full
+    assert kept([7], [7, 8], turn_start=4 - LIMITS.max_new_tokens)[0]      # the turn is full
     assert engine.counts["accepted"] == 2 + 3 + 1
     # right again behind a wrong one, or a stop there: drawn behind what was never written
     assert kept([7, 8, 9], [7, 3, 9, stop]) == (False, [7, 3], [True] * 2, [0.0, -0.5], 3, 3)
-    assert all(kept([], [token])[0] for token in policy.stop)
+    assert all(kept([], [token])[0] for token in policy.stop_ids)
     # an image takes fewer positions than columns
     r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=2)
     engine.keep(r, [7, 8, 9], [7, 8, 3, 4], [0.0] * 4, 25)
-    assert (r.fed, r.next_position) == (4, 24)
+    assert (r.num_cached_tokens, r.next_position) == (4, 24)
 
 
 def test_every_token_is_learned_once(make_tiny):
@@ -407,9 +407,9 @@ def test_every_token_is_learned_once(make_tiny):
     engine, told = evaluate.Engine(policy, LIMITS, 1), []
     engine.drafts.learn = lambda ids, start: told.extend(ids[start:])
     r = evaluate.Rollout(ids=[5, 6], mask=[False] * 2, fed=1, turn_start=2)
-    for draft, drawn in (([], [7]), ([8], [8, 9]), ([4], [policy.end_id, 4])):
+    for draft, drawn in (([], [7]), ([8], [8, 9]), ([4], [policy.im_end_id, 4])):
         engine.keep(r, draft, drawn, [0.0] * len(drawn), 9)
-    assert told == r.ids[2:] == [7, 8, 9, policy.end_id]
+    assert told == r.token_ids[2:] == [7, 8, 9, policy.im_end_id]
 
 
 def test_what_is_drafted_by_hand(make_tiny):
@@ -419,12 +419,12 @@ def test_what_is_drafted_by_hand(make_tiny):
     engine = evaluate.Engine(policy, evaluate.Limits(2, 2, 10, 100), 1, draft=4)
     r = evaluate.Rollout(ids=[1] * 12, turn_start=5)
     for said, expected in ((lambda ids, most: [7] * most, [7, 7]),
-                           (lambda ids, most: [7, policy.image_id], [7]),
-                           (lambda ids, most: [policy.end_id, 7], []), (lambda ids, most: [], [])):
+                           (lambda ids, most: [7, policy.image_token_id], [7]),
+                           (lambda ids, most: [policy.im_end_id, 7], []), (lambda ids, most: [], [])):
         engine.drafts.after = said
         assert engine.guess(r) == expected
     engine.drafts.after = lambda ids, most: [7] * most
-    assert engine.guess(evaluate.Rollout(ids=[1] * 7, turn_start=5)) == [7] * 4     # --draft
+    assert engine.guess(evaluate.Rollout(ids=[1] * 7, turn_start=5)) == [7] * 4     # --num_speculative_tokens
     engine.draft = 0
     assert engine.guess(r) == []
 
@@ -432,7 +432,7 @@ def test_what_is_drafted_by_hand(make_tiny):
 def test_draft_table_by_hand():
     """Known after one turn, believed the more the oftener it is right, forgotten when it is wrong
     often, bounded."""
-    drafts = evaluate.Drafts(ngrams=(1, 2), most=20)
+    drafts = evaluate.NgramProposer(ngrams=(1, 2), most=20)
     assert drafts.after([0, 9], 4) == []
     drafts.learn([0, 0, 9, 1, 2, 3], 3)
     # 0.7 * 0.7 = 0.49; another one would be 0.34
@@ -455,7 +455,7 @@ def test_draft_table_by_hand():
 def test_which_guess_is_followed():
     """At least `least`; up to `most`; the longest n-gram's, though a shorter one be right oftener;
     and the conversation itself stays as it is."""
-    drafts = evaluate.Drafts(ngrams=(1, 2))
+    drafts = evaluate.NgramProposer(ngrams=(1, 2))
     drafts.learn([8, 9, 4], 2)
     assert len(drafts.guesses) == 1     # only the unigram: the bigram once this one was known
     drafts.learn([8, 9, 4], 2)
@@ -464,7 +464,7 @@ def test_which_guess_is_followed():
         for _ in range(times):
             drafts.learn(ids, 2)
     assert drafts.after([7, 9], 1) == [4] and drafts.after([8, 9], 1) == []
-    drafts, ids = evaluate.Drafts(ngrams=(1, 2)), [0, 9]
+    drafts, ids = evaluate.NgramProposer(ngrams=(1, 2)), [0, 9]
     drafts.learn([0, 9, 1, 2, 3], 2)
     assert drafts.after(ids, 1, least=0.1) == [1] and drafts.after(ids, 0) == [] and ids == [0, 9]
 
@@ -526,7 +526,7 @@ def test_spans_by_hand():
                              ([14, 1], [(0, 1), (1, 2)]), ([13, 1], [(0, 2)]),
                              ([1, 10, 20], [(0, 3)]), ([64, 64], [(0, 2)]),
                              ([70, 60], [(0, 1), (1, 2)]), ([70, 70], [(0, 1), (1, 2)])):
-        assert evaluate.neighbours(pieces) == expected
+        assert evaluate.plan_spans(pieces) == expected
 
 
 def test_places_of_two_slots_by_hand(make_tiny):
@@ -564,8 +564,8 @@ def test_a_long_piece_builds_no_mask(trained):
 
 def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
     """As many conversations wait for an image as there are slots: their pieces are fed one after
-    the other when together they are longer than --max_context, and results are the same."""
-    limits = replace(LIMITS, max_context=420)
+    the other when together they are longer than --max_model_len, and results are the same."""
+    limits = replace(LIMITS, max_model_len=420)
     expected, fed = play(trained, world, samples=6, slots=1, limits=limits), []
 
     class Counting(evaluate.Engine):
@@ -579,7 +579,7 @@ def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
 
 
 def row(ident, reward, turns):
-    return {"id": ident, "reward": reward, "turns": [{"text": ""}] * turns, "finish": "answer"}
+    return {"id": ident, "reward": reward, "turns": [{"text": ""}] * turns, "finish_reason": "answer"}
 
 
 def test_avg_at_k_by_hand():
@@ -597,7 +597,7 @@ def test_avg_at_k_by_hand():
     uneven = [dict(row(i, r, 1), image="x") for i, r in (("a", 1.0), *[("b", 0.0)] * 3)]
     assert evaluate.avg_at_k(uneven, 3) == pytest.approx((0.5, 0.5))
     some = [row("a", 1.0, 1), row("a", None, 1), row("b", None, 1), row("c", 0.0, 1)]
-    assert evaluate.per_question(some, 1) == {"a": 1.0, "c": 0.0}
+    assert evaluate.accuracy_per_question(some, 1) == {"a": 1.0, "c": 0.0}
     table = evaluate.summarise({"easy": rows, "hard": rows}, [3, 6])
     assert table["mean"]["accuracy"] == {"3": 0.25, "6": 0.75}
     assert table["mean"]["standard_error"]["6"] == pytest.approx(0.25 / 2**0.5)
@@ -609,10 +609,10 @@ def test_command_line_two_processes_equal_one_and_resume(trained_folder, world, 
     """The table and trajectories are the same for 1 and 2 processes, with drafts and without;
     finished questions are not played again."""
     common = ["evaluate.py", "--model", trained_folder, "--data", world / "train.jsonl",
-              "--samples", 2, "--budgets", 1, 2, 4,
-              "--dtype", "float64", "--max_turn_tokens", 48, "--slots", 4, "--limit", 4]
+              "--num_samples", 2, "--budgets", 1, 2, 4,
+              "--dtype", "float64", "--max_new_tokens", 48, "--max_num_seqs", 4, "--limit", 4]
     one = run_script(*common, "--out", tmp_path / "one")
-    run_script(*common, "--out", tmp_path / "two", "--draft", 0, nproc=2)
+    run_script(*common, "--out", tmp_path / "two", "--num_speculative_tokens", 0, nproc=2)
     assert ((tmp_path / "one/train.jsonl").read_bytes()
             == (tmp_path / "two/train.jsonl").read_bytes())
     assert (tmp_path / "one/table.json").read_bytes() == (tmp_path / "two/table.json").read_bytes()
@@ -631,8 +631,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained_folder, world, tmp_pat
     for name, part in (("a", rows[:2]), ("b", rows[2:4])):
         tools.write_jsonl(world / f"{name}.jsonl", part)
     common = ["evaluate.py", "--model", trained_folder, "--data", world / "a.jsonl",
-              world / "b.jsonl", "--samples", 2,
-              "--budgets", 2, "--dtype", "float64", "--max_turn_tokens", 24, "--slots", 1]
+              world / "b.jsonl", "--num_samples", 2,
+              "--budgets", 2, "--dtype", "float64", "--max_new_tokens", 24, "--max_num_seqs", 1]
     run_script(*common, "--out", tmp_path / "whole")
     process = Forked([*common, "--out", tmp_path / "cut"])
     crash.wait_until(process, lambda: len(list((tmp_path / "cut").glob("partial.*"))) == 2)
@@ -720,14 +720,14 @@ def test_a_served_model_is_measured_like_a_local_one(trained, trained_folder, wo
     """The same questions greedily, by the engine and by evaluate.py through a server around that
     engine."""
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
-    expected = [r.as_row()
+    expected = [r.to_row()
                 for r in evaluate.Engine(trained, LIMITS, 4, greedy=True).run(rows, 1, world)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     with ChatServer(engine_behind_a_server(trained)) as server:
         done = run_script("evaluate.py", "--model", server.url, "--model_name", "tiny", "--data",
                           world / "train.jsonl",
-                          "--limit", 3, "--samples", 1, "--greedy", "--budgets", 6,
-                          "--max_turn_tokens", 48, "--slots", 3,
+                          "--limit", 3, "--num_samples", 1, "--greedy", "--budgets", 6,
+                          "--max_new_tokens", 48, "--max_num_seqs", 3,
                           "--min_pixels", 6000, "--max_pixels", 8000,
                           "--prompts", tmp_path / "prompts.json", "--out", tmp_path / "out")
         requests = len(server.requests)
@@ -755,8 +755,8 @@ def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(train
 
     with ChatServer(refuse_one) as server:
         common = ["evaluate.py", "--model", server.url, "--data", world / "train.jsonl", "--limit",
-                  6, "--samples", 1, "--greedy",
-                  "--budgets", 2, "--max_turn_tokens", 8, "--slots", 1, "--out", tmp_path / "out"]
+                  6, "--num_samples", 1, "--greedy",
+                  "--budgets", 2, "--max_new_tokens", 8, "--max_num_seqs", 1, "--out", tmp_path / "out"]
         done = run_script(*common, nproc=2)
         assert "train: 1 of 6 samples have no score" in done.stdout
         assert f"model: {len(server.requests) - 1} replies" in done.stdout
@@ -775,7 +775,7 @@ def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(train
 def test_a_server_that_is_away_ends_the_evaluation_in_one_line(world, tmp_path):
     with ChatServer(lambda body: (400, {}, b"away")) as server:
         done = run_script("evaluate.py", "--model", server.url, "--data", world / "train.jsonl",
-                          "--samples", 8, "--slots", 8,
+                          "--num_samples", 8, "--max_num_seqs", 8,
                           "--budgets", 2, "--out", tmp_path / "out", check=False)
     assert done.returncode == 1 and "gives no usable replies" in done.stderr
     assert "HTTP 400: away" in done.stderr
@@ -876,7 +876,7 @@ def test_a_verdict_cut_by_a_kill_is_asked_for_again(tmp_path):
 def test_unscored_samples_are_left_out_and_counted(capsys):
     """Question a: right, unscored; b: wrong, right; c: unscored twice. By hand: a 1, b 1/2, c left
     out."""
-    rows = [{"id": ident, "sample": i, "reward": reward, "turns": [{}] * 2, "finish": "answer"}
+    rows = [{"id": ident, "sample": i, "reward": reward, "turns": [{}] * 2, "finish_reason": "answer"}
             for ident, rewards in (("a", (1.0, None)), ("b", (0.0, 1.0)), ("c", (None, None)))
             for i, reward in enumerate(rewards)]
     assert evaluate.avg_at_k(rows, 2) == pytest.approx((0.75, 0.25))
@@ -904,8 +904,8 @@ def test_a_judge_that_was_away_is_asked_again_by_the_same_command(trained_folder
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     with ChatServer(lambda body: "?" if away else '{"same": true}') as server:
         common = ["evaluate.py", "--model", trained_folder, "--data", tmp_path / "train.jsonl",
-                  "--samples", 2, "--budgets", 6,
-                  "--dtype", "float64", "--max_turn_tokens", 48, "--judge", server.url,
+                  "--num_samples", 2, "--budgets", 6,
+                  "--dtype", "float64", "--max_new_tokens", 48, "--judge", server.url,
                   "--judge_model", "j", "--prompts",
                   tmp_path / "prompts.json", "--out", tmp_path / "out"]
         first = run_script(*common)
@@ -913,7 +913,7 @@ def test_a_judge_that_was_away_is_asked_again_by_the_same_command(trained_folder
         unscored = [r for r in rows if r["reward"] is None]
         assert unscored and f"train: {len(unscored)} of {len(rows)} samples" in first.stdout
         assert "judge: " in first.stdout
-        assert all(r["prediction"] and r["finish"] == "answer" for r in unscored)
+        assert all(r["prediction"] and r["finish_reason"] == "answer" for r in unscored)
         away.clear()
         run_script(*common)
     again = tools.read_jsonl(tmp_path / "out/train.jsonl")
@@ -925,7 +925,7 @@ def test_benchmarks_are_scored_as_their_authors_do(capsys):
     """HR-Bench by hand: cycle 1 has 2 of 2 right, cycle 2 0 of 1: the score is 1/2, not 2/3; the
     error is over images. V* by category."""
     def row(ident, reward, **more):
-        return {"id": ident, "reward": reward, "turns": [{}], "finish": "answer", **more}
+        return {"id": ident, "reward": reward, "turns": [{}], "finish_reason": "answer", **more}
 
     hr = [row("1", 1.0, image="a", cycle="1", category="single", source="hrbench", level=None),
           row("2", 1.0, image="b", cycle="1", category="cross"),

@@ -18,7 +18,7 @@ import rl
 import sft
 import tools
 from conftest import ROOT, run_script, wide
-from plan import phases, plan_memory
+from extras.plan import phases, plan_memory
 from test_rl import update_args
 from test_sft import largest_difference, weights
 
@@ -36,7 +36,7 @@ def test_sampler_and_trainer_agree(trained_folder, prompts, world, dtype, mean, 
     rows = tools.read_jsonl(world / "train.jsonl")[:4]
     rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 8, world)
     with torch.no_grad():
-        new, old, mask = rl.score_rollouts(policy, rollouts, rl.encode_rollouts(policy, rollouts))
+        new, old, mask = rl.compute_logprobs(policy, rollouts, rl.encode_rollouts(policy, rollouts))
     gap = (new - old)[mask].abs()
     print(f"{dtype}: sampler and trainer differ by {gap.mean():.2e} on average, {gap.max():.2e} at "
           f"most, over {len(gap)} tokens")
@@ -50,7 +50,7 @@ def test_conversations_do_not_depend_on_slots(trained_folder, prompts, world):
     rows = tools.read_jsonl(world / "train.jsonl")[:4]
     few, many = (evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), slots).run(rows, 8, world)
                  for slots in (3, 16))
-    same = sum(a.ids == b.ids for a, b in zip(few, many))
+    same = sum(a.token_ids == b.token_ids for a, b in zip(few, many))
     print(f"{same} of {len(few)} conversations are the same in 3 slots and in 16")
     assert same >= 0.8 * len(few)
 
@@ -104,7 +104,7 @@ def wide_policy(make_tiny, **text):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
     """Peaks of rollouts and of an update, almost all of it images: at most a tenth above what
-    plan_memory says, which is what docs/plan.py allows for, and not far below it."""
+    plan_memory says, which is what extras/plan.py allows for, and not far below it."""
     def held(run):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -114,9 +114,9 @@ def test_memory_against_the_plan(make_tiny, tmp_path, frozen, **text):
     gc.collect()
     before, written, tokens = torch.cuda.memory_allocated(), 64, 8192
     policy = wide_policy(make_tiny, **text)
-    sft.enable_checkpointing(policy.model)
-    optimizer = sft.Optimizer(sft.trainable(policy, frozen), 1e-6, 0.0)
-    plan = plan_memory(policy.model, 1, tokens=tokens, slots=8, max_context=tokens,
+    sft.enable_gradient_checkpointing(policy.model)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, frozen), 1e-6, 0.0)
+    plan = plan_memory(policy.model, 1, tokens=tokens, slots=8, max_model_len=tokens,
                           shard_optimizer=False, freeze_vision=frozen, chunk=written)
     Image.effect_noise((3000, 2000), 60).convert("RGB").save(tmp_path / "noise.jpg")
     row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
@@ -145,10 +145,10 @@ def test_a_whole_step_of_rl(trained_folder, world, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"system": "Look closer."}))
     run_script("rl.py", "--model", trained_folder, "--data", world / "train.jsonl",
-               "--prompts", prompts, "--prompts_per_step", 6, "--group", 8, "--max_turn_tokens", 80,
-               "--max_context", 1200, "--steps", 2, "--eval_every", 2,
+               "--prompts", prompts, "--prompts_per_step", 6, "--group_size", 8, "--max_new_tokens", 80,
+               "--max_model_len", 1200, "--steps", 2, "--eval_every", 2,
                "--eval_data", world / "train.jsonl", "--eval_size", 4, "--eval_turns", 8,
-               "--checkpointing", "--out", tmp_path / "rl")
+               "--gradient_checkpointing", "--out", tmp_path / "rl")
     rows = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").open()]
     print([(m["trained_responses"], m["mismatch"], m["largest_log_ratio"], m["seconds_rollout"],
             m["seconds_update"]) for m in rows])
@@ -161,7 +161,7 @@ def test_save_and_resume(trained_folder, world, tmp_path):
     """Resumed from its second step of four, a run ends where the uninterrupted one does, within
     rounding (on a GPU sums are not always added in the same order)."""
     command = ["sft.py", "--model", trained_folder, "--data", world / "coldstart.jsonl",
-               "--batch", 4, "--lr", "1e-4", "--tokens", 2000, "--save_every", 2, "--keep", 9,
+               "--batch_size", 4, "--lr", "1e-4", "--micro_batch_tokens", 2000, "--save_every", 2, "--keep", 9,
                "--steps", 4, "--dtype", "float32"]
     run_script(*command, "--out", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole/state", tmp_path / "cut/state")

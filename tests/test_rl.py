@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import crash
+from extras import crash
 import evaluate
 import rl
 import sft
@@ -32,13 +32,13 @@ def test_group_advantages_by_hand():
     inside = rl.group_advantages(rewards, completed, eps=0.0)
     assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64),
                           atol=1e-12)
-    outside = rl.group_advantages(rewards, completed, unfinished_value="completed", eps=0.0)
+    outside = rl.group_advantages(rewards, completed, baseline="completed", eps=0.0)
     assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]],
                                                 dtype=torch.float64), atol=1e-12)
-    half = rl.group_advantages(rewards, completed, unfinished_value=0.5, eps=0.0)
+    half = rl.group_advantages(rewards, completed, baseline=0.5, eps=0.0)
     assert torch.allclose(half, torch.tensor([[1.5**0.5, -(1.5**0.5), 0, 0]],
                                              dtype=torch.float64), atol=1e-12)
-    zero = rl.group_advantages(rewards, completed, unfinished_value=0.0, eps=0.0)
+    zero = rl.group_advantages(rewards, completed, baseline=0.0, eps=0.0)
     assert torch.allclose(zero, torch.tensor([[2.0, 0, 0, 0]], dtype=torch.float64), atol=1e-12)
     # eps is added to the deviation: (1 - 1/4) / (1/2 + 1/2)
     damped = rl.group_advantages(rewards, completed, eps=0.5)
@@ -46,12 +46,12 @@ def test_group_advantages_by_hand():
                           atol=1e-12)
     ones, done = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[T, T, F, F]])
     # a value below 1: right ones still gain
-    paid = rl.group_advantages(ones * done, done, unfinished_value=0.9, eps=0.0)
+    paid = rl.group_advantages(ones * done, done, baseline=0.9, eps=0.0)
     assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64),
                           atol=1e-12)
     # a negative value: (1, -1/2) has mean 1/4 and deviation sqrt(9/8); 3/2 over that is sqrt(2)
     fined = rl.group_advantages(torch.tensor([[1.0, 0]], dtype=torch.float64),
-                                torch.tensor([[T, F]]), unfinished_value=-0.5, eps=0.0)
+                                torch.tensor([[T, F]]), baseline=-0.5, eps=0.0)
     assert torch.allclose(fined, torch.tensor([[2**0.5, 0]], dtype=torch.float64), atol=1e-12)
 
 
@@ -63,7 +63,7 @@ def test_groups_do_not_know_of_each_other():
     found = rl.group_advantages(rewards, torch.ones(3, 4, dtype=torch.bool), eps=0.0)
     assert found.tolist() == [[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5], [0, 0, 0, 0]]
     found = rl.group_advantages(torch.zeros(2, 4), torch.tensor([[T, F, F, F], [T, T, T, F]]),
-                                unfinished_value=0.5, eps=0.0)
+                                baseline=0.5, eps=0.0)
     # (0, 1/2, 1/2, 1/2) and (0, 0, 0, 1/2) have deviation 1/4
     assert found.tolist() == [[-2, 0, 0, 0], [-2, -2, -2, 0]]
 
@@ -71,10 +71,10 @@ def test_groups_do_not_know_of_each_other():
 @pytest.mark.parametrize("rewards, completed", [
     ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]),
     ([0.0, 0, 0], [F, F, F])])
-@pytest.mark.parametrize("value", ["group", "completed"])
+@pytest.mark.parametrize("unfinished_accuracy", ["group", "completed"])
 def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, value):
     out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
-                              unfinished_value=value)
+                              baseline=value)
     assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -85,7 +85,7 @@ def test_a_number_needs_a_spread_too(rewards, completed, value):
     """s is of the rewards with b in the place of unfinished ones: all right, none completed, all
     worth the same, one alone."""
     out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
-                              unfinished_value=value)
+                              baseline=value)
     assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -149,7 +149,7 @@ def test_the_advantages_of_many_groups_follow_that_gradient():
                            dtype=torch.float64)[picked].view(-1, 16)                 # (P, G)
     completed = torch.tensor([done for *_, done in paths])[picked].view(-1, 16)      # (P, G)
     spread = torch.where(completed, rewards, 0.4).std(1, keepdim=True)               # (P, 1)
-    scaled = rl.group_advantages(rewards, completed, unfinished_value=0.4,
+    scaled = rl.group_advantages(rewards, completed, baseline=0.4,
                                  eps=0.0) * spread                                   # (P, G)
     each = (scaled.view(-1, 1) * grads[picked]).view(-1, 16, 9).mean(1)              # (P, 9)
     value = sum(logp.exp() * (r if done else 0.4) for logp, r, done in paths)
@@ -161,7 +161,7 @@ def test_the_advantages_of_many_groups_follow_that_gradient():
 
 def test_one_completed_response_outside_the_baseline_has_no_advantage():
     args = torch.tensor([[1.0, 0, 0]]), torch.tensor([[T, F, F]])
-    assert rl.group_advantages(*args, unfinished_value="completed").abs().sum() == 0
+    assert rl.group_advantages(*args, baseline="completed").abs().sum() == 0
     assert rl.group_advantages(*args)[0, 0] > 0
 
 
@@ -171,7 +171,7 @@ def test_incomplete_responses_never_carry_advantage():
     rewards = (torch.rand(50, 6) < 0.5).double() * completed
     for value in ("group", "completed", 0.0, 0.5, 1.0, -0.5):
         assert (rl.group_advantages(rewards, completed,
-                                    unfinished_value=value)[~completed] == 0).all()
+                                    baseline=value)[~completed] == 0).all()
 
 
 def test_grpo_loss_by_hand():
@@ -307,9 +307,9 @@ def test_unknown_flags_are_refused():
 
 @pytest.mark.parametrize("flags, told", [
     (["--clip_dual", "0.5"], "--clip_dual must be above 1"),
-    (["--group", "1"], "--group must be at least 2"),
+    (["--group_size", "1"], "--group_size must be at least 2"),
     (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
-    (["--unfinished_value", "estimate", "--eval_every", "0"], "set --eval_every above 0")])
+    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0")])
 def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, told):
     monkeypatch.setattr("sys.argv", ["rl.py", *flags])
     with pytest.raises(tools.InputError, match=told):
@@ -320,17 +320,17 @@ def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, told)
     ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]),
     ({"overturn_mask": False}, [T, T, T, T]),
     ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]),
-    ({"unfinished_value": "outcome"}, [T, T, T, T])])
+    ({"baseline": "outcome"}, [T, T, T, T])])
 def test_who_is_masked(flags, expected):
     args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False,
-                                 "unfinished_value": "group", **flags})
-    assert [rl.is_completed(evaluate.Rollout(finish=finish), args)
-            for finish in evaluate.FINISHES] == expected
+                                 "baseline": "group", **flags})
+    assert [rl.is_kept(evaluate.Rollout(finish=finish), args)
+            for finish in evaluate.FINISH_REASONS] == expected
     # masked or not, unfinished is what ran out (the penalty is for these)
     ran_out = ["over_turn", "over_context"] + ["void"] * args.mask_void
-    assert [finish for finish in evaluate.FINISHES
+    assert [finish for finish in evaluate.FINISH_REASONS
             if rl.is_unfinished(evaluate.Rollout(finish=finish), args)] == sorted(
-                ran_out, key=evaluate.FINISHES.index)
+                ran_out, key=evaluate.FINISH_REASONS.index)
 
 
 def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
@@ -344,29 +344,29 @@ def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
     for turns in (1, 2):
         cut = 0
         for short, whole in zip(play(turns), longer):
-            before = copy.deepcopy((whole.ids, whole.mask, whole.turns, whole.logprobs))
-            part = rl.cut_at(whole, turns)
-            assert (part.ids, part.mask, part.reward) == (short.ids, short.mask, whole.reward)
-            assert (part.finish, part.prediction) == (whole.finish, whole.prediction)
+            before = copy.deepcopy((whole.token_ids, whole.loss_mask, whole.turns, whole.logprobs))
+            part = rl.truncate_rollout(whole, turns)
+            assert (part.ids, part.loss_mask, part.reward) == (short.token_ids, short.loss_mask, whole.reward)
+            assert (part.finish_reason, part.prediction) == (whole.finish_reason, whole.prediction)
             assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
-                    and len(part.logprobs) == sum(part.mask))
+                    and len(part.logprobs) == sum(part.loss_mask))
             assert [t["text"] for t in part.turns] == [t["text"] for t in short.turns]
             assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
-            assert (whole.ids, whole.mask, whole.turns, whole.logprobs) == before
-            cut += len(part.ids) < len(whole.ids)
+            assert (whole.token_ids, whole.loss_mask, whole.turns, whole.logprobs) == before
+            cut += len(part.ids) < len(whole.token_ids)
         assert cut > 0
 
 
 def test_learning_rate_by_hand():
     args = argparse.Namespace(lr=8.0, warmup_steps=2, steps=4, decay=False)
     assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 8.0, 8.0, 8.0]
-    args.decay = True
+    args.anneal_lr = True
     assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 6.0, 4.0, 2.0]
 
 
 def test_questions_of_a_step_depend_on_seed_step_and_place_only():
     def pick(places, step=7, seed=0, attempt=0):
-        return rl.pick_rows([50, 60], [1, 1], places, 40, seed, step, attempt)
+        return rl.pick_questions([50, 60], [1, 1], places, 40, seed, step, attempt)
     whole = pick(range(40))
     assert pick([1, 3]) == [whole[1], whole[3]] and len(set(whole)) == 40
     assert all(0 <= index < [50, 60][which] for which, index in whole)
@@ -377,7 +377,7 @@ def test_questions_of_a_step_depend_on_seed_step_and_place_only():
 def test_no_question_comes_twice_in_a_step():
     """Not in a fresh attempt either, as long as there are others."""
     picked = [q for attempt in range(4)
-              for q in rl.pick_rows([160], [1.0], range(40), 40, 0, 3, attempt)]
+              for q in rl.pick_questions([160], [1.0], range(40), 40, 0, 3, attempt)]
     assert sorted(picked) == [(0, index) for index in range(160)]
 
 
@@ -386,7 +386,7 @@ def test_no_question_comes_twice_in_a_step():
     ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])])
 def test_minibatches_are_cut_from_the_groups_with_signal(places, size, expected):
     args = argparse.Namespace(prompts_per_step=16, minibatch=size)
-    cut = rl.minibatches(dict.fromkeys(places), args, torch.device("cpu"))
+    cut = rl.mini_batches(dict.fromkeys(places), args, torch.device("cpu"))
     assert [part.tolist() for part in cut] == expected
 
 
@@ -394,7 +394,7 @@ def test_files_are_mixed_by_weight():
     """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each),
     come from the second."""
     which = [s for step in range(100)
-             for s, _ in rl.pick_rows([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
+             for s, _ in rl.pick_questions([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
     assert abs(sum(which) - 1000) < 5 * 27.4
 
 
@@ -426,7 +426,7 @@ def test_trainer_agrees_with_sampler(trained, world):
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
     rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     with torch.no_grad():
-        new, old, mask = rl.score_rollouts(trained, rollouts, rl.encode_rollouts(trained, rollouts))
+        new, old, mask = rl.compute_logprobs(trained, rollouts, rl.encode_rollouts(trained, rollouts))
     assert (((new - old)[mask]).abs().max() < 1e-9
             and (new[~mask] == 0).all() and (old[~mask] == 0).all())
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
@@ -441,8 +441,8 @@ def shares(monkeypatch, lengths, world):
     monkeypatch.setattr(sft, "world_size", lambda: world)
     cut = []
     for rank in range(world):
-        monkeypatch.setattr(sft, "my_rank", lambda: rank)
-        cut.append([(r.prompt, r.sample, len(r.ids)) for r in rl.deal([], 40)])
+        monkeypatch.setattr(sft, "get_rank", lambda: rank)
+        cut.append([(r.prompt, r.sample, len(r.token_ids)) for r in rl.balance_by_tokens([], 40)])
     return cut
 
 
@@ -467,14 +467,14 @@ def test_dealing_by_hand(monkeypatch):
     played = [evaluate.Rollout(ids=[0] * 5, prompt=prompt) for prompt in (1, 2)]
     monkeypatch.setattr(sft, "gather", lambda items: list(played))
     monkeypatch.setattr(sft, "world_size", lambda: 2)
-    monkeypatch.setattr(sft, "my_rank", lambda: 0)
-    assert rl.deal([], 2) == played[1:]
+    monkeypatch.setattr(sft, "get_rank", lambda: 0)
+    assert rl.balance_by_tokens([], 2) == played[1:]
 
 
 def update_args(**flags):
     return argparse.Namespace(**{
-        "overturn_mask": True, "mask_void": False, "unfinished_value": "group",
-        "divisor": "completed", "aggregation": "response", "max_turn_tokens": 80,
+        "overturn_mask": True, "mask_void": False, "baseline": "group",
+        "divisor": "completed", "aggregation": "response", "max_new_tokens": 80,
         "max_turns": 6, "tokens": 700, "clip_low": 0.2,
         "clip_high": 0.3, "clip_dual": 0.0, "max_norm": 1.0, "prompts_per_step": 2, **flags})
 
@@ -487,24 +487,24 @@ def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, w
     rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 5, world)
     for i, r in enumerate(rollouts):
         r.advantage = (-1.0) ** i
-    opened, encoded, pixels, open_image = [], [], sft.Policy.pixels, tools.open_image
+    opened, encoded, pixels, open_image = [], [], sft.Policy.preprocess_images, tools.open_image
     monkeypatch.setattr(tools, "open_image",
                         lambda path: opened.append(path.name) or open_image(path))
     monkeypatch.setattr(sft.Policy, "pixels", lambda policy, views: encoded.extend(
         [threading.current_thread()] * len(views)) or pixels(policy, views))
-    evaluate.open_shown.cache_clear()
-    optimizer = sft.Optimizer(sft.trainable(policy, True), 1e-5, 0.0)
+    evaluate.open_and_preprocess.cache_clear()
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, True), 1e-5, 0.0)
     sums, _, norm = rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
     assert sums["responses"] == 10 and norm > 0
     assert opened == [Path(row["image"]).name for row in rows]
-    crops = sum(r.ids.count(policy.vision_ids[0]) - 1 for r in rollouts)
+    crops = sum(r.token_ids.count(policy.vision_ids[0]) - 1 for r in rollouts)
     assert len(encoded) == 2 + crops and crops > 5 and threading.main_thread() not in encoded
 
 
-COMMON = ["--prompts_per_step", 4, "--group", 4, "--max_turns", 6, "--max_turn_tokens", 80,
-          "--dtype", "float64", "--slots", 16,
-          "--max_context", 1200, "--warmup_steps", 0, "--no-decay", "--eval_every", 0,
-          "--minibatch", 4]     # one update a step: the sampler is then the policy that is trained
+COMMON = ["--prompts_per_step", 4, "--group_size", 4, "--max_turns", 6, "--max_new_tokens", 80,
+          "--dtype", "float64", "--max_num_seqs", 16,
+          "--max_model_len", 1200, "--warmup_ratio", 0, "--no-anneal_lr", "--eval_every", 0,
+          "--mini_batch_size", 4]     # one update a step: the sampler is then the policy that is trained
 
 
 @pytest.fixture(scope="module")
@@ -540,16 +540,16 @@ def read(path):
 def test_two_processes_equal_one(runs, trained_folder):
     out, _ = runs
     one, two = read(out / "one"), read(out / "two")
-    assert any(m["trained_responses"] > 0 for m in one)
+    assert any(m["num_trained_responses"] > 0 for m in one)
     assert largest_difference(out / "one", trained_folder) > 1e-6
     assert largest_difference(out / "one", out / "two") < 1e-10
-    assert ["eval" in m for m in one] == [False, True, True] and "eval_before" in one[0]
-    assert all(m["eval"] in (0.0, 0.5, 1.0) for m in one[1:])
+    assert ["val_accuracy" in m for m in one] == [False, True, True] and "val_accuracy_initial" in one[0]
+    assert all(m["val_accuracy"] in (0.0, 0.5, 1.0) for m in one[1:])
     for a, b in zip(one, two):
         # each process drafts by itself
-        depends = ("seconds_rollout", "seconds_update", "tokens_per_pass", "draft_accepted")
+        depends = ("seconds_rollout", "seconds_update", "mean_acceptance_length", "acceptance_rate")
         assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if k not in depends)
-        assert a["mismatch"] < 1e-9 and a["largest_log_ratio"] < 1e-8
+        assert a["logprob_diff"] < 1e-9 and a["max_log_ratio"] < 1e-8
 
 
 @pytest.mark.parametrize("scores, kept", [((0.9, 0.1), 1), ((0.1, 0.1), 2)])
@@ -557,11 +557,11 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     """Scored after both of two steps: the exported model is that of the better one, the later one
     if equal."""
     given = iter([(0.5, None), *((score, None) for score in scores)])
-    monkeypatch.setattr(rl, "score_held_out", lambda *_: next(given))
+    monkeypatch.setattr(rl, "validate", lambda *_: next(given))
     run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
-    assert [m["eval"] for m in read(tmp_path)] == list(scores)
+    assert [m["val_accuracy"] for m in read(tmp_path)] == list(scores)
     policy = sft.load_policy(str(tmp_path), "cpu", "float64")
-    weights = [b.master for b in sft.Optimizer(sft.trainable(policy, True), 0.0, 0.0).buckets]
+    weights = [b.master for b in sft.Optimizer(sft.trainable_parameters(policy, True), 0.0, 0.0).buckets]
     same = []
     for step in (1, 2):
         state = torch.load(tmp_path / f"state/step_000000{step}/0.pt")["optimizer"]
@@ -572,15 +572,15 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
 def test_dumps_are_trajectory_rows(runs, world):
     """The first eight conversations of a step, here two whole groups, with their advantages."""
     out, _ = runs
-    assert [p.name for p in sorted((out / "one" / "rollouts").iterdir())] == ["step_00002.jsonl"]
-    rows = tools.read_jsonl(out / "one" / "rollouts" / "step_00002.jsonl", tools.check_trajectory)
+    assert [p.name for p in sorted((out / "one" / "num_rollouts").iterdir())] == ["step_00002.jsonl"]
+    rows = tools.read_jsonl(out / "one" / "num_rollouts" / "step_00002.jsonl", tools.check_trajectory)
     assert len(rows) == 8
     for group in (rows[:4], rows[4:]):
         assert len({row["id"] for row in group}) == 1
         assert [row["sample"] for row in group] == [0, 1, 2, 3]
         rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
-        completed = torch.tensor([[row["finish"] in ("answer", "void") for row in group]])
-        expected = rl.group_advantages(rewards, completed, unfinished_value=0.5)
+        completed = torch.tensor([[row["finish_reason"] in ("answer", "void") for row in group]])
+        expected = rl.group_advantages(rewards, completed, baseline=0.5)
         assert [row["advantage"] for row in group] == expected[0].tolist() and expected.any()
     assert all(row["system"] == "Look closer." and (world / row["image"]).exists() for row in rows)
 
@@ -606,16 +606,16 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
         rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl",
               "--prompts", out / "prompts.json", *COMMON,
-              "--prompts_per_step", 3, "--group", 8, "--resample", 0, "--steps", 2,
-              "--unfinished_value", "group"]
+              "--prompts_per_step", 3, "--group_size", 8, "--resample", 0, "--steps", 2,
+              "--baseline", "group"]
     for nproc in (1, 2, 3):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
-    assert all(m["groups_without_signal"] >= 2 for m in read(out / "half1"))
-    assert all(m["trained_responses"] > 3 for m in read(out / "half1"))
+    assert all(m["zero_variance_groups"] >= 2 for m in read(out / "half1"))
+    assert all(m["num_trained_responses"] > 3 for m in read(out / "half1"))
     for nproc in (2, 3):
         assert largest_difference(out / "half1", out / f"half{nproc}") < 1e-10
-        assert [m["trained_responses"] for m in read(out / "half1")] == [
-            m["trained_responses"] for m in read(out / f"half{nproc}")]
+        assert [m["num_trained_responses"] for m in read(out / "half1")] == [
+            m["num_trained_responses"] for m in read(out / f"half{nproc}")]
     assert largest_difference(out / "half1", trained_folder) > 1e-6
 
 
@@ -626,8 +626,8 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
     (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
 def test_what_is_subtracted_in_a_step(flag, mask, value, expected):
     """Where nothing is masked the baseline pays nothing, and is the group's mean."""
-    args = argparse.Namespace(unfinished_value=flag, overturn_mask=mask)
-    assert rl.subtracted(args, value) == expected
+    args = argparse.Namespace(baseline=flag, overturn_mask=mask)
+    assert rl.step_baseline(args, value) == expected
 
 
 def test_resuming_without_the_log_is_refused(tmp_path):
@@ -635,7 +635,7 @@ def test_resuming_without_the_log_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
         rl.history(tmp_path)
-    rows = [{"eval": 0.5, "value": 0.7}, {"value": 0.8}, {"eval": None, "value": None}]
+    rows = [{"val_accuracy": 0.5, "unfinished_accuracy": 0.7}, {"unfinished_accuracy": 0.8}, {"val_accuracy": None, "unfinished_accuracy": None}]
     tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
     assert rl.history(tmp_path) == (0.5, None)
 
@@ -647,23 +647,23 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
     policy.model.config.save_pretrained(tmp_path / "random")
     sft.export(policy, tmp_path / "random")
     run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl",
-               *COMMON, "--max_turn_tokens", 4,
+               *COMMON, "--max_new_tokens", 4,
                "--steps", 1, "--out", tmp_path / "out", nproc=2)
     metrics = read(tmp_path / "out")[0]
-    assert (metrics["groups_without_signal"] == 4 and metrics["void"] == 1.0
-            and metrics["trained_responses"] == 0)
+    assert (metrics["zero_variance_groups"] == 4 and metrics["void"] == 1.0
+            and metrics["num_trained_responses"] == 0)
     assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
 
 
 def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
     """As a user starts them, with checkpointing: what a stage prints is its own lines only."""
-    coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch", 2]
+    coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch_size", 2]
     step = ["rl.py", "--data", world / "train.jsonl",
-            "--prompts_per_step", 2, "--group", 2, "--slots", 4,
-            "--max_turn_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
+            "--prompts_per_step", 2, "--group_size", 2, "--max_num_seqs", 4,
+            "--max_new_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
             "--eval_turns", 2]
     started = {stage: crash.launch(
-        [stage, "--model", trained_folder, *flags, "--steps", 1, "--checkpointing",
+        [stage, "--model", trained_folder, *flags, "--steps", 1, "--gradient_checkpointing",
          "--out", tmp_path / stage],
         env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
         for stage, *flags in (coldstart, step)}
@@ -694,7 +694,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
     rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
     args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True,
                               mask_void=False, overturn_penalty=0.0,
-                              unfinished_value="group", max_turns=6)
+                              baseline="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
         judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
         engine = evaluate.Engine(trained, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
@@ -703,16 +703,16 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
         # no exact match: all is left to the judge
         held_out = [(dict(row, answer="something else"), world) for row, _ in rows]
         args.eval_turns, args.max_images = 6, 6
-        assert rl.score_held_out(engine, held_out, args, 0, 1)[0] is None
+        assert rl.validate(engine, held_out, args, 0, 1)[0] is None
     unscored = [r for r in played if r.reward is None]
-    assert unscored and all(r.finish == "answer" and r.prediction for r in unscored)
+    assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
     assert not any(r.reward is None for part in groups.values() for r in part)
     assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
-    sums = {"loss": 0.0, "mismatch": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
-    metrics = rl.measure(played, sums, 0.0, [], len(silent), (0, 0), "cpu", engine.counts)
-    assert 1 <= metrics["tokens_per_pass"] <= 9 and 0 <= metrics["draft_accepted"] <= 1
+    sums = {"loss": 0.0, "logprob_diff": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
+    metrics = rl.step_metrics(played, sums, 0.0, [], len(silent), (0, 0), "cpu", engine.counts)
+    assert 1 <= metrics["mean_acceptance_length"] <= 9 and 0 <= metrics["acceptance_rate"] <= 1
     right = sum(r.reward == 1.0 for r in played)
     assert (metrics["unscored"] == len(unscored) / len(played)
             and metrics["reward"] == right / max(1, len(played) - len(unscored)))
-    answered = sum(r.finish == "answer" for r in played)
-    assert metrics["wrong"] == (answered - right - len(unscored)) / len(played)
+    answered = sum(r.finish_reason == "answer" for r in played)
+    assert metrics["incorrect"] == (answered - right - len(unscored)) / len(played)

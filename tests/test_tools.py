@@ -901,7 +901,7 @@ def test_threads_that_wait_for_a_server(monkeypatch):
 
 
 class Limits:
-    max_turns, max_images, max_turn_tokens = 4, 4, 50
+    max_turns, max_images, max_new_tokens = 4, 4, 50
 
 
 def test_a_conversation_is_played_through_the_tool():
@@ -953,7 +953,7 @@ def test_how_a_served_conversation_ends(answers, finish, count):
 
 def test_progress_in_a_log_is_a_plain_line_now_and_then(capsys):
     """Standard error is no terminal here: a line at the start, one at the end, none in between."""
-    bar = tools.Progress(range(1000), desc="sft")
+    bar = tools.progress_bar(range(1000), desc="sft")
     for i in bar:
         bar.set_postfix_str(f"loss {i}", refresh=False)
     lines = capsys.readouterr().err.split("\n")

@@ -1,17 +1,17 @@
-"""Specification of docs/experiments.py: one run as one line, by hand, and what is printed."""
+"""Specification of extras/experiments.py: one run as one line, by hand, and what is printed."""
 
 import json
 
 import pytest
 
 import evaluate
-import experiments
+from extras import experiments
 import tools
 
 
 def play(kind, text, reward, finish="answer"):
     return {"id": f"{kind}_{text}_{reward}", "source": f"synthetic_{kind}", "reward": reward,
-            "finish": finish, "turns": [{"text": "<think>I see no red walls. Hint. Go top."},
+            "finish_reason": finish, "turns": [{"text": "<think>I see no red walls. Hint. Go top."},
                                         {"text": text}]}
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     table = evaluate.summarise(levels, [1, *map(int, experiments.BUDGETS)])
     (out / "table.json").write_text(json.dumps(table))
     tools.write_jsonl(tmp_path / "checkpoints" / "half.seed3" / "metrics.jsonl",
-                      [{"sampled_tokens": 1000}, {"sampled_tokens": 500}])
+                      [{"num_sampled_tokens": 1000}, {"num_sampled_tokens": 500}])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "FIGURES", tmp_path / "experiments.jsonl")
     return out
@@ -42,7 +42,7 @@ def test_a_run_is_one_line(folder, monkeypatch, capsys):
     row, = tools.read_jsonl(experiments.FIGURES)
     assert (row["run"], row["seed"], row["tokens"], row["turns"]) == ("half", 3, 1500, 2.0)
     assert row["accuracy"]["hard"] == dict.fromkeys(experiments.BUDGETS, 0.5)
-    assert row["shares"] == {"wrong": 0.25, "unfinished": 0.25, "void": 0.0, "guess": 0.25,
+    assert row["shares"] == {"incorrect": 0.25, "unfinished": 0.25, "void": 0.0, "guess": 0.25,
                              "guess, shape": 0.5, "guess, digit": 0.0, "hint first": 1.0}
     said = capsys.readouterr().out
     assert "| `half` | 1 |" + " 50.0 |" * 7 in said and "| 2.0 | 1.5 |" in said

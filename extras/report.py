@@ -1,8 +1,8 @@
 """What evaluations have left, to look at: tables over seeds, one page, a chart, a picture.
 
-    python docs/report.py results/rl results/sft --curves checkpoints/rl/metrics.jsonl
-    python docs/report.py results/sft results/rl --chart docs/turns.png     # needs matplotlib
-    python docs/report.py results/rl --picture docs/trajectory.png
+    python extras/report.py results/rl results/sft --curves checkpoints/rl/metrics.jsonl
+    python extras/report.py results/sft results/rl --chart docs/turns.png     # needs matplotlib
+    python extras/report.py results/rl --picture docs/trajectory.png
 
 The page, results/report.html, needs no network: tables, accuracy over turns, training curves, and
 every trajectory with its numbered zooms, crops and thoughts. Runs called NAME.seed0, NAME.seed1,
@@ -22,9 +22,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import root  # noqa: F401
 import evaluate
 import tools
 
@@ -58,7 +56,7 @@ def over_seeds(values, error=None):
 def read_table(folder):
     """The table.json of an evaluation. Raises InputError if it is missing or something else."""
     path = folder / "table.json"
-    tools.need(path.is_file(), f"{folder} has no table.json: evaluate into it first")
+    tools.check(path.is_file(), f"{folder} has no table.json: evaluate into it first")
     try:
         table = tools.parse_json(path.read_text(encoding="utf-8"))
         for part in table.values():
@@ -81,7 +79,7 @@ def by_name(pairs):
     found = {}
     for folder, thing in pairs:
         name = folder.absolute().name
-        tools.need(name not in found, f"two runs are called {name}: rename one, or NAME.seed0, "
+        tools.check(name not in found, f"two runs are called {name}: rename one, or NAME.seed0, "
                    "NAME.seed1 if only seeds differ")
         found[name] = thing
     return found
@@ -95,7 +93,7 @@ def compare(tables):
     experiments = collections.defaultdict(dict)
     for run, table in tables.items():
         name = re.sub(r"\.seed[0-9]+$", "", run)
-        tools.need(name == run or name not in tables, f"{run} would be a seed of {name}, which is "
+        tools.check(name == run or name not in tables, f"{run} would be a seed of {name}, which is "
                    "there as a run of its own: rename one")
         experiments[name][run] = table
     levels = collections.defaultdict(dict)
@@ -105,7 +103,7 @@ def compare(tables):
                     for run, table in seeds.items()}
         first, *others = seeds
         for other in others:
-            tools.need(measured[first] == measured[other], f"{first} and {other} are seeds of one "
+            tools.check(measured[first] == measured[other], f"{first} and {other} are seeds of one "
                        "experiment, but their levels, budgets, questions or samples differ: "
                        "evaluate them alike, or rename one")
         for level, part in seeds[first].items():
@@ -154,14 +152,14 @@ def print_published(evaluated):
 
 
 def check_step(row):
-    tools.need(isinstance(row.get("step"), int), "field 'step' must be a whole number, as in the "
+    tools.check(isinstance(row.get("step"), int), "field 'step' must be a whole number, as in the "
                "metrics.jsonl of a training stage")
 
 
 def check_played(row):
     silent = row.get("turns") == []     # a server may have said nothing
     (tools.check_question if silent else tools.check_trajectory)(row)
-    tools.need(row.get("reward") in (None, 0, 1), "field 'reward' must be 0, 1 or null")
+    tools.check(row.get("reward") in (None, 0, 1), "field 'reward' must be 0, 1 or null")
 
 
 def read_trajectories(folders, tables, data):
@@ -172,11 +170,11 @@ def read_trajectories(folders, tables, data):
     for run, folder in folders.items():
         runs[run] = []
         for level in [level for level in tables[run] if level != "mean"]:
-            tools.need(level in roots, f"{folder} has a level '{level}', but --data names no file "
+            tools.check(level in roots, f"{folder} has a level '{level}', but --data names no file "
                        f"{level}.jsonl for its images")
             rows = tools.read_jsonl(folder / f"{level}.jsonl", check_played)
             samples = tables[run][level].get("samples")
-            tools.need(len(rows) == samples, f"{folder}/{level}.jsonl has {len(rows)} rows, but "
+            tools.check(len(rows) == samples, f"{folder}/{level}.jsonl has {len(rows)} rows, but "
                        f"table.json is about {samples} samples: evaluate into it again")
             runs[run] += [{**row, "file": level, "picture": str(roots[level] / row["image"])}
                           for row in rows]
@@ -187,13 +185,13 @@ def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
     """One page that holds everything, its images in at most image_bytes each."""
     pictures = dict.fromkeys(row["picture"] for rows in runs.values() for row in rows)
     images = {picture: tools.data_url(tools.open_image(picture), image_bytes)
-              for picture in tools.Progress(pictures, desc="images")}
-    kept = ("question", "answer", "prediction", "finish", "reward", "turns", "file", "picture")
+              for picture in tools.progress_bar(pictures, desc="images")}
+    kept = ("question", "answer", "prediction", "finish_reason", "reward", "turns", "file", "picture")
     shown = [{"name": run, "rows": [{key: row.get(key) for key in kept} for row in rows]}
              for run, rows in runs.items()]
     data = json.dumps({"levels": levels, "tables": tables, "curves": curves, "runs": shown,
                        "images": images})
-    page = (ROOT / "docs" / "report.html").read_text(encoding="utf-8")
+    page = (root.ROOT / "docs" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))   # no tag ends the script
     tools.write_atomic(path, lambda file: file.write(page.encode()))
     print(f"\n{path}: {len(runs)} runs, {sum(map(len, runs.values()))} trajectories, "
@@ -292,9 +290,9 @@ def parse_args():
     add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG (matplotlib)")
     add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG")
     args = parser.parse_args()
-    tools.need(not args.chart or importlib.util.find_spec("matplotlib"),
+    tools.check(not args.chart or importlib.util.find_spec("matplotlib"),
                "--chart needs matplotlib: pip install matplotlib")
-    tools.need(not args.chart or args.chart.suffix.lower() in (".png", ".svg"),
+    tools.check(not args.chart or args.chart.suffix.lower() in (".png", ".svg"),
                f"--chart {args.chart} must end in .png or .svg")
     return args
 

@@ -14,8 +14,8 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+runpy.run_path(str(ROOT / "extras" / "root.py"))
 
 
 def work(args):
@@ -44,7 +44,7 @@ def start(args, nproc, nodes, restarts, port, folder, env, out, err):
 
 def main():
     # not above: the workers that a data stage spawns import this file
-    for name in ("collect_coldstart", "rl", "exact", "torch.distributed.launcher.api"):
+    for name in ("collect_coldstart", "rl", "support.exact", "torch.distributed.launcher.api"):
         importlib.import_module(name)
     gc.freeze()     # else every fork tidies up after all imports when it ends
     for line in sys.stdin:

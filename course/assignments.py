@@ -1,19 +1,19 @@
 """Six assignments: make a student's copy of the repository, and grade it.
 
-    python tests/assignments.py list
-    python tests/assignments.py start 4 ../mine      # a copy in which assignment 4 is to be written
-    cd ../mine && python tests/assignments.py grade 4
+    python course/assignments.py list
+    python course/assignments.py start 4 ../mine      # a copy in which assignment 4 is to be written
+    cd ../mine && python course/assignments.py grade 4
 
 A task is a few functions, found by name, whose bodies are taken out of the student's copy, and the
 tests that grade them: tests of the project itself. A task's tests need no other task of the
-assignment, so that it can be graded before the others are done. The pages are in docs/assignments.
+assignment, so that it can be graded before the others are done. The pages are in course.
 
 A grader is code and can be wrong, so it is tested itself (in the project, not in a student's copy):
 
-    python tests/assignments.py prove 4
+    python course/assignments.py prove 4
 
 1. The copy as it is handed out fails every test. 2. The project's own code has all points, and each
-task has them when all other tasks are blank. 3. Every mutant of tests/mutants.py, a mistake that
+task has them when all other tasks are blank. 3. Every mutant of course/mutants.py, a mistake that
 students make, loses points in the task that it belongs to. 4. No three lines in a row of a solution
 stand anywhere in the copy.
 """
@@ -75,11 +75,11 @@ ASSIGNMENTS = {
             "test_tools.py::test_sizes_that_the_model_sees_by_hand": 8,
             "test_tools.py::test_sizes_agree_with_qwens_own_processor": 6,
             "test_tools.py::test_resizing_keeps_a_fitting_image_and_repeats_nothing": 1}),
-        Task("is it right", ["tools.py:_option", "tools.py:match_answer"], {
+        Task("is it right", ["tools.py:option_index", "tools.py:match_answer"], {
             "test_tools.py::test_open_answers": 4,
             "test_tools.py::test_multiple_choice": 6})]),
     2: Assignment("From a conversation to tensors, and to a loss", 6, [
-        Task("positions and a packed batch", ["sft.py:positions", "sft.py:collate"], {
+        Task("positions and a packed batch", ["sft.py:mrope_positions", "sft.py:collate"], {
             "test_sft.py::test_positions_by_hand": 12,
             "test_sft.py::test_positions_like_the_library_of_an_untrained_policy": 8,
             "test_sft.py::test_a_packed_batch_by_hand": 10}),
@@ -89,12 +89,12 @@ ASSIGNMENTS = {
             "test_sft.py::test_a_question_cannot_inject_special_tokens": 3,
             "test_sft.py::test_a_conversation_by_hand": 8,
             "test_sft.py::test_nothing_comes_behind_the_last_turn": 4}),
-        Task("log-probabilities of what was written", ["sft.py:project", "sft.py:token_logprobs"], {
+        Task("log-probabilities of what was written", ["sft.py:vocab_logprobs", "sft.py:token_logprobs"], {
             "test_sft.py::test_banned_ids_have_no_probability": 6,
             "test_sft.py::test_logprobs_of_texts_equal_the_library": 8,
             "test_sft.py::test_logits_never_exist_whole": 8,
             "test_sft.py::test_nothing_written_is_still_connected": 3}),
-        Task("batches, epochs and the rate", ["sft.py:micro_batches", "sft.py:step_rows",
+        Task("batches, epochs and the rate", ["sft.py:micro_batches", "sft.py:rows_of_step",
                                               "sft.py:learning_rate"], {
             "test_sft.py::test_micro_batches_keep_every_conversation_within_the_budget": 7,
             "test_sft.py::test_step_rows_visit_every_row_once_per_epoch": 7,
@@ -105,11 +105,11 @@ ASSIGNMENTS = {
                  "test_evaluate.py::test_draw_follows_the_distribution": 10,
                  "test_evaluate.py::test_random_numbers_are_indexed_by_position": 10}),
         Task("slots that attend each to itself",
-             ["evaluate.py:neighbours", "evaluate.py:SlotCache.at"], {
+             ["evaluate.py:plan_spans", "evaluate.py:SlotCache.at"], {
                  "test_evaluate.py::test_spans_by_hand": 6,
                  "test_evaluate.py::test_places_of_two_slots_by_hand": 7,
                  "test_evaluate.py::test_attention_over_slots_of_an_untrained_policy": 12}),
-        Task("a table of drafts", ["evaluate.py:Drafts.learn", "evaluate.py:Drafts.after"], {
+        Task("a table of drafts", ["evaluate.py:NgramProposer.learn", "evaluate.py:NgramProposer.after"], {
             "test_evaluate.py::test_draft_table_by_hand": 12,
             "test_evaluate.py::test_which_guess_is_followed": 8}),
         Task("draft, and keep what agrees",
@@ -117,7 +117,7 @@ ASSIGNMENTS = {
                  "test_evaluate.py::test_what_is_drafted_by_hand": 8,
                  "test_evaluate.py::test_what_is_kept_of_a_draft_by_hand": 13,
                  "test_evaluate.py::test_every_token_is_learned_once": 4}),
-        Task("Avg@K over turn budgets", ["evaluate.py:per_question", "evaluate.py:avg_at_k"], {
+        Task("Avg@K over turn budgets", ["evaluate.py:accuracy_per_question", "evaluate.py:avg_at_k"], {
             "test_evaluate.py::test_avg_at_k_by_hand": 7,
             "test_evaluate.py::test_benchmarks_are_scored_as_their_authors_do": 3})]),
     4: Assignment("GRPO: advantages, the over-turn mask and the value of what is unfinished", 5, [
@@ -139,15 +139,15 @@ ASSIGNMENTS = {
                  "test_rl.py::test_nothing_completed_is_a_zero_loss_still_connected": 3,
                  "test_rl.py::test_dual_clip_bounds_a_negative_advantage_by_hand": 3,
                  "test_rl.py::test_unknown_flags_are_refused": 3}),
-        Task("who is masked, and what is subtracted",
-             ["rl.py:is_unfinished", "rl.py:is_completed", "rl.py:subtracted"], {
+        Task("who is masked, and what is step_baseline",
+             ["rl.py:is_unfinished", "rl.py:is_kept", "rl.py:step_baseline"], {
                  "test_rl.py::test_who_is_masked": 10,
                  "test_rl.py::test_what_is_subtracted_in_a_step": 10}),
-        Task("conversations that were played on", ["rl.py:cut_at"], {
+        Task("conversations that were played on", ["rl.py:truncate_rollout"], {
             "test_rl.py::test_outcome_trains_on_the_turns_before_the_cap": 10})]),
     5: Assignment("Data parallel by hand: sums that do not depend on who computes", 6, [
-        Task("buckets", ["sft.py:buckets"], {"test_sft.py::test_buckets_by_hand": 15}),
-        Task("objects and weights of all ranks", ["sft.py:gather", "sft.py:broadcast_weights"], {
+        Task("buckets", ["sft.py:make_buckets"], {"test_sft.py::test_buckets_by_hand": 15}),
+        Task("objects and weights of all ranks", ["sft.py:all_gather_objects", "sft.py:broadcast_weights"], {
             "test_sft.py::test_one_process_needs_no_group": 4,
             "test_sft.py::test_numbers_objects_and_weights_of_two_processes": 16}),
         Task("gradients that travel while backward runs",
@@ -159,7 +159,7 @@ ASSIGNMENTS = {
                  "test_sft.py::test_gradients_are_sent_while_backward_runs": 10,
                  "test_sft.py::test_buckets_travel_in_their_order": 5,
                  "test_sft.py::test_a_bucket_travels_whole_and_few_at_once": 5}),
-        Task("who trains on which conversations", ["rl.py:deal", "rl.py:minibatches"], {
+        Task("who trains on which conversations", ["rl.py:balance_by_tokens", "rl.py:mini_batches"], {
             "test_rl.py::test_dealing_by_hand": 7,
             "test_rl.py::test_conversations_are_dealt_out_by_length": 6,
             "test_rl.py::test_minibatches_are_cut_from_the_groups_with_signal": 7})]),
@@ -233,8 +233,8 @@ def start(number, folder):
         sys.exit(f"{folder} lies in the project itself: name a folder outside of it")
     copy_project(folder)
     blank_tasks(folder, number, range(len(ASSIGNMENTS[number].tasks)))
-    print(f"assignment {number} is in {folder}: read docs/assignments/{number}.md there, and grade "
-          f"it with: python tests/assignments.py grade {number}")
+    print(f"assignment {number} is in {folder}: read course/{number}.md there, and grade "
+          f"it with: python course/assignments.py grade {number}")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What a run of rl.py needs, counted on paper: memory per GPU on 1 to 64 of them, with advice where
 it is too much; disk; hours. From the model's configuration alone, with the flags of the run:
 
-    python docs/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --tokens 32768 --max_context 32768 \\
-        --slots 16 --checkpointing --shard_optimizer
+    python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --micro_batch_tokens 32768 --max_model_len 32768 \\
+        --max_num_seqs 16 --gradient_checkpointing --shard_optimizer
 """
 
 import sys
@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import root  # noqa: F401
 import evaluate
 import rl
 import sft
 import tools
 
 
-def plan_memory(model, ranks, *, tokens, slots, max_context, shard_optimizer, checkpointing=True,
+def plan_memory(model, ranks, *, tokens, slots, max_model_len, shard_optimizer, checkpointing=True,
                 freeze_vision=False, chunk=4096):
     """Bytes on each of `ranks` processes, from a model whose tensors may be on the meta device.
     Returns {part: bytes}.
@@ -34,8 +33,8 @@ def plan_memory(model, ranks, *, tokens, slots, max_context, shard_optimizer, ch
                       keys are normalised (Qwen3-VL)
         logits        min(T, chunk) V (w + 3 F): projected, widened, without banned ids, normalised
         vision        what the tower needs beyond that, see vision_memory
-        KV cache      2 w L K slots max_context, given back before the update
-        prefill       a forward pass over max_context tokens (Engine feeds no more images at once),
+        KV cache      2 w L K slots max_model_len, given back before the update
+        prefill       a forward pass over max_model_len tokens (Engine feeds no more images at once),
                       w times max(3 D + 3 Q + 4 K, 5 D + 3 ff) each, or the tower's if that is more
     """
     text, head = model.config.text_config, model.lm_head.weight
@@ -49,19 +48,19 @@ def plan_memory(model, ranks, *, tokens, slots, max_context, shard_optimizer, ch
     Q, K = d * text.num_attention_heads, d * text.num_key_value_heads
     norms = 2 * hasattr(model.model.language_model.layers[0].self_attn, "q_norm")
     layer = w * tokens * (7 * D + (3 + norms) * Q + (2 + norms) * K + 4 * ff)
-    flying = 3 * F * max(sum(p.numel() for p in bucket) for bucket in sft.buckets(trained[::-1]))
+    flying = 3 * F * max(sum(p.numel() for p in bucket) for bucket in sft.make_buckets(trained[::-1]))
     activations = w * tokens * D * L + layer if checkpointing else L * layer
     logits = min(tokens, chunk) * head.shape[0] * (w + 3 * F)
     kept, peak = vision_memory(model, tokens, checkpointing, freeze_vision)
-    prefill = w * max_context * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
+    prefill = w * max_model_len * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
     return {"weights": w * N,
             "gradients": F * own // W + (flying if shard_optimizer and ranks > 1 else w * own),
             "optimizer": (2 * F + (F if w < F else 0)) * own // W,
             "activations": activations,
             "logits": logits,
             "vision": max(kept, peak - activations - logits),
-            "KV cache": 2 * w * L * K * slots * max_context,
-            "prefill": max(prefill, vision_memory(model, max_context, checkpointing, True)[1])}
+            "KV cache": 2 * w * L * K * slots * max_model_len,
+            "prefill": max(prefill, vision_memory(model, max_model_len, checkpointing, True)[1])}
 
 
 def vision_memory(model, tokens, checkpointing, frozen):
@@ -112,11 +111,11 @@ def print_plan(args):
     except (OSError, ValueError) as error:
         raise tools.InputError(f"cannot read the configuration of {args.model}: "
                                f"{str(error).splitlines()[0]}") from None
-    flags = {"shard_optimizer": args.shard_optimizer, "checkpointing": args.checkpointing,
-             "slots": args.slots, "tokens": args.tokens, "freeze_vision": args.freeze_vision,
-             "max_context": args.max_context}
-    milder = {"checkpointing": True, "shard_optimizer": True, "slots": max(1, args.slots // 4),
-              "tokens": max(1, args.tokens // 4), "freeze_vision": True}
+    flags = {"shard_optimizer": args.shard_optimizer, "checkpointing": args.gradient_checkpointing,
+             "slots": args.max_num_seqs, "tokens": args.micro_batch_tokens, "freeze_vision": args.freeze_vision,
+             "max_model_len": args.max_model_len}
+    milder = {"checkpointing": True, "shard_optimizer": True, "slots": max(1, args.max_num_seqs // 4),
+              "tokens": max(1, args.micro_batch_tokens // 4), "freeze_vision": True}
     plans = {ranks: plan_memory(model, ranks, **flags) for ranks in (1, 2, 4, 8, 64)}
     rows, advice = [], []
     for ranks, plan in plans.items():
@@ -131,8 +130,8 @@ def print_plan(args):
         if extra:
             advice.append(f"{ranks} GPU(s): " + (f"fits with{extra}" if fits(plan) else "does not "
                           "fit with any of these flags: use more GPUs"))
-    print(f"GB per GPU (1e9 bytes), bfloat16, {args.tokens} tokens per micro-batch, {args.slots} "
-          f"slots of {args.max_context}")
+    print(f"GB per GPU (1e9 bytes), bfloat16, {args.micro_batch_tokens} tokens per micro-batch, {args.max_num_seqs} "
+          f"slots of {args.max_model_len}")
     evaluate.print_rows(["GPUs", *plans[1], "rollout", "update", "fits 80 GB"], rows)
     for line in advice:
         print(line)
@@ -142,24 +141,24 @@ def print_plan(args):
           "in --out")
     print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, "
           f"{seconds * args.steps * 8 / 3600:.0f} GPU-hours for --steps {args.steps}, if a "
-          f"conversation has {args.max_context // 2} tokens (half of --max_context) and an eighth "
+          f"conversation has {args.max_model_len // 2} tokens (half of --max_model_len) and an eighth "
           "of them is sampled")
 
 
 def plan_seconds(model, args, ranks):
     """Seconds of one RL step on H100s, by counting: matrix products at 40% of 989 TFLOP/s, memory
     at 60% of 3.35 TB/s. Every token (an image: 4 patches a token) goes through the model once when
-    it is fed; the update takes 4 forward passes, 3 without --checkpointing, but 1 of a frozen
+    it is fed; the update takes 4 forward passes, 3 without --gradient_checkpointing, but 1 of a frozen
     tower. A pass of decoding reads the weights and the cache of all slots."""
-    tokens, tower = args.max_context / 2, sum(p.numel() for p in model.model.visual.parameters())
+    tokens, tower = args.max_model_len / 2, sum(p.numel() for p in model.model.visual.parameters())
     text = sum(p.numel() for p in model.parameters()) - tower
-    passes = 1 + (4 if args.checkpointing else 3)
+    passes = 1 + (4 if args.gradient_checkpointing else 3)
     each = 2 * tokens * (passes * text + 4 * (2 if args.freeze_vision else passes) * tower)  # FLOPs
-    cache = plan_memory(model, 1, tokens=1, slots=1, max_context=1,
+    cache = plan_memory(model, 1, tokens=1, slots=1, max_model_len=1,
                         shard_optimizer=False)["KV cache"]  # of one token
-    read = 2 * (text + tower) + args.slots * cache * tokens / 2  # bytes a pass
-    mine = args.prompts_per_step * args.group / ranks
-    decoding = mine / args.slots * tokens / 8 * read / (0.6 * 3.35e12)
+    read = 2 * (text + tower) + args.max_num_seqs * cache * tokens / 2  # bytes a pass
+    mine = args.prompts_per_step * args.group_size / ranks
+    decoding = mine / args.max_num_seqs * tokens / 8 * read / (0.6 * 3.35e12)
     return mine * each / (0.4 * 989e12) + decoding
 
 

@@ -5,8 +5,8 @@ For sft.py and rl.py, on one and on two processes, whole and sharded: one run wi
 and one that is killed again and again (during rollouts, updates, saves) and resumed. Their weights
 must be the same, bit for bit.
 
-    python tests/crash.py                 all cases, ten kills each
-    python tests/crash.py --kills 2 rl    fewer, one stage
+    python extras/crash.py                 all cases, ten kills each
+    python extras/crash.py --kills 2 rl    fewer, one stage
 """
 
 import argparse
@@ -120,9 +120,9 @@ def main():
         code, _, err = finish(launch(command, 1))
         assert code == 0, err[-2000:]
     cases = {"sft": ["sft.py", "--model", policy, "--data", data / "coldstart.jsonl",
-                     "--batch", 4, "--steps", 15 * args.kills, "--save_every", 1],
+                     "--batch_size", 4, "--steps", 15 * args.kills, "--save_every", 1],
              "rl": ["rl.py", "--model", policy, "--data", data / "train.jsonl",
-                    "--prompts_per_step", 4, "--group", 4, "--max_turn_tokens", 64, "--slots", 8,
+                    "--prompts_per_step", 4, "--group_size", 4, "--max_new_tokens", 64, "--max_num_seqs", 8,
                     "--eval_every", 0, "--steps", 4 * args.kills, "--save_every", 1]}
     failed = False
     for stage in args.stages or ["sft", "rl"]:

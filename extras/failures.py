@@ -13,7 +13,7 @@ happened:
     void            any other turn with neither a call nor an answer
     over_turn, over_context     ran out of turns or tokens
 
-    python tests/failures.py results/sft results/rl
+    python extras/failures.py results/sft results/rl
 """
 
 import argparse
@@ -22,8 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import root  # noqa: F401
 import tools
 from build_data import LEVELS
 
@@ -36,15 +35,15 @@ def kind_of(row, question):
     text = row["turns"][-1]["text"]
     if row["reward"] == 1.0:
         return "guess, right" if "Guess" in text else "right"
-    if row["finish"] != "answer":
-        return "list" if row["finish"] == "void" and repeats(text) else row["finish"]
+    if row["finish_reason"] != "answer":
+        return "list" if row["finish_reason"] == "void" and repeats(text) else row["finish_reason"]
     if "Guess" in text:
         return "guess"
     said = re.search(r"Answer (\w+)\.", text)
     if not said or said[1] != row["prediction"]:
         return "tag"
     claims = re.findall(r"I see (\w+) (\w+) (\d)\. Want \w+\. Yes\.", text)
-    if not claims or claims[-1][0] != question["colour"] or question["wanted"] not in claims[-1]:
+    if not claims or claims[-1][0] != question["colour"] or question["target_attribute"] not in claims[-1]:
         return "claim"
     return "misread"
 

@@ -1,4 +1,4 @@
-"""docs/tutorial.md: every command in it runs, in its order, at toy size, and its last one shows
+"""course/tutorial.md: every command in it runs, in its order, at toy size, and its last one shows
 what it says."""
 
 import contextlib
@@ -11,10 +11,10 @@ from conftest import ROOT, run_here, run_script
 
 TOY = {     # a flag that is given twice counts as it was given last
     "build_data.py": "--train 24 --test 3 --val 6 --scenes 2 --workers 1",
-    "collect_coldstart.py": "--workers 1", "sft.py": "--steps 1 --batch 2",
-    "evaluate.py": "--limit 2 --samples 1 --budgets 1 2 --max_turn_tokens 8",
-    "rl.py": "--steps 1 --prompts_per_step 2 --group 2 --resample 0 --eval_size 2 --eval_turns 2 "
-             "--max_turn_tokens 8"}
+    "collect_coldstart.py": "--workers 1", "sft.py": "--steps 1 --batch_size 2",
+    "evaluate.py": "--limit 2 --num_samples 1 --budgets 1 2 --max_new_tokens 8",
+    "rl.py": "--steps 1 --prompts_per_step 2 --group_size 2 --resample 0 --eval_size 2 --eval_turns 2 "
+             "--max_new_tokens 8"}
 
 
 def run_line(line):

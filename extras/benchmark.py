@@ -35,10 +35,10 @@ Both sides of `rollout` and `cached` write the same tokens: ours are sampled, th
 forced to them.
 
 Commands:
-    1 CPU, 1 GPU     python tests/benchmark.py          (checkpoints/sft, data/train.jsonl)
-    one case         python tests/benchmark.py rollout --groups 4 --repeats 1
-    1 GPU of 80 GB   python tests/benchmark.py large
-    2 processes      torchrun --nproc_per_node=2 tests/benchmark.py ddp fsdp sft grpo
+    1 CPU, 1 GPU     python extras/benchmark.py          (checkpoints/sft, data/train.jsonl)
+    one case         python extras/benchmark.py rollout --groups 4 --repeats 1
+    1 GPU of 80 GB   python extras/benchmark.py large
+    2 processes      torchrun --nproc_per_node=2 extras/benchmark.py ddp fsdp sft grpo
 """
 
 import argparse
@@ -62,7 +62,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import build_data
 import evaluate
 import rl
@@ -124,18 +124,18 @@ class Force(LogitsProcessor):
 
 def turns_of(rollout):
     """[(start, end)] of the policy's turns in a rollout's ids."""
-    edges = [i for i in range(1, len(rollout.ids))
-             if rollout.mask[i] != rollout.mask[i - 1]] + [len(rollout.ids)]
+    edges = [i for i in range(1, len(rollout.token_ids))
+             if rollout.loss_mask[i] != rollout.loss_mask[i - 1]] + [len(rollout.token_ids)]
     return list(zip(edges[0::2], edges[1::2]))
 
 
 def shown_images(policy, rollout, end):
     """The images among the first `end` ids of a rollout."""
-    left, images = sum(t == policy.image_id for t in rollout.ids[:end]), []
+    left, images = sum(t == policy.image_token_id for t in rollout.token_ids[:end]), []
     for image in rollout.images:
         if left > 0:
             images.append(image)
-            left -= policy.image_tokens(image[1])
+            left -= policy.num_image_tokens(image[1])
     return images
 
 
@@ -151,7 +151,7 @@ def generate(policy, ids, scripts, images, **more):
                                              device=device)} if images else {}
     return policy.model.generate(
         input_ids=padded, attention_mask=attention,
-        mm_token_type_ids=(padded == policy.image_id).long(), do_sample=True,
+        mm_token_type_ids=(padded == policy.image_token_id).long(), do_sample=True,
         max_new_tokens=max(map(len, scripts)),
         logits_processor=[Force(scripts, longest, device)], **pixels, **more)
 
@@ -162,8 +162,8 @@ def play_with_generate(policy, rollouts, **more):
     still play."""
     for number in range(max(len(r.turns) for r in rollouts)):
         playing = [(r, *turns_of(r)[number]) for r in rollouts if len(r.turns) > number]
-        ids, scripts = ([r.ids[:start] for r, start, _ in playing],
-                        [r.ids[start:end] for r, start, end in playing])
+        ids, scripts = ([r.token_ids[:start] for r, start, _ in playing],
+                        [r.token_ids[start:end] for r, start, end in playing])
         out = generate(policy, ids, scripts,
                        [i for r, start, _ in playing for i in shown_images(policy, r, start)],
                        **more)
@@ -179,8 +179,8 @@ def play_with_cache(policy, rollouts, check=False):
     or it is silently wrong)."""
     for r in rollouts:
         cache, seen = None, 0
-        positions, _ = sft.positions(r.ids, [g for _, g in r.images], policy.image_id,
-                                     policy.merge)  # (3, T)
+        positions, _ = sft.mrope_positions(r.token_ids, [g for _, g in r.images], policy.image_token_id,
+                                     policy.merge_size)  # (3, T)
         for start, end in turns_of(r):
             images = shown_images(policy, r, start)
             new, seen = images[seen:], len(images)
@@ -188,16 +188,16 @@ def play_with_cache(policy, rollouts, check=False):
             where = torch.cat([text, positions[:, :start]])[:, None]        # (4, 1, T)
             pixels = {"pixel_values": torch.cat([p for p, _ in new]),
                       "image_grid_thw": torch.tensor([g for _, g in new])} if new else {}
-            ids = torch.tensor([r.ids[:start]])
+            ids = torch.tensor([r.token_ids[:start]])
             out = policy.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where,
                 past_key_values=cache, do_sample=not check, max_new_tokens=end - start,
-                logits_processor=[Force([r.ids[start:end]], start, policy.device)],
+                logits_processor=[Force([r.token_ids[start:end]], start, policy.device)],
                 return_dict_in_generate=True, output_logits=check, **pixels)
             cache = out.past_key_values
             if check:
                 whole = policy.model.model(
-                    input_ids=torch.tensor([r.ids[:end - 1]]),
+                    input_ids=torch.tensor([r.token_ids[:end - 1]]),
                     position_ids=positions[:, None, :end - 1], use_cache=False,
                     pixel_values=torch.cat([p for p, _ in images]),
                     image_grid_thw=torch.tensor([g for _, g in images]))
@@ -225,21 +225,21 @@ def questions(args):
 def case_rollout(args):
     ours, peer, rows = load(args), load(args, library=True), questions(args)
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    rollouts = [r.with_images(peer) for r in engine.run(rows, args.group, args.data.parent)]
-    tokens = sum(sum(r.mask) for r in rollouts)
-    alternate(f"rollout: {len(rows)} x {args.group} a process, 6 turns, {tokens} tokens",
+    rollouts = [r.with_images(peer) for r in engine.run(rows, args.group_size, args.data.parent)]
+    tokens = sum(sum(r.loss_mask) for r in rollouts)
+    alternate(f"rollout: {len(rows)} x {args.group_size} a process, 6 turns, {tokens} tokens",
               lambda: play_cold(engine, rows, args), lambda: play_with_generate(peer, rollouts),
               args.repeats)
 
 
 def play_cold(engine, rows, args):
-    engine.drafts = evaluate.Drafts()
-    return engine.run(rows, args.group, args.data.parent)
+    engine.drafts = evaluate.NgramProposer()
+    return engine.run(rows, args.group_size, args.data.parent)
 
 
 def play_warm(engine, rows, args, known):
     engine.drafts = copy.deepcopy(known)
-    return engine.run(rows, args.group, args.data.parent)
+    return engine.run(rows, args.group_size, args.data.parent)
 
 
 def alternate_all(title, sides, repeats):
@@ -256,12 +256,12 @@ def case_drafts(args):
     limits = evaluate.Limits(max_turns=6, max_images=6)
     plain, drafted = evaluate.Engine(ours, limits, draft=0), evaluate.Engine(ours, limits)
     other = evaluate.Engine(ours, limits, seed=1)
-    other.run(rows, args.group, args.data.parent)
-    rollouts = [r.with_images(peer) for r in plain.run(rows, args.group, args.data.parent)]
-    title = f"drafts: {len(rows)} x {args.group}, {sum(sum(r.mask) for r in rollouts)} tokens"
+    other.run(rows, args.group_size, args.data.parent)
+    rollouts = [r.with_images(peer) for r in plain.run(rows, args.group_size, args.data.parent)]
+    title = f"drafts: {len(rows)} x {args.group_size}, {sum(sum(r.loss_mask) for r in rollouts)} tokens"
     sides = {"drafts, cold": lambda: play_cold(drafted, rows, args),
              "drafts, warm": lambda: play_warm(drafted, rows, args, other.drafts),
-             "without": lambda: plain.run(rows, args.group, args.data.parent),
+             "without": lambda: plain.run(rows, args.group_size, args.data.parent),
              "generate": lambda: play_with_generate(peer, rollouts)}
     try:
         play_with_generate(peer, rollouts[:2], cache_implementation="static", disable_compile=True)
@@ -281,7 +281,7 @@ def case_drafts(args):
         ours.model.model.language_model.norm.weight.mul_(0.01)  # all logits are about 0
     drafted.counts.clear()
     sides = {"drafts, cold": lambda: play_cold(drafted, rows[:4], args),
-             "without": lambda: plain.run(rows[:4], args.group, args.data.parent)}
+             "without": lambda: plain.run(rows[:4], args.group_size, args.data.parent)}
     alternate_all("drafts: a policy that is all chance", sides, args.repeats)
     say("drafts, chance: {tokens_per_pass:.2f} tokens per pass".format(
         **evaluate.drafting(drafted.counts)))
@@ -291,10 +291,10 @@ def case_cached(args):
     """On two conversations a group, since the peer's time is proportional to their number."""
     ours, peer, rows = load(args), load(args, library=True), questions(args)
     engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    everything = engine.run(rows, args.group, args.data.parent)
-    some = [r.with_images(peer) for r in everything[::max(1, args.group // 2)]]
+    everything = engine.run(rows, args.group_size, args.data.parent)
+    some = [r.with_images(peer) for r in everything[::max(1, args.group_size // 2)]]
     play_with_cache(peer, some[:4], check=True)
-    share = sum(sum(r.mask) for r in some) / sum(sum(r.mask) for r in everything)
+    share = sum(sum(r.loss_mask) for r in some) / sum(sum(r.loss_mask) for r in everything)
     start = time.perf_counter()
     play_cold(engine, rows, args)
     middle = time.perf_counter()
@@ -319,9 +319,9 @@ def case_prompt(args):
         return attend(query, key, value, scaling, padded, back, spans)
 
     sft.attend_slots = record
-    rollouts = engine.run(rows, args.group, args.data.parent)
+    rollouts = engine.run(rows, args.group_size, args.data.parent)
     sft.attend_slots = attend
-    shared = min(r.mask.index(True) for r in rollouts) - 1
+    shared = min(r.loss_mask.index(True) for r in rollouts) - 1
     keys = torch.randn(max((shape for _, shape, *_ in calls), key=lambda shape: shape[2]))
 
     def as_it_was():
@@ -334,7 +334,7 @@ def case_prompt(args):
                 (place, slots, length, mask) if mask is None or length <= shared else
                 (place, slots, length - shared, mask[..., shared:])
                 for place, slots, length, mask in spans])
-            for part in query.chunk(max(1, shape[0] // args.group), dim=2):   # a question's slots
+            for part in query.chunk(max(1, shape[0] // args.group_size), dim=2):   # a question's slots
                 part = part.unflatten(1, (shape[1], -1)).flatten(2, 3)  # (1, K, n * H / K, D)
                 torch.nn.functional.scaled_dot_product_attention(
                     part, keys[:1, :, :shared], keys[:1, :, :shared])
@@ -357,11 +357,11 @@ def padded(policy, sequences):
         return torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
 
-    ids, written = (pad([s.ids for s in sequences], policy.tokenizer.pad_token_id),
-                    pad([s.mask for s in sequences], False))
+    ids, written = (pad([s.token_ids for s in sequences], policy.tokenizer.pad_token_id),
+                    pad([s.loss_mask for s in sequences], False))
     batch = {"input_ids": ids,
-             "attention_mask": pad([[1] * len(s.ids) for s in sequences], 0),  # (B, T)
-             "mm_token_type_ids": (ids == policy.image_id).long(),
+             "attention_mask": pad([[1] * len(s.token_ids) for s in sequences], 0),  # (B, T)
+             "mm_token_type_ids": (ids == policy.image_token_id).long(),
              "labels": ids.masked_fill(~written, -100)}
     packed = sft.collate(policy, sequences)
     batch |= {k: packed[k] for k in ("pixel_values", "image_grid_thw") if k in packed}
@@ -383,11 +383,11 @@ def case_sft(args):
     rank, world, _ = sft.setup_distributed()
     policy, (peer, module, peer_optimizer) = load(args), peer_trainer(args)
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch][rank::world]
+                            "python collect_coldstart.py")[:args.batch_size][rank::world]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.01)
     policy.model.train()
-    settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
 
     def step_of_peer():
         module(**padded(peer, sequences), use_cache=False).loss.backward()
@@ -395,7 +395,7 @@ def case_sft(args):
         peer_optimizer.step()
         peer_optimizer.zero_grad()
 
-    tokens = sum(len(s.ids) for s in sequences)
+    tokens = sum(len(s.token_ids) for s in sequences)
     alternate(f"sft: {len(rows)} conversations a process, {tokens} tokens", lambda: sft.train_step(
         policy, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
 
@@ -405,10 +405,10 @@ def case_rate(args):
     sizes."""
     policy = load(args)
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch]
+                            "python collect_coldstart.py")[:args.batch_size]
     sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.01)
-    settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.01)
+    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
     policy.model.train()
 
     def step():
@@ -420,15 +420,15 @@ def case_rate(args):
                       statistics.median(clock(step) for _ in range(args.repeats + 1)))
     work, time_of_matrices = 0, 0.0
     for weight in (m.weight for m in policy.model.modules() if isinstance(m, torch.nn.Linear)):
-        x = torch.randn(args.tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        x = torch.randn(args.micro_batch_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
         with torch.no_grad():
             time_of_matrices += min(clock(lambda: x @ weight.T) for _ in range(10))
-        work += 2 * args.tokens * weight.numel()
+        work += 2 * args.micro_batch_tokens * weight.numel()
     rate, plain = flops / seconds / 1e9, work / time_of_matrices / 1e9
-    say(f"rate: an update of {sum(len(s.ids) for s in sequences)} tokens: "
+    say(f"rate: an update of {sum(len(s.token_ids) for s in sequences)} tokens: "
         f"{flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
         f"{rate:.0f} GFLOP/s, {rate / plain:.0%} of the {plain:.0f} GFLOP/s of plain products "
-        f"({args.tokens}, in) x (in, out) with the model's own matrices")
+        f"({args.micro_batch_tokens}, in) x (in, out) with the model's own matrices")
 
 
 def case_ddp(args):
@@ -438,16 +438,16 @@ def case_ddp(args):
     if world == 1:
         return say("ddp: needs torchrun --nproc_per_node=2")
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch][rank::world]
+                            "python collect_coldstart.py")[:args.batch_size][rank::world]
     ours, peer = load(args), load(args)
     sequences = [sft.encode(ours, row, args.trajectories.parent) for row in rows]
     wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
-    optimizer = sft.Optimizer(sft.trainable(ours, False), 1e-5, 0.0)
-    settings = argparse.Namespace(tokens=args.tokens, max_norm=1.0)
-    adam = torch.optim.AdamW(sft.trainable(peer, False), 1e-5, fused=True)
+    optimizer = sft.Optimizer(sft.trainable_parameters(ours, False), 1e-5, 0.0)
+    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
+    adam = torch.optim.AdamW(sft.trainable_parameters(peer, False), 1e-5, fused=True)
 
     def step_of_peer():
-        micro = list(sft.micro_batches(sequences, args.tokens))
+        micro = list(sft.micro_batches(sequences, args.micro_batch_tokens))
         for i, part in enumerate(micro):
             with wrapped.no_sync() if i + 1 < len(micro) else contextlib.nullcontext():
                 wrapped(sft.collate(peer, part)).backward()
@@ -468,7 +468,7 @@ def case_fsdp(args):
     if world == 1:
         return say("fsdp: needs torchrun --nproc_per_node=2")
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch][rank::world]
+                            "python collect_coldstart.py")[:args.batch_size][rank::world]
     settings = argparse.Namespace(tokens=10**6, max_norm=1.0)
     sides = []
     for name in ("ours", "torch"):
@@ -476,7 +476,7 @@ def case_fsdp(args):
             policy = sft.load_policy(args.model, "cpu", "bfloat16" if name == "ours" else "float32")
             sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
             if name == "ours":
-                optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0, shard=True)
+                optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.0, shard=True)
 
                 def step(policy=policy, sequences=sequences, optimizer=optimizer):
                     sft.train_step(policy, optimizer, sequences, 1e-5, settings)
@@ -542,19 +542,19 @@ def case_grpo(args):
     at every position."""
     policy, (peer, module, peer_optimizer), rows = load(args), peer_trainer(args), questions(args)
     rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(
-        rows, args.group, args.data.parent)
-    parts = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
+        rows, args.group_size, args.data.parent)
+    parts = [rollouts[i:i + args.group_size] for i in range(0, len(rollouts), args.group_size)]
     rewards = torch.tensor([[r.reward for r in part] for part in parts],
                            dtype=torch.float64)  # (P, G)
     settings = argparse.Namespace(
-        overturn_mask=True, mask_void=False, unfinished_value="group", divisor="completed",
-        aggregation="response", max_turn_tokens=96, max_turns=6, tokens=args.tokens, clip_low=0.2,
+        overturn_mask=True, mask_void=False, baseline="group", divisor="completed",
+        aggregation="response", max_new_tokens=96, max_turns=6, tokens=args.micro_batch_tokens, clip_low=0.2,
         clip_high=0.3, clip_dual=0.0, max_norm=1.0, prompts_per_step=len(parts))
-    completed = torch.tensor([[rl.is_completed(r, settings) for r in part] for part in parts])
+    completed = torch.tensor([[rl.is_kept(r, settings) for r in part] for part in parts])
     advantages = rl.group_advantages(rewards, completed)
     for r, a in zip(rollouts, advantages.flatten().tolist()):
         r.advantage = a
-    optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.0)
     policy.model.train()
 
     def step_of_peer():
@@ -594,16 +594,16 @@ def case_images(args, pixels=2_000_000):
         image = tools.open_image(Path(folder) / place)
         turns[0], *_ = tools.take_turn([image], turns[0]["text"], 1, 6, 6)
         sequence = sft.encode(policy, {**row, "turns": turns}, folder)
-        written = sum(sequence.mask)
-        rollouts = [evaluate.Rollout(sequence.ids, sequence.mask, row=row, root=folder, turns=turns,
-                                     logprobs=[-1.0] * written) for _ in range(args.group)]
-        alone = ([replace(r, images=policy.pixels(tools.replay(r.as_row(), image)))]
+        written = sum(sequence.loss_mask)
+        rollouts = [evaluate.Rollout(sequence.token_ids, sequence.loss_mask, row=row, root=folder, turns=turns,
+                                     logprobs=[-1.0] * written) for _ in range(args.group_size)]
+        alone = ([replace(r, images=policy.preprocess_images(tools.replay(r.to_row(), image)))]
                  for r in rollouts)
         sides = {"the peer": (sft.collate(policy, sequences) for sequences in alone),
-                 "ours": sft.one_ahead(partial(rl.encode_rollouts, policy),
+                 "ours": sft.prefetch(partial(rl.encode_rollouts, policy),
                                        [[r] for r in rollouts])}
         policy.model.train()
-        sft.trainable(policy, freeze_vision=True)
+        sft.trainable_parameters(policy, freeze_vision=True)
         for name, batches in sides.items():
             waited, begin, ready = 0.0, time.perf_counter(), None
             for r in rollouts:
@@ -611,9 +611,9 @@ def case_images(args, pixels=2_000_000):
                 batch = next(batches)
                 waited += time.perf_counter() - start
                 ready = ready or waited     # the first batch has nothing to hide behind
-                rl.score_rollouts(policy, [r], batch)[0].sum().backward()
+                rl.compute_logprobs(policy, [r], batch)[0].sum().backward()
             policy.model.zero_grad()
-            say(f"images: {args.group} conversations of {len(sequence.ids)} tokens, {name}: "
+            say(f"images: {args.group_size} conversations of {len(sequence.token_ids)} tokens, {name}: "
                 f"{time.perf_counter() - begin:.2f} s, of which the model waits {waited:.2f} s "
                 f"({ready:.2f} s for the first)")
 
@@ -631,7 +631,7 @@ def case_growth(args):
         engine = evaluate.Engine(policy, evaluate.Limits(turns, turns), slots=64)
         start = time.perf_counter()
         rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
-        seconds, tokens = time.perf_counter() - start, sum(sum(r.mask) for r in rollouts)
+        seconds, tokens = time.perf_counter() - start, sum(sum(r.loss_mask) for r in rollouts)
         cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
         # a high-water mark: hence in rising order
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -730,7 +730,7 @@ class Told(evaluate.Engine):
         _, scores = super().draw(logprobs, numbers)
         told = []
         for r, n in zip(self.slots, numbers):
-            at = len(r.ids) - r.turn_start
+            at = len(r.token_ids) - r.turn_start
             told += self.script[at:at + len(n)]
         return told, scores
 
@@ -759,10 +759,10 @@ def case_large(args, group=16, turns=4, written=250):
     if not args.layers and not torch.cuda.is_available():
         return say("large: needs a GPU with 80 GB (or --layers 2)")
     policy = large_policy(args.layers)
-    sft.trainable(policy, freeze_vision=True)
-    call = policy.text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}'
-                       "</grounding>") + [policy.end_id]
-    script = policy.text("a") * (written - len(call)) + call
+    sft.trainable_parameters(policy, freeze_vision=True)
+    call = policy.encode_text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}'
+                       "</grounding>") + [policy.im_end_id]
+    script = policy.encode_text("a") * (written - len(call)) + call
     with tempfile.TemporaryDirectory() as folder:
         Image.effect_noise((4000, 2700), 60).convert("RGB").save(f"{folder}/noise.jpg")
         row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
@@ -772,7 +772,7 @@ def case_large(args, group=16, turns=4, written=250):
             engine = Told(policy, evaluate.Limits(most, turns, written, 8192), slots, draft=draft)
             engine.script, engine.decoding, engine.feeding = script, [], []
             if draft:
-                engine.drafts.after = lambda ids, most: policy.text("a") * most
+                engine.drafts.after = lambda ids, most: policy.encode_text("a") * most
             rollouts = engine.run([row], slots, folder)
             drafted = engine.counts["drafted"] / engine.counts["passes"]
             say(f"large: {slots} conversations of {most} turns and {len(rollouts[0].ids)} tokens, "
@@ -781,11 +781,11 @@ def case_large(args, group=16, turns=4, written=250):
                 f"that feed images, {sum(engine.feeding):.1f} s in all; at most {peak():.1f} GB")
             longest = rollouts if most == turns else longest
         engine.cache = None
-        sft.enable_checkpointing(policy.model)
+        sft.enable_gradient_checkpointing(policy.model)
         policy.model.train()
 
         def update(r):
-            new, _, mask = rl.score_rollouts(policy, [r], rl.encode_rollouts(policy, [r]))
+            new, _, mask = rl.compute_logprobs(policy, [r], rl.encode_rollouts(policy, [r]))
             new[mask].sum().backward()
 
         seconds = [clock(lambda: update(r)) for r in longest[:4]]
@@ -812,11 +812,11 @@ def main():
     parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"),
                         help="conversations for sft")
     parser.add_argument("--groups", type=int, default=16, help="questions")
-    parser.add_argument("--group", type=int, default=16, help="conversations per question")
-    parser.add_argument("--batch", type=int, default=16, help="conversations in an sft step")
+    parser.add_argument("--group_size", type=int, default=16, help="conversations per question")
+    parser.add_argument("--batch_size", type=int, default=16, help="conversations in an sft step")
     parser.add_argument("--micro", type=int, default=16,
                         help="conversations per forward pass of the grpo peer")
-    parser.add_argument("--tokens", type=int, default=2048,
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048,
                         help="padded tokens per forward pass of ours")
     parser.add_argument("--layers", type=int,
                         help="layers of the model of `large` and of its tower (default: all)")

@@ -1,13 +1,13 @@
 """Specification of assignments.py, on a toy function; what it says of the six assignments is proved
-by `python tests/assignments.py prove`, which CI runs too."""
+by `python course/assignments.py prove`, which CI runs too."""
 
 import ast
 
 import pytest
 
-import assignments
-from assignments import ASSIGNMENTS, ROOT
-from mutants import MUTANTS
+from course import assignments
+from course.assignments import ASSIGNMENTS, ROOT
+from course.mutants import MUTANTS
 
 SOURCE = '''"""A module."""
 
@@ -84,7 +84,7 @@ def test_an_assignment_is_whole(number):
     """100 points; its functions and tests are there; every task has a mutant, there are at least
     eight, and its page names every function and says the same points and hours."""
     title, hours, tasks = ASSIGNMENTS[number]
-    page = (ROOT / f"docs/assignments/{number}.md").read_text()
+    page = (ROOT / f"course/{number}.md").read_text()
     assert sum(sum(task.tests.values()) for task in tasks) == 100
     assert len(page.splitlines()) <= 150 and f"100 points, about {hours} hours" in page
     for place, task in enumerate(tasks, 1):

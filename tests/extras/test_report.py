@@ -1,4 +1,4 @@
-"""Specification of docs/report.py: intervals by hand, seeds that are one experiment, what a damaged
+"""Specification of extras/report.py: intervals by hand, seeds that are one experiment, what a damaged
 folder is told, and the page, which is also driven in a real browser where there is one."""
 
 import html
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-import report
+from extras import report
 import tools
 
 
@@ -139,7 +139,7 @@ def page(world, tmp_path, monkeypatch):
         (tmp_path / name / "table.json").write_text(json.dumps(evaluate.summarise({"train": kept},
                                                                                   [2, 32])))
     tools.write_jsonl(tmp_path / "run" / "metrics.jsonl",
-                      [{"step": i, "reward": i / 9, "eval": None} for i in range(1, 4)])
+                      [{"step": i, "reward": i / 9, "val_accuracy": None} for i in range(1, 4)])
     run(monkeypatch, tmp_path / "one", tmp_path / "two", "--data", world / "train.jsonl",
         "--curves", tmp_path / "run/metrics.jsonl", "--out", tmp_path / "report.html")
     return tmp_path / "report.html"
@@ -231,7 +231,7 @@ addEventListener("load", () => {
   look("all"); press("j"); press("j"); look("third"); press("k"); look("second");
   seen.text = document.querySelector("#shown pre").textContent;
   choose("filter_run", "two"); find("after").click(); look("page two");
-  choose("filter_verdict", "wrong"); look("none"); choose("filter_run", "one"); look("wrong");
+  choose("filter_verdict", "incorrect"); look("none"); choose("filter_run", "one"); look("incorrect");
   choose("filter_verdict", "all"); choose("filter_finish", "answer"); look("answered");
   seen.lines = count("#accuracy polyline"); seen.curves = count("#curves svg");
   seen.crop = document.querySelector("#shown canvas").width; seen.evil = find("evil");
@@ -253,7 +253,7 @@ def test_the_report_in_a_browser(page, world):
     assert seen["third"][2] == 2 and seen["second"][2] == 1 and seen["text"] == EVIL
     assert seen["page two"] == ["150 of 153 trajectories", 50, 0, turns, zooms]
     assert seen["none"] == ["0 of 153 trajectories", 0, -1, 0, 0]
-    assert seen["wrong"][:2] == ["1 of 153 trajectories", 1]
+    assert seen["incorrect"][:2] == ["1 of 153 trajectories", 1]
     assert seen["answered"][:2] == ["2 of 153 trajectories", 2]
     assert seen["lines"] == 2 and seen["curves"] == 1 and seen["evil"] is None
     assert "<title>Mini-o3 report</title>" in dom

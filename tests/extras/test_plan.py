@@ -1,4 +1,4 @@
-"""Specification of docs/plan.py: against the bytes that the tiny model allocates, published numbers
+"""Specification of extras/plan.py: against the bytes that the tiny model allocates, published numbers
 of parameters, and the seconds of a step worked by hand."""
 
 import argparse
@@ -13,13 +13,13 @@ import rl
 import sft
 import tools
 from conftest import RELEASED, LiveBytes
-from plan import in_gb, plan_memory, plan_seconds, print_plan, vision_memory
+from extras.plan import in_gb, plan_memory, plan_seconds, print_plan, vision_memory
 
 
 def planned(folder, **flags):
     """A policy with checkpointing, ready to train."""
     policy = sft.load_policy(str(folder), "cpu", "float32", **flags)
-    sft.enable_checkpointing(policy.model)
+    sft.enable_gradient_checkpointing(policy.model)
     policy.model.train()
     return policy
 
@@ -33,11 +33,11 @@ def test_plan_is_what_the_tiny_model_allocates(trained_folder, prompts, world):
     sequences = [sft.encode(policy, row, world) for row in rows]
     batch = sft.collate(policy, sequences)
     tokens = batch["input_ids"].shape[1]
-    plan = plan_memory(policy.model, 1, tokens=tokens, slots=4, max_context=256,
+    plan = plan_memory(policy.model, 1, tokens=tokens, slots=4, max_model_len=256,
                           shard_optimizer=False)
     assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
     with LiveBytes() as memory:
-        optimizer = sft.Optimizer(sft.trainable(policy, False), 1e-5, 0.0)
+        optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.0)
         before = memory.live()          # the flat weights; the old ones were made outside
         optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).sum())
         used = memory.peak - before
@@ -57,17 +57,17 @@ def test_plan_counts_the_vision_tower(trained_folder, released_folder, world, na
     tower dominates prefill, too (2,400 tokens in one forward pass): to 20%."""
     policy = planned(trained_folder if name == "tiny" else released_folder(name))
     visual, grid = policy.model.model.visual, (1, 96, 100)
-    tokens = policy.image_tokens(grid)
+    tokens = policy.num_image_tokens(grid)
     patches = torch.randn(96 * 100, visual.patch_embed.proj.weight[0].numel())
     s = sft.Sequence()
-    s.add([policy.start_id, *[policy.image_id] * tokens, *policy.text("red")], False,
+    s.add([policy.im_start_id, *[policy.image_token_id] * tokens, *policy.encode_text("red")], False,
           (patches, grid))
-    s.add(policy.text("red square"), True)
+    s.add(policy.encode_text("red square"), True)
     batch = sft.collate(policy, [s])
-    sft.trainable(policy, frozen)
+    sft.trainable_parameters(policy, frozen)
     for table in (policy.model.lm_head, policy.model.get_input_embeddings()):   # dominates all else
         table.requires_grad_(False)
-    plan = plan_memory(policy.model, 1, tokens=tokens, slots=1, max_context=tokens,
+    plan = plan_memory(policy.model, 1, tokens=tokens, slots=1, max_model_len=tokens,
                           shard_optimizer=False, freeze_vision=frozen, chunk=1)
     gradients = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
     with LiveBytes() as memory:
@@ -91,8 +91,8 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
     monkeypatch.setattr("plan.plan_memory", lambda *args, **flags: plans.append(
         plan_memory(*args, **flags)) or plans[-1])
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
-    monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--slots", "16",
-                                     "--max_context", "1000", "--no-freeze_vision"])
+    monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--max_num_seqs", "16",
+                                     "--max_model_len", "1000", "--no-freeze_vision"])
     print_plan(rl.parse_args())
     assert (plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4)
             and plans[0]["KV cache"] == cache * 16 * 1000)
@@ -111,7 +111,7 @@ def test_seconds_of_a_step_of_7b_by_hand(tmp_path):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path),
                                                         dtype=torch.bfloat16)
-    args = argparse.Namespace(prompts_per_step=256, group=16, slots=16, max_context=32768,
+    args = argparse.Namespace(prompts_per_step=256, group=16, slots=16, max_model_len=32768,
                               checkpointing=True, freeze_vision=True)
     assert plan_seconds(model, args, 8) == pytest.approx(1844 + 786, rel=0.002)
 

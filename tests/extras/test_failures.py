@@ -2,10 +2,10 @@
 
 import pytest
 
-import failures
+from extras import failures
 
 CALL = '<grounding>{"bbox_2d": [0.0, 0.0, 0.333, 0.333], "source": "original_image"}</grounding>'
-QUESTION = {"colour": "red", "wanted": "star"}      # What digit is on the red star?
+QUESTION = {"colour": "red", "target_attribute": "star"}      # What digit is on the red star?
 
 
 @pytest.mark.parametrize("kind, text, finish, prediction, reward", [
@@ -27,7 +27,7 @@ QUESTION = {"colour": "red", "wanted": "star"}      # What digit is on the red s
     ("void", "<think>I see no red.</think>", "void", None, 0.0),
     ("over_turn", "<think>Later top. Go top.</think>" + CALL, "over_turn", None, 0.0)])
 def test_kinds(kind, text, finish, prediction, reward):
-    row = {"turns": [{"text": text}], "finish": finish, "prediction": prediction, "reward": reward}
+    row = {"turns": [{"text": text}], "finish_reason": finish, "prediction": prediction, "reward": reward}
     assert failures.kind_of(row, QUESTION) == kind
 
 

@@ -1,10 +1,10 @@
 """Tables and chart of docs/experiments.md, from the raw figures of every run that has been made.
 
 Runs take minutes each and their results are large, so what the tables need of each is kept as one
-line of docs/experiments.jsonl: rerun a row, and compare. Add finished runs, and print everything:
+line of extras/experiments.jsonl: rerun a row, and compare. Add finished runs, and print everything:
 
-    python docs/experiments.py results/*.seed*
-    python docs/experiments.py --chart docs/mask.png      # needs matplotlib
+    python extras/experiments.py results/*.seed*
+    python extras/experiments.py --chart docs/mask.png      # needs matplotlib
 """
 
 import argparse
@@ -13,18 +13,15 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
+import root  # noqa: F401
 import evaluate
-import failures
-import report
+from extras import failures, report
 import tools
 from build_data import LEVELS
 
-FIGURES = ROOT / "docs" / "experiments.jsonl"
+FIGURES = root.ROOT / "docs" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
-SHARES = ["wrong", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
+SHARES = ["incorrect", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
 # rows of the chart: over turns, and over b
 CURVES = {"tight": "masked, b = 0.5", "tight_completed": "masked, b = precision of the completed",
           "tight_group": "masked, b = the group's success rate", "tight_no_mask": "not masked"}
@@ -33,7 +30,7 @@ BASELINES = {"tight_0": 0, "tight_017": 0.17, "tight": 0.5, "tight_085": 0.85, "
 
 def measure(folder):
     """One run, evaluated at results/NAME.seedN and trained at checkpoints/NAME.seedN, as a row of
-    docs/experiments.jsonl. Shares are of all conversations, levels weighing the same."""
+    extras/experiments.jsonl. Shares are of all conversations, levels weighing the same."""
     name, _, seed = folder.name.rpartition(".seed")
     table = report.read_table(folder)
     steps = tools.read_jsonl(Path("checkpoints") / folder.name / "metrics.jsonl")
@@ -41,9 +38,9 @@ def measure(folder):
     for level in LEVELS:
         rows = tools.read_jsonl(folder / f"{level}.jsonl")
         guesses = [row for row in rows if "Guess" in row["turns"][-1]["text"]]
-        found = {"wrong": [r for r in rows if r["finish"] == "answer" and r["reward"] == 0],
-                 "unfinished": [r for r in rows if r["finish"].startswith("over_")],
-                 "void": [r for r in rows if r["finish"] == "void"], "guess": guesses,
+        found = {"incorrect": [r for r in rows if r["finish_reason"] == "answer" and r["reward"] == 0],
+                 "unfinished": [r for r in rows if r["finish_reason"].startswith("over_")],
+                 "void": [r for r in rows if r["finish_reason"] == "void"], "guess": guesses,
                  "hint first": [r for r in rows if failures.plan_of(r) == failures.PLANS[0]]}
         for kind, part in found.items():
             shares[kind].append(len(part) / len(rows))
@@ -52,7 +49,7 @@ def measure(folder):
             guessed = sum(row["source"].endswith(kind) for row in guesses)
             shares[f"guess, {kind}"].append(guessed / asked)
     return {"run": name, "seed": int(seed),
-            "tokens": sum(s["sampled_tokens"] for s in steps),
+            "tokens": sum(s["num_sampled_tokens"] for s in steps),
             "accuracy": {level: {T: round(table[level]["accuracy"][T], 4) for T in BUDGETS}
                          for level in [*LEVELS, "mean"]},
             "turns": round(statistics.fmean(table[level]["mean_turns_correct"] or 0
