@@ -222,7 +222,7 @@ def trained_folder(world, make_tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(trained_folder, prompts):
+def trained_policy(trained_folder, prompts):
     """The same policy in float64, not to be changed."""
     return sft.load_policy(str(trained_folder), "cpu", "float64", prompts)
 
@@ -446,10 +446,10 @@ def released_folder(world, prompts, make_tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["tiny", *RELEASED])
-def every(request, released_folder, prompts):
+def each_family(request, released_folder, prompts):
     """The trained tiny policy and one like each released model, in float64, not to be changed."""
     if request.param == "tiny":
-        return request.getfixturevalue("trained")
+        return request.getfixturevalue("trained_policy")
     return sft.load_policy(str(released_folder(request.param)), "cpu", "float64", prompts,
                            max_pixels=100_000)
 

@@ -31,9 +31,9 @@ def play(policy, world, samples=2, slots=8, limits=LIMITS, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def rollouts(trained, world):
+def rollouts(trained_policy, world):
     """Three questions, six samples each, in 16 slots."""
-    return play(trained, world, samples=6, slots=16)
+    return play(trained_policy, world, samples=6, slots=16)
 
 
 def same(a, b):
@@ -69,28 +69,28 @@ def zooms_like_generate(policy, rollouts):
     return sum("zoom" in turn for r in rollouts for turn in r.turns[:-1])
 
 
-def test_greedy_equals_generate_token_for_token(trained, world):
+def test_greedy_equals_generate_token_for_token(trained_policy, world):
     """On the questions that the small policy has seen: most of them take it two zooms."""
     rows = tools.read_jsonl(world / "coldstart.jsonl")[:4]
-    rollouts = evaluate.Engine(trained, LIMITS, 4, greedy=True).run(rows, 1, world)
-    assert zooms_like_generate(trained, rollouts) >= 4  # not only first turns
+    rollouts = evaluate.Engine(trained_policy, LIMITS, 4, greedy=True).run(rows, 1, world)
+    assert zooms_like_generate(trained_policy, rollouts) >= 4  # not only first turns
 
 
-def test_samples_do_not_depend_on_batch_slots_or_order(rollouts, trained, world):
+def test_samples_do_not_depend_on_batch_slots_or_order(rollouts, trained_policy, world):
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
-    assert same(rollouts[:2] + rollouts[6:8] + rollouts[12:14], play(trained, world, slots=1))
-    assert same(rollouts, play(trained, world, samples=6, slots=5))
-    assert same(rollouts[12:], evaluate.Engine(trained, LIMITS, 3).run(
+    assert same(rollouts[:2] + rollouts[6:8] + rollouts[12:14], play(trained_policy, world, slots=1))
+    assert same(rollouts, play(trained_policy, world, samples=6, slots=5))
+    assert same(rollouts[12:], evaluate.Engine(trained_policy, LIMITS, 3).run(
         [rows[2]], 6, world, prompts=[2]))
 
 
-def test_seed_step_and_prompt_change_the_samples(rollouts, trained, world):
+def test_seed_step_and_prompt_change_the_samples(rollouts, trained_policy, world):
     first = rollouts[:2] + rollouts[6:8] + rollouts[12:14]
-    assert same(first, play(trained, world))
-    assert not same(first, play(trained, world, seed=1))
-    assert not same(first, play(trained, world, step=1))
+    assert same(first, play(trained_policy, world))
+    assert not same(first, play(trained_policy, world, seed=1))
+    assert not same(first, play(trained_policy, world, step=1))
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
-    assert not same(first, evaluate.Engine(trained, LIMITS, 8).run(
+    assert not same(first, evaluate.Engine(trained_policy, LIMITS, 8).run(
         rows, 2, world, prompts=[4, 5, 6]))
 
 
@@ -112,16 +112,16 @@ def test_recorded_logprobs_equal_a_full_forward_pass(trained_folder, prompts, wo
     assert sampler_trainer_gap(policy, play(policy, world, samples=3, slots=6)) < tolerance
 
 
-def test_released_families(every, world):
+def test_released_families(each_family, world):
     """The question that the policy was trained on takes it two zooms: greedily like `generate`, and
     sampled with the trainer's log-probabilities, in two slots of different length."""
     row = tools.read_jsonl(world / "coldstart.jsonl")[:1]
     assert zooms_like_generate(
-        every, evaluate.Engine(every, LIMITS, 1, greedy=True).run(row, 1, world)) == 2
-    assert sampler_trainer_gap(every, evaluate.Engine(every, LIMITS, 2).run(row, 2, world)) < 1e-12
+        every, evaluate.Engine(each_family, LIMITS, 1, greedy=True).run(row, 1, world)) == 2
+    assert sampler_trainer_gap(each_family, evaluate.Engine(each_family, LIMITS, 2).run(row, 2, world)) < 1e-12
 
 
-def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
+def test_mask_marks_exactly_what_was_sampled(rollouts, trained_policy):
     """The sampled tokens of a turn decode to its text; everything else is prompt, observation or
     refusal."""
     for r in rollouts:
@@ -131,56 +131,56 @@ def test_mask_marks_exactly_what_was_sampled(rollouts, trained):
             while end < len(r.token_ids) and r.loss_mask[end] == r.loss_mask[at]:
                 end += 1
             if r.loss_mask[at]:
-                turns.append([t for t in r.token_ids[at:end] if t not in trained.stop])
+                turns.append([t for t in r.token_ids[at:end] if t not in trained_policy.stop])
             at = end
-        assert [trained.tokenizer.decode(t, skip_special_tokens=False)
+        assert [trained_policy.tokenizer.decode(t, skip_special_tokens=False)
                 for t in turns] == [t["text"] for t in r.turns]
-        assert not {t for t, m in zip(r.token_ids, r.loss_mask) if m} & set(trained.suppressed_ids)
+        assert not {t for t, m in zip(r.token_ids, r.loss_mask) if m} & set(trained_policy.suppressed_ids)
 
 
-def test_conversation_equals_its_stored_row(rollouts, trained, world):
+def test_conversation_equals_its_stored_row(rollouts, trained_policy, world):
     """Token in, token out: a stored trajectory, encoded again by the trainer, has the observations
     the engine fed."""
     for r in rollouts:
-        again = sft.encode(trained, {**r.to_row(), "system": None}, world)
+        again = sft.encode(trained_policy, {**r.to_row(), "system": None}, world)
         forced = [t for t, m in zip(r.token_ids, r.loss_mask) if not m]
         assert [t for t, m in zip(again.ids, again.loss_mask) if not m] == forced
-        shown = r.with_images(trained).images
+        shown = r.with_images(trained_policy).images
         assert [g for _, g in again.images] == [g for _, g in shown]
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again.images, shown))
-        assert (sum(t == trained.image_token_id for t in r.token_ids)
-                == sum(trained.num_image_tokens(g) for _, g in shown))
+        assert (sum(t == trained_policy.image_token_id for t in r.token_ids)
+                == sum(trained_policy.num_image_tokens(g) for _, g in shown))
         assert r.views == r.images == []    # memory does not grow with the number of rollouts
 
 
-def test_finish_reasons_and_limits(rollouts, trained, world):
+def test_finish_reasons_and_limits(rollouts, trained_policy, world):
     seen = collections.Counter(r.finish_reason for r in rollouts)
     assert set(seen) <= set(evaluate.FINISH_REASONS) and len(seen) >= 2
     for r in rollouts:
         assert (len(r.turns) <= LIMITS.max_turns
-                and len(r.with_images(trained).images) <= LIMITS.max_images)
+                and len(r.with_images(trained_policy).images) <= LIMITS.max_images)
         assert (r.finish_reason == "answer") == (r.prediction is not None)
         if r.finish_reason == "over_turn":
             assert "zoom" in r.turns[-1] or "error" in r.turns[-1]
-    short = play(trained, world, samples=6, limits=evaluate.Limits(2, 2, 48, 1200))
+    short = play(trained_policy, world, samples=6, limits=evaluate.Limits(2, 2, 48, 1200))
     # a policy is not told its budget: the first turns are the same
     for long, cut in zip(rollouts, short):
         assert cut.turns[:1] == long.turns[:1]
         assert (cut.finish_reason == "over_turn") == (len(long.turns) > 2 or long.finish_reason == "over_turn")
 
 
-def test_over_context_and_a_context_too_small(rollouts, trained, world):
+def test_over_context_and_a_context_too_small(rollouts, trained_policy, world):
     # room for one turn and less than one observation
     tight = max(r.loss_mask.index(True) for r in rollouts) + 48 + 20
-    again = play(trained, world, limits=evaluate.Limits(6, 6, 48, tight))
+    again = play(trained_policy, world, limits=evaluate.Limits(6, 6, 48, tight))
     assert any(r.finish_reason == "over_context" for r in again)
     assert all(len(r.token_ids) <= tight for r in again)
     with pytest.raises(tools.InputError, match="--max_model_len"):
-        play(trained, world, limits=evaluate.Limits(6, 6, 48, 60))
+        play(trained_policy, world, limits=evaluate.Limits(6, 6, 48, 60))
 
 
-def test_token_cap_ends_a_turn_as_void(trained, world):
-    for r in play(trained, world, limits=evaluate.Limits(6, 6, 5, 1200)):
+def test_token_cap_ends_a_turn_as_void(trained_policy, world):
+    for r in play(trained_policy, world, limits=evaluate.Limits(6, 6, 5, 1200)):
         assert r.finish_reason == "void" and len(r.turns) == 1 and sum(r.loss_mask) == 5
 
 
@@ -199,7 +199,7 @@ def test_draw_follows_the_distribution(make_tiny):
     assert ids == [1, 0] and scores == pytest.approx(np.log([0.4, 0.6]).tolist())
 
 
-def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
+def test_a_decoding_step_moves_four_tensors(trained_policy, world, monkeypatch):
     """Between host and device, each way: what is fed and where, where it attends, random numbers;
     ids with their log-probs. A step without images builds no other tensor from Python numbers."""
     moved, steps = [], []
@@ -224,7 +224,7 @@ def test_a_decoding_step_moves_four_tensors(trained, world, monkeypatch):
         watch(torch, name)
     for name in ("tolist", "item", "numpy"):
         watch(torch.Tensor, name)
-    Counted(trained, LIMITS, 8).run(tools.read_jsonl(world / "train.jsonl")[:3], 2, world)
+    Counted(trained_policy, LIMITS, 8).run(tools.read_jsonl(world / "train.jsonl")[:3], 2, world)
     assert len(steps) > 20
     assert all(names == ["from_numpy", "from_numpy", "tensor", "tolist"]
                for names in steps), steps[0]
@@ -259,23 +259,23 @@ class Script(evaluate.NgramProposer):
 
 
 @pytest.fixture(scope="module")
-def undrafted(trained, world):
-    return play(trained, world, samples=6, slots=16, draft=0)
+def undrafted(trained_policy, world):
+    return play(trained_policy, world, samples=6, slots=16, draft=0)
 
 
-def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained, world):
+def test_drafts_are_taken_and_change_nothing(rollouts, undrafted, trained_policy, world):
     """The module's rollouts are drafted (the default): the same conversations as without."""
     assert same(rollouts, undrafted) and same_logprobs(rollouts, undrafted)
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
     for slots, draft in ((64, 3), (1, 8)):
-        engine = evaluate.Engine(trained, LIMITS, slots, draft=draft)
+        engine = evaluate.Engine(trained_policy, LIMITS, slots, draft=draft)
         again = engine.run(rows, 6 if slots > 1 else 2, world)
         expected = undrafted if slots > 1 else undrafted[:2] + undrafted[6:8] + undrafted[12:14]
         assert same(again, expected) and same_logprobs(again, expected)
         count = engine.counts
         assert count["passes"] + count["accepted"] == sum(sum(r.loss_mask) for r in again)
         assert 0 < count["accepted"] <= count["drafted"] <= draft * count["passes"]
-    greedy = [play(trained, world, slots=6, greedy=True, draft=draft) for draft in (0, 8)]
+    greedy = [play(trained_policy, world, slots=6, greedy=True, draft=draft) for draft in (0, 8)]
     assert same(*greedy) and same_logprobs(*greedy)
 
 
@@ -306,17 +306,17 @@ def random_ids(policy):
     return guess
 
 
-def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, monkeypatch):
+def test_no_draft_however_bad_changes_a_conversation(undrafted, trained_policy, world, monkeypatch):
     """Always wrong; always right, up to and beyond the end of a turn; random, with image
     placeholders."""
-    image, stop = trained.image_token_id, trained.im_end_id
+    image, stop = trained_policy.image_token_id, trained_policy.im_end_id
     guesses = {"wrong": oracle(undrafted, wrong=True),
                "right": oracle(undrafted, beyond=[stop, 105, image, 105]),
-               "random": random_ids(trained)}
+               "random": random_ids(trained_policy)}
     rows, fed = tools.read_jsonl(world / "train.jsonl")[:3], []
     for name, guess in guesses.items():
         monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(guess))
-        engine = evaluate.Engine(trained, LIMITS, 16)
+        engine = evaluate.Engine(trained_policy, LIMITS, 16)
         guessed = engine.guess
         monkeypatch.setattr(engine, "guess", lambda r: fed.append(guessed(r)) or fed[-1])
         again = engine.run(rows, 6, world)
@@ -325,35 +325,35 @@ def test_no_draft_however_bad_changes_a_conversation(undrafted, trained, world, 
         # samples with one beginning differ
         assert rate > 0.8 if name == "right" else rate < 0.1, (name, rate)
         assert engine.counts["drafted"] > 300
-    assert not {token for draft in fed for token in draft} & {*trained.suppressed_ids, *trained.stop}
+    assert not {token for draft in fed for token in draft} & {*trained_policy.suppressed_ids, *trained_policy.stop}
 
 
 @pytest.mark.parametrize("limits", [evaluate.Limits(6, 6, 5, 1200),
                                     evaluate.Limits(6, 6, 48, None)],
                          ids=["token cap", "end of the context"])
-def test_drafts_end_where_the_conversation_must(undrafted, trained, world, monkeypatch, limits):
+def test_drafts_end_where_the_conversation_must(undrafted, trained_policy, world, monkeypatch, limits):
     """A draft that runs on for ever meets the cap of a turn, and the end of a context with no spare
     token."""
     if limits.max_model_len is None:
         r = max(undrafted, key=lambda r: len(r.turns))
         second = [i for i in range(1, len(r.token_ids)) if r.loss_mask[i] and not r.loss_mask[i - 1]][1]
         limits = replace(limits, max_model_len=second + limits.max_new_tokens)
-    expected = play(trained, world, samples=6, slots=16, limits=limits, draft=0)
+    expected = play(trained_policy, world, samples=6, slots=16, limits=limits, draft=0)
     monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(oracle(expected, beyond=[105] * 50)))
-    again = play(trained, world, samples=6, slots=16, limits=limits, draft=50)
+    again = play(trained_policy, world, samples=6, slots=16, limits=limits, draft=50)
     assert same(again, expected) and same_logprobs(again, expected)
     assert {r.finish_reason for r in again} & {"void", "over_context"}
     assert all(len(r.token_ids) <= limits.max_model_len for r in again)
 
 
-def test_the_cache_given_is_the_cache_used(trained, world):
+def test_the_cache_given_is_the_cache_used(trained_policy, world):
     """A library that renamed the argument would swallow it, and go on with a cache of its own."""
-    engine = evaluate.Engine(trained, LIMITS, slots=1)
+    engine = evaluate.Engine(trained_policy, LIMITS, slots=1)
     engine.run(tools.read_jsonl(world / "train.jsonl")[:1], 1, world)
     assert all(store[0, :, 0].abs().sum() > 0 for layer in engine.cache.layers for store in layer)
 
 
-def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypatch):
+def test_nothing_stale_in_the_cache_is_seen(undrafted, trained_policy, world, monkeypatch):
     """After every pass all columns behind a conversation, rejected drafts among them, are made
     absurd."""
     forward = evaluate.Engine.forward
@@ -366,10 +366,10 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained, world, monkeypat
         return forward(engine, slots, *rest)
 
     monkeypatch.setattr(evaluate.Engine, "forward", poisoned)
-    monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(random_ids(trained)))
-    again = play(trained, world, samples=6, slots=16)
+    monkeypatch.setattr(evaluate, "NgramProposer", lambda: Script(random_ids(trained_policy)))
+    again = play(trained_policy, world, samples=6, slots=16)
     assert same(again, undrafted) and same_logprobs(again, undrafted)
-    assert sampler_trainer_gap(trained, again) < 1e-10
+    assert sampler_trainer_gap(trained_policy, again) < 1e-10
 
 
 def test_what_is_kept_of_a_draft_by_hand(make_tiny):
@@ -504,9 +504,9 @@ def attend_over(policy, fed, pieces, seed=0):
 @pytest.mark.parametrize("fed, pieces", [
     ([0], [70]), ([90], [70]), ([5, 300, 0, 40], [1, 50, 33, 4]), ([9] * 11, [3] * 11),
     ([7, 7, 50, 50, 1], [32, 31, 40, 40, 0])], ids=str)
-def test_attention_over_slots_equals_a_softmax(every, fed, pieces):
+def test_attention_over_slots_equals_a_softmax(each_family, fed, pieces):
     """Prompts, observations behind a conversation and short pieces, of slots side by side."""
-    ours, theirs = attend_over(every, fed, pieces)
+    ours, theirs = attend_over(each_family, fed, pieces)
     assert (ours - theirs).abs().max() < 1e-12
 
 
@@ -552,21 +552,21 @@ def test_places_of_two_slots_by_hand(make_tiny):
     assert cache.layers[0][0].shape[2] == 256
 
 
-def test_a_long_piece_builds_no_mask(trained):
+def test_a_long_piece_builds_no_mask(trained_policy):
     """3,000 new tokens behind 1,000: masks of (heads, new, all) would take 190 MB, and more at
     32k."""
-    cache = evaluate.SlotCache(trained.model.config.text_config, 2, torch.float64, "cpu", 4096)
+    cache = evaluate.SlotCache(trained_policy.model.config.text_config, 2, torch.float64, "cpu", 4096)
     cache.grow(4096)
     with LiveBytes() as memory:
         cache.at([0, 1], [1000, 30], [3000, 4], "cpu")
     assert memory.peak < 1e6
 
 
-def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
+def test_a_forward_pass_holds_no_more_images_than_a_context(trained_policy, world):
     """As many conversations wait for an image as there are slots: their pieces are fed one after
     the other when together they are longer than --max_model_len, and results are the same."""
     limits = replace(LIMITS, max_model_len=420)
-    expected, fed = play(trained, world, samples=6, slots=1, limits=limits), []
+    expected, fed = play(trained_policy, world, samples=6, slots=1, limits=limits), []
 
     class Counting(evaluate.Engine):
         def forward(self, slots, pieces, images, draws=None):
@@ -574,7 +574,7 @@ def test_a_forward_pass_holds_no_more_images_than_a_context(trained, world):
             return super().forward(slots, pieces, images, draws)
 
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
-    again = Counting(trained, limits, 16).run(rows, 6, world)
+    again = Counting(trained_policy, limits, 16).run(rows, 6, world)
     assert same(again, expected) and max(fed) <= 420 < 18 * min(n for n in fed if n)
 
 
@@ -715,15 +715,15 @@ def test_corrupt_image_is_one_line(trained_folder, world, tmp_path):
 # Served models and the judge, with real servers on loopback
 
 
-def test_a_served_model_is_measured_like_a_local_one(trained, trained_folder, world, prompts,
+def test_a_served_model_is_measured_like_a_local_one(trained_policy, trained_folder, world, prompts,
                                                      tmp_path):
     """The same questions greedily, by the engine and by evaluate.py through a server around that
     engine."""
     rows = tools.read_jsonl(world / "train.jsonl")[:3]
     expected = [r.to_row()
-                for r in evaluate.Engine(trained, LIMITS, 4, greedy=True).run(rows, 1, world)]
+                for r in evaluate.Engine(trained_policy, LIMITS, 4, greedy=True).run(rows, 1, world)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    with ChatServer(engine_behind_a_server(trained)) as server:
+    with ChatServer(engine_behind_a_server(trained_policy)) as server:
         done = run_script("evaluate.py", "--model", server.url, "--model_name", "tiny", "--data",
                           world / "train.jsonl",
                           "--limit", 3, "--num_samples", 1, "--greedy", "--budgets", 6,
@@ -740,12 +740,12 @@ def test_a_served_model_is_measured_like_a_local_one(trained, trained_folder, wo
     assert rates == [{"id": r["id"], "pass_rate": r["reward"], "samples": 1} for r in expected]
 
 
-def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(trained, world,
+def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(trained_policy, world,
                                                                            tmp_path):
     """Two processes; one of six conversations is refused. The same command plays that question
     only, and no other."""
     refused = [True]
-    behave = engine_behind_a_server(trained)
+    behave = engine_behind_a_server(trained_policy)
     rows = tools.read_jsonl(world / "train.jsonl")[:6]
 
     def refuse_one(body):

@@ -333,7 +333,7 @@ def test_who_is_masked(flags, expected):
                 ran_out, key=evaluate.FINISH_REASONS.index)
 
 
-def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
+def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
     """A conversation that was played on is cut behind its first or second turn: its tokens,
     log-probs and images are those of the same conversation played with as many turns at most, its
     reward is that of the whole; one that was shorter stays as it is."""
@@ -351,7 +351,7 @@ def test_outcome_trains_on_the_turns_before_the_cap(trained, world):
             assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
                     and len(part.logprobs) == sum(part.loss_mask))
             assert [t["text"] for t in part.turns] == [t["text"] for t in short.turns]
-            assert len(part.with_images(trained).images) == len(short.with_images(trained).images)
+            assert len(part.with_images(trained_policy).images) == len(short.with_images(trained_policy).images)
             assert (whole.token_ids, whole.loss_mask, whole.turns, whole.logprobs) == before
             cut += len(part.ids) < len(whole.token_ids)
         assert cut > 0
@@ -420,13 +420,13 @@ def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
         rl.read_sets([f"{tmp_path}/{spec}"])
 
 
-def test_trainer_agrees_with_sampler(trained, world):
+def test_trainer_agrees_with_sampler(trained_policy, world):
     """The log-probs of an update, before any step, are those the sampler recorded: every
     ratio is 1."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    rollouts = evaluate.Engine(trained, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
+    rollouts = evaluate.Engine(trained_policy, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
     with torch.no_grad():
-        new, old, mask = rl.compute_logprobs(trained, rollouts, rl.encode_rollouts(trained, rollouts))
+        new, old, mask = rl.compute_logprobs(trained_policy, rollouts, rl.encode_rollouts(trained_policy, rollouts))
     assert (((new - old)[mask]).abs().max() < 1e-9
             and (new[~mask] == 0).all() and (old[~mask] == 0).all())
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
@@ -688,7 +688,7 @@ def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
         rl.main()
 
 
-def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp_path):
+def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, world, tmp_path):
     """Answers in other words are unscored while the judge fails: their groups leave no signal,
     whatever the other rewards are."""
     rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
@@ -697,7 +697,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained, world, tmp
                               baseline="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
         judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
-        engine = evaluate.Engine(trained, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
+        engine = evaluate.Engine(trained_policy, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
         groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args,
                                                    "group")
         # no exact match: all is left to the judge

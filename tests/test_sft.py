@@ -73,8 +73,8 @@ def test_positions_by_hand(policy):
     assert where.tolist() == [[0] * 6 + [3], [0, 0, 0, 1, 1, 1, 3], [0, 1, 2, 0, 1, 2, 3]]
 
 
-def test_positions_like_the_library(every):
-    positions_agree(every)
+def test_positions_like_the_library(each_family):
+    positions_agree(each_family)
 
 
 def test_positions_like_the_library_of_an_untrained_policy(policy):
@@ -171,15 +171,15 @@ def test_nothing_comes_behind_the_last_turn(policy, refused_and_zoomed, world, t
 
 
 @pytest.mark.parametrize("size", [(84, 84), (252, 253), (756, 400), (30, 500), (1, 1), (57, 56)])
-def test_images_of_odd_sizes(every, size):
+def test_images_of_odd_sizes(each_family, size):
     """The copy shown is a multiple of patch x merge within the limits, and equals the family's
     processor at that size."""
-    image, patch = Image.effect_noise(size, 60).convert("RGB"), every.factor // 2
-    (patches, grid), = every.preprocess_images([image])
-    small = tools.resize_for_model(image, every.min_pixels, every.max_pixels, 2 * patch)
-    assert grid == every.grid(image) == (1, small.height // patch, small.width // patch)
+    image, patch = Image.effect_noise(size, 60).convert("RGB"), each_family.factor // 2
+    (patches, grid), = each_family.preprocess_images([image])
+    small = tools.resize_for_model(image, each_family.min_pixels, each_family.max_pixels, 2 * patch)
+    assert grid == each_family.grid(image) == (1, small.height // patch, small.width // patch)
     assert patches.shape == (grid[1] * grid[2], 3 * 2 * patch**2)
-    reference = every.processor(images=[small], return_tensors="pt",
+    reference = each_family.processor(images=[small], return_tensors="pt",
                                 size={"shortest_edge": 1, "longest_edge": 10**9})
     assert torch.equal(reference["pixel_values"].double(), patches)
 
@@ -254,11 +254,11 @@ def test_logprobs_of_texts_equal_the_library(policy):
     assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().max() > 1e-3
 
 
-def test_packed_batch_equals_padded_single_conversations(every, rows, world):
-    sequences = [sft.encode(every, row, world) for row in rows[:2]]
+def test_packed_batch_equals_padded_single_conversations(each_family, rows, world):
+    sequences = [sft.encode(each_family, row, world) for row in rows[:2]]
     with torch.no_grad():
-        together = sft.token_logprobs(every, sft.collate(every, sequences), chunk=64)
-        apart = torch.cat([reference_logprobs(every, s) for s in sequences])
+        together = sft.token_logprobs(each_family, sft.collate(each_family, sequences), chunk=64)
+        apart = torch.cat([reference_logprobs(each_family, s) for s in sequences])
     assert (together - apart).abs().max() < 1e-12
 
 
@@ -274,17 +274,17 @@ def test_chunks_change_neither_logprobs_nor_gradients(policy, rows, world):
         assert torch.allclose(a, b, atol=1e-10)
 
 
-def test_checkpointing_gives_the_same_gradients(every, rows, world):
-    batch, grads = sft.collate(every, [sft.encode(every, rows[0], world)]), []
-    for switch in (every.model.gradient_checkpointing_disable,
-                   every.model.gradient_checkpointing_enable):
+def test_checkpointing_gives_the_same_gradients(each_family, rows, world):
+    batch, grads = sft.collate(each_family, [sft.encode(each_family, rows[0], world)]), []
+    for switch in (each_family.model.gradient_checkpointing_disable,
+                   each_family.model.gradient_checkpointing_enable):
         switch()
-        every.model.train()
-        sft.token_logprobs(every, batch).sum().backward()
-        grads.append([p.grad for p in every.model.parameters()])
-        every.model.zero_grad()
-    every.model.gradient_checkpointing_disable()
-    every.model.eval()
+        each_family.model.train()
+        sft.token_logprobs(each_family, batch).sum().backward()
+        grads.append([p.grad for p in each_family.model.parameters()])
+        each_family.model.zero_grad()
+    each_family.model.gradient_checkpointing_disable()
+    each_family.model.eval()
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads))
 
 
@@ -300,18 +300,18 @@ def test_banned_ids_have_no_probability(policy):
     assert scores.dtype == torch.float32 and (scores.exp().sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_batched_vision_windows_equal_the_library(every):
+def test_batched_vision_windows_equal_the_library(each_family):
     """Images of different sizes, hence windows of different lengths, against transformers' own loop
     over windows."""
     images = [Image.effect_noise(size, 80).convert("RGB")
               for size in ((84, 84), (140, 56), (84, 84), (252, 196))]
-    out = every.processor(images=images, return_tensors="pt",
+    out = each_family.processor(images=images, return_tensors="pt",
                           size={"shortest_edge": 1, "longest_edge": 10**9})
     pixels, grid, visual = (out["pixel_values"].double(), out["image_grid_thw"],
-                            every.model.model.visual)
+                            each_family.model.model.visual)
     with torch.no_grad():
         ours = visual(pixels, grid_thw=grid)
-        with library_attention(every):
+        with library_attention(each_family):
             theirs = visual(pixels, grid_thw=grid)
     assert (ours.pooler_output - theirs.pooler_output).abs().max() < 1e-12
     for a, b in zip(getattr(ours, "deepstack_features", []),
@@ -319,10 +319,10 @@ def test_batched_vision_windows_equal_the_library(every):
         assert (a - b).abs().max() < 1e-12
 
 
-def test_patch_embedding_equals_the_library(every):
+def test_patch_embedding_equals_the_library(each_family):
     """A convolution whose stride is its kernel, as a matrix product: values and gradients, with and
     without a bias (Qwen3-VL, Qwen2.5-VL); no convolution is run."""
-    embed, g = every.model.model.visual.patch_embed, torch.Generator().manual_seed(0)
+    embed, g = each_family.model.model.visual.patch_embed, torch.Generator().manual_seed(0)
     patches = torch.rand(7, embed.proj.weight[0].numel(), dtype=torch.float64, generator=g)
     found = []
     for forward in (embed.forward, functools.partial(type(embed).forward, embed)):
@@ -390,36 +390,36 @@ def test_step_rows_visit_every_row_once_per_epoch():
     assert torch.equal(torch.get_rng_state(), states[2]) and rows == [{"i": i} for i in range(7)]
 
 
-def test_freeze_vision(every):
+def test_freeze_vision(each_family):
     """The tower with its projector, Qwen3-VL's deepstack projectors included, is frozen and nothing
     else."""
-    names = {id(p): name for name, p in every.model.named_parameters()}
-    moving = {names[id(p)] for p in sft.trainable_parameters(every, freeze_vision=True)}
-    assert len(sft.trainable_parameters(every, freeze_vision=False)) == len(names)
+    names = {id(p): name for name, p in each_family.model.named_parameters()}
+    moving = {names[id(p)] for p in sft.trainable_parameters(each_family, freeze_vision=True)}
+    assert len(sft.trainable_parameters(each_family, freeze_vision=False)) == len(names)
     frozen = set(names.values()) - moving
     assert moving and frozen == {name for name in names.values()
                                  if name.startswith("model.visual.")}
     parts = {name.split(".")[2] for name in frozen}
     assert {"patch_embed", "blocks", "merger"} <= parts
-    assert ("deepstack_merger_list" in parts) == (every.model.config.model_type == "qwen3_vl")
+    assert ("deepstack_merger_list" in parts) == (each_family.model.config.model_type == "qwen3_vl")
 
 
 # -------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def test_exported_folder_loads_with_the_library(trained_folder, trained):
+def test_exported_folder_loads_with_the_library(trained_folder, trained_policy):
     model = AutoModelForImageTextToText.from_pretrained(trained_folder, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
     processor = AutoImageProcessor.from_pretrained(trained_folder, backend="pil")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
-                                                 trained.model.state_dict().values()))
+                                                 trained_policy.model.state_dict().values()))
     text = ('What digit is on the red square?<grounding>{"bbox_2d": [0.333, 0.0, 0.667, 1.0], '
             '"source": "observation_12"} é 漢')
-    assert (tokenizer.encode(text) == trained.tokenizer.encode(text)
+    assert (tokenizer.encode(text) == trained_policy.tokenizer.encode(text)
             and tokenizer.decode(tokenizer.encode(text)) == text)
-    assert processor.size["longest_edge"] == trained.max_pixels
-    assert trained.suppressed_ids[0] in model.generation_config.suppress_tokens
+    assert processor.size["longest_edge"] == trained_policy.max_pixels
+    assert trained_policy.suppressed_ids[0] in model.generation_config.suppress_tokens
     chat = tokenizer.apply_chat_template([
         {"role": "system", "content": "Look closer."},
         {"role": "user", "content": [{"type": "text", "text": "Hi\n"}, {"type": "image"}]}],
@@ -429,16 +429,16 @@ def test_exported_folder_loads_with_the_library(trained_folder, trained):
                     "<|im_start|>assistant\n")
 
 
-def test_saved_and_loaded_again_it_is_the_same_policy(every, rows, world, tmp_path):
+def test_saved_and_loaded_again_it_is_the_same_policy(each_family, rows, world, tmp_path):
     """Also with weights where an optimizer has put them. Tied weights stay one tensor; limits, bans
     and processor are kept."""
-    policy = sft.load_policy(every.model.config._name_or_path, "cpu", "float32", every.prompts,
+    policy = sft.load_policy(each_family.model.config._name_or_path, "cpu", "float32", each_family.prompts,
                              70_000, 90_000)
     sft.Optimizer(sft.trainable_parameters(policy, freeze_vision=False), 1e-3, 0.0)
     sft.export(policy, tmp_path)
-    again = sft.load_policy(str(tmp_path), "cpu", "float32", every.prompts)
-    assert (again.min_pixels, again.max_pixels, again.suppressed_ids) == (70_000, 90_000, every.suppressed_ids)
-    assert len(list(again.model.parameters())) == len(list(every.model.parameters()))
+    again = sft.load_policy(str(tmp_path), "cpu", "float32", each_family.prompts)
+    assert (again.min_pixels, again.max_pixels, again.suppressed_ids) == (70_000, 90_000, each_family.suppressed_ids)
+    assert len(list(again.model.parameters())) == len(list(each_family.model.parameters()))
     with torch.no_grad():
         before, after = (sft.token_logprobs(p, sft.collate(p, [sft.encode(p, rows[0], world)]))
                          for p in (policy, again))
@@ -447,8 +447,8 @@ def test_saved_and_loaded_again_it_is_the_same_policy(every, rows, world, tmp_pa
                     for name in ("processor_config.json", "config.json"))
     names = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
     assert served["processor_class"] == names[kept["model_type"]]
-    assert kept["image_token_id"] == every.image_token_id
-    assert kept["video_token_id"] == every.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert kept["image_token_id"] == each_family.image_token_id
+    assert kept["video_token_id"] == each_family.tokenizer.convert_tokens_to_ids("<|video_pad|>")
 
 
 def test_a_word_is_one_token_wherever_it_is_copied(policy):
@@ -837,7 +837,7 @@ def train(kind, shard):
         norm = optimizer.step(0.01 * (step + 1), 3.0)
         for i, p in enumerate(reference):
             p.grad = sum(f[i].to(wide) for r, every in enumerate(factors)
-                         for m, f in enumerate(every) if (i, m) != (2, r))
+                         for m, f in enumerate(each_family) if (i, m) != (2, r))
         expected = torch.nn.utils.clip_grad_norm_(reference, 3.0).item()
         most = dict(float64=1e-12, float32=1e-5, bfloat16=1e-2)[kind]
         assert abs(norm / expected - 1) < most, (norm, expected)
