@@ -1,33 +1,35 @@
-"""Collect cold-start trajectories: a teacher solves questions turn by turn; only correct ones stay.
+"""Collect cold-start trajectories: a teacher solves questions turn by turn; correct ones are kept.
 
-The default teacher is scripted: it reads the scene's layout, but acts through the same tool and the
-same views as the policy, and says in each thought what it sees, what is still to be looked at, and
-where it goes next. That running list is what lets a small policy search for 32 turns: all it must
-remember stands in its own last turn.
+The default teacher is scripted. It knows where every object lies, but it acts through the same zoom
+tool and the same views as the policy. Each of its thoughts says what it sees, what is left to look
+at, and where it goes next. This running list lets a small policy search for 32 turns: all that the
+policy must remember is in its own last turn.
 
-Any model behind an OpenAI-compatible endpoint can teach as well (--teacher URL), as in the paper:
-it is shown six solved questions, images and turns, and then plays the question through the tool.
+A model behind an OpenAI-compatible server can be the teacher instead (--teacher URL), as in the
+paper. It is shown six solved questions, then plays each question through the tool. The code for it
+is in extras/served.py.
 
-Search patterns, one per trajectory, named in the row ("strategy"):
-    scan            the nine parts in reading order from a random start, every candidate at once
-    depth_first     the nine parts in random order, every candidate at once
-    hint            the parts that have the colour's wallpaper first, then the others
-    backtrack       goes to a place with nothing on it, says so, and goes back to the candidates
-    recover         makes a call that the tool refuses, and mends it
-    search_again    overlooks the target, finds nothing, and scans all nine parts again
-    recheck         looks twice before answering
-    guess           gives up after a few turns and answers with a guess, which it calls one. As with
-                    a real teacher only the lucky ones are kept: it is asked again until the answer
-                    is right, ATTEMPTS times at most. So the student searches, and guesses now and
-                    then; to unlearn that is what RL is for
+Search strategies, one per trajectory, named in the row ("strategy"). All of them look at every cell
+that may hold the target before they go to the next region:
+    scan            the nine regions in reading order from a random start
+    depth_first     the nine regions in random order
+    hint            the regions with wallpaper of the colour first, then the others
+    backtrack       zooms into a cell with nothing in it, says so, and returns to the candidates
+    recover         makes a call that the tool refuses, and corrects it
+    search_again    overlooks the target, finds nothing, and scans all nine regions again
+    recheck         looks at the target twice before it answers
+    guess           gives up after a few turns and answers with a guess, which it calls a guess.
+                    Only correct guesses are kept, as with a real teacher: it tries again until the
+                    guess is correct, MAX_ATTEMPTS times at most. The student learns to search, and
+                    to guess now and then. RL has to unlearn the guessing
 
 What differs from the Mini-o3 paper:
-1. The paper prompts a VLM with six exemplars; the scripted teacher needs neither network nor GPU.
-   The exemplars here are its own, on drawn images; --exemplars puts others in their place.
-2. What a served teacher writes after its call or answer is cut off, and its exemplars are not part
-   of the trajectory: the student learns to act without them.
-3. Deliberate mistakes (a wrong guess, a refused call, an overlooked target) are marked "learn":
-   false in their turn: the student sees them as context and learns the recovery only.
+1. The paper prompts a VLM with six exemplars. The scripted teacher needs neither network nor GPU.
+   A served teacher is shown trajectories of the scripted one, or those of --exemplars FILE.
+2. What a served teacher writes after its call or answer is cut off. The exemplars are not part of
+   the trajectory: the student learns to act without them.
+3. Turns with a deliberate mistake (a cell with nothing in it, a refused call, an overlooked target)
+   are marked "learn": false. The student sees them as context, and learns only the recovery.
 
 Commands (CPU work; a GPU or more nodes change nothing):
     default     python collect_coldstart.py
@@ -38,307 +40,410 @@ Commands (CPU work; a GPU or more nodes change nothing):
 import argparse
 import collections
 import hashlib
-import itertools
 import json
 import os
-import tempfile
-import types
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import tools
-from build_data import (PHRASES, POSITIONS, SHAPES, describe_cell, describe_part, describe_walls,                         parallel, position_box, positions_with)
+from build_data import (PHRASES, POSITIONS, SHAPES, describe_cell, describe_region,
+                        describe_wallpaper, map_in_processes, position_box, positions_with)
 
+# how often each strategy is drawn
 STRATEGIES = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
-            "search_again": 0.04, "recheck": 0.04, "guess": 0.22}
-ATTEMPTS = 10   # a guessed shape is right once in 4 times, a digit once in 10
+              "search_again": 0.04, "recheck": 0.04, "guess": 0.22}
+MAX_ATTEMPTS = 10   # a guessed shape is correct once in 4 times, a guessed digit once in 10
 
-
-def bad_call(rng, call, shown):
-    """JSON of a call that the tool refuses, in one of the ways in which small policies go wrong."""
-    x0, y0, x1, y1 = call["bbox_2d"]
-    missing = f"observation_{shown + int(rng.integers(1, 4))}"
-    changes = [{"source": missing}, {"bbox_2d": [x1, y1, x0, y0]},
-               {"bbox_2d": [x0, y0, x1 + 1.0, y1]}, {"bbox_2d": [x0, y0, x1]}]
-    kind = int(rng.integers(len(changes) + 1))
-    if kind == len(changes):
-        return json.dumps(call)[:-1]
-    return json.dumps({**call, **changes[kind]})
+# ---- The scripted teacher -----------------------------------------------------------------------
+# An image has nine regions, a region has nine cells; POSITIONS names both. The thoughts of one
+# trajectory, each with the state that it spells out after "In" and "Later". Its strategy is "hint",
+# its question "What digit is on the green star?".
+#
+# 1. I see green walls in bottom-right. Hint. Later bottom-right top-left top ... Go bottom-right.
+#        candidates: []
+#        unseen_regions: [bottom-right, top-left, top, ...], all nine
+# 2. I see green in top bottom-right. In observation_1 top bottom-right. Later top-left ... Go top.
+#        candidates: [(observation_1, [top, bottom-right])]
+#        unseen_regions: [top-left, top, ...]
+# 3. I see green square 3. Want star. No. In observation_1 bottom-right. Later top-left ...
+#    Go bottom-right.
+#        candidates: [(observation_1, [bottom-right])]
+# 4. I see green star 6. Want star. Yes. Answer 6.
 
 
 class Teacher:
-    """The scripted search. It knows the layout and keeps the state that its thoughts spell out:
-    `here`, a list of (source, places still to be looked at there), and `later`, parts of the
-    original image still to be looked at."""
+    """Searches for the target of one question, and writes the turns of that search.
 
-    def __init__(self, row, pattern, rng):
-        self.row, self.pattern, self.rng = row, pattern, rng
-        self.shown, self.here, self.later, self.parts = 0, [], [], {}   # parts: by observation
-        self.due = pattern      # until what the pattern is named after has happened
-        self.guess_at = int(rng.integers(1, 5)) if pattern == "guess" else None
+    candidates: [(source, positions)], the cells that may hold the target and have not been looked
+        at. source is the observation that shows their region.
+    unseen_regions: positions of the regions that have not been looked at.
+    region_of_observation: {source: index of the region that this observation shows}.
+    pending_event: the strategy, until what it is named after (such as a guess) has happened; then
+        None.
+    order: how the regions are ordered, one of "scan", "depth_first" and "hint".
+    """
 
-    def think(self, seen, place, source, call=None):
-        """A turn's text: what is seen, the state, where to go. call: JSON, a deliberate mistake."""
-        state = "".join(PHRASES["here"].format(source=s, places=" ".join(p)) for s, p in self.here)
-        if self.later:
-            state += PHRASES["later"].format(places=" ".join(self.later))
-        state += PHRASES["go"].format(place=place)
-        call = call or json.dumps({"bbox_2d": position_box(place), "source": source})
-        return f"<think>{seen}{state}</think><grounding>{call}</grounding>"
+    def __init__(self, row, strategy, rng):
+        self.row = row
+        self.rng = rng
+        self.pending_event = strategy
+        self.num_observations = 0
+        self.candidates = []
+        self.region_of_observation = {}
+        self.observations_before_guess = int(rng.integers(4)) if strategy == "guess" else None
+        # A strategy that is not an order of the regions needs one.
+        if strategy in ("scan", "depth_first", "hint"):
+            self.order = strategy
+        elif strategy == "search_again":
+            self.order = "hint"
+        else:
+            self.order = str(rng.choice(["hint", "scan", "depth_first"]))
+        self.unseen_regions = self.regions_in_order()
 
-    def ring(self):
-        """All parts in reading order from a random start."""
-        start = int(self.rng.integers(9))
-        return POSITIONS[start:] + POSITIONS[:start]
-
-    def plan(self):
-        """Choose the order of the parts; returns the word for it."""
-        row, self.order = self.row, "hint"
-        if self.pattern in ("scan", "depth_first"):
-            self.order = self.pattern
-        elif self.pattern not in ("hint", "search_again"):
-            self.order = str(self.rng.choice(["hint", "scan", "depth_first"]))
+    def regions_in_order(self):
+        """Return the positions of all nine regions in the order of this search."""
         if self.order == "scan":
-            self.later = self.ring()
-            return PHRASES["scan"]
+            return self.reading_order()
         if self.order == "depth_first":
-            self.later = [POSITIONS[i] for i in self.rng.permutation(9)]
-            return PHRASES["shuffle"]
-        hinted = [place for place, wall in zip(POSITIONS, row["wallpaper"]) if wall == row["colour"]]
-        self.later = hinted + [place for place in POSITIONS if place not in hinted]
-        return PHRASES["hint"]
+            return [POSITIONS[index] for index in self.rng.permutation(9)]
+        wallpaper_at = dict(zip(POSITIONS, self.row["wallpaper"]))
+        # False sorts before True, and sorting keeps the reading order of equal ones.
+        return sorted(POSITIONS, key=lambda position: wallpaper_at[position] != self.row["colour"])
 
-    def mistake(self, seen, source, place):
-        """The pattern's deliberate mistake on the way to a place, at even odds, once: a call that
-        is refused, or a look at a place where nothing is. Yields that turn, as look() does; returns
-        what is seen then."""
-        if self.rng.random() >= 0.5:
-            return seen
-        if self.due == "recover":
-            call = {"bbox_2d": position_box(place), "source": source}
-            yield self.think(seen, place, source, bad_call(self.rng, call, self.shown)), False
-            self.due = None
-            return PHRASES["sorry"]
-        held = [o[1] for o in self.row["objects"] if o[0] == self.parts.get(source)]
-        empty = [POSITIONS[i] for i in range(9) if i not in held]
-        if self.due == "backtrack" and self.here and empty:
-            yield self.think(seen, str(self.rng.choice(empty)), source), False
-            self.shown, self.due = self.shown + 1, None
-            return PHRASES["empty"] + PHRASES["back"]
-        return seen
-
-    def look(self, seen, learn):
-        """Say what is seen and choose the next view, candidates before parts. Yields (text, learn)
-        per turn; returns (part, place) of the view, place None for a whole part."""
-        source, places = self.here[0] if self.here else ("original_image", self.later)
-        place, rest = places[0], places[1:]
-        seen = yield from self.mistake(seen, source, place)
-        yield self.think(seen, place, source), learn
-        self.shown += 1
-        if self.here:
-            self.here = ([(source, rest)] if rest else []) + self.here[1:]
-            return self.parts[source], POSITIONS.index(place)
-        self.later, part = rest, POSITIONS.index(place)
-        self.parts[f"observation_{self.shown}"] = part
-        return part, None
-
-    def view_part(self, part):
-        """Read a view of one part and note the candidates. Returns (text, learn)."""
-        objects, colour = self.row["objects"], self.row["colour"]
-        overlooked = self.due == "search_again" and part == objects[0][0]
-        if overlooked:
-            objects, self.due = objects[1:], None
-        places = positions_with(objects, part, colour)
-        if places:
-            self.here.append((f"observation_{self.shown}", places))
-        return describe_part(objects, part, colour), not overlooked
-
-    def view_place(self, part, place):
-        """Read a view of one place. Returns (text, whether it ends in the answer)."""
-        row, found = self.row, [part, place] == self.row["objects"][0][:2]
-        seen = describe_cell(row["objects"], part, place)
-        seen += PHRASES["verdict"].format(wanted=row["target_attribute"], verdict="Yes" if found else "No")
-        if found and self.due == "recheck":
-            source = next(s for s in reversed(self.parts) if self.parts[s] == part)
-            self.here, self.later, self.due = [(source, [POSITIONS[place]])], [], None
-            return seen + PHRASES["check"], False
-        return seen + (PHRASES["answer"].format(answer=row["answer"]) if found else ""), found
+    def reading_order(self):
+        """Return the positions of all nine regions in reading order, from a random start."""
+        first_region = int(self.rng.integers(9))
+        return POSITIONS[first_region:] + POSITIONS[:first_region]
 
     def turns(self):
-        """Yield (text, learn) turn by turn until the answer."""
-        row, answer, learn, found = self.row, self.row["answer"], True, False
-        seen = describe_walls(row["wallpaper"], row["colour"]) + self.plan()
-        for turn in itertools.count(1):
-            if turn == self.guess_at:
-                shape = answer in SHAPES
-                answer = str(self.rng.choice(SHAPES) if shape else self.rng.integers(10))
-                seen, self.due = seen + PHRASES["guess"].format(answer=answer), None
-                break
-            part, place = yield from self.look(seen, learn)
-            if place is None:
-                seen, learn = self.view_part(part)
+        """Yield (text, learn) turn by turn, up to the answer."""
+        # 1. Look at the wallpaper of the whole image, and announce the order of the search.
+        observed_text = describe_wallpaper(self.row["wallpaper"], self.row["colour"])
+        observed_text += PHRASES["shuffle" if self.order == "depth_first" else self.order]
+        learn = True
+        is_solved = False
+        while not is_solved:
+            # 2. Strategy "guess" gives up after a few observations.
+            if self.num_observations == self.observations_before_guess:
+                self.pending_event = None
+                yield self.guess_turn(observed_text), True
+                return
+            # 3. Zoom into the next view, perhaps after a deliberate mistake.
+            source, position = self.next_view()
+            mistaken_text = self.mistaken_turn(observed_text, source, position)
+            if mistaken_text is not None:
+                yield mistaken_text, False
+                observed_text = self.notice_mistake()
+            yield self.zoom_turn(observed_text, source, position), learn
+            # 4. Describe the new view. A turn with a false description is not learned.
+            self.num_observations += 1
+            if source == "original_image":
+                observed_text, learn = self.look_at_region()
             else:
-                (seen, found), learn = self.view_place(part, place), True
-            if found:
-                break
-            if not self.here and not self.later:
-                seen += PHRASES["again"]
-                self.later = self.ring()
-        yield f"<think>{seen}</think><answer>{answer}</answer>", True
+                observed_text, is_solved = self.look_at_cell()
+                learn = True
+            # 5. If nothing is left to look at, the target was overlooked. Scan all regions again.
+            if not is_solved and not self.candidates and not self.unseen_regions:
+                observed_text += PHRASES["again"]
+                self.unseen_regions = self.reading_order()
+        yield answer_turn(observed_text, self.row["answer"]), True
+
+    def next_view(self):
+        """Return (source, position) of the next zoom: candidates come before unseen regions."""
+        if self.candidates:
+            source, cell_positions = self.candidates[0]
+            return source, cell_positions[0]
+        return "original_image", self.unseen_regions[0]
+
+    def zoom_turn(self, observed_text, source, position, call_json=None):
+        """Return a turn's text: what it sees, what is left to look at, where it goes, and the call.
+        call_json: a wrong call, instead of the zoom into that position."""
+        thought = observed_text
+        for candidate_source, cell_positions in self.candidates:
+            places = " ".join(cell_positions)
+            thought += PHRASES["here"].format(source=candidate_source, places=places)
+        if self.unseen_regions:
+            thought += PHRASES["later"].format(places=" ".join(self.unseen_regions))
+        thought += PHRASES["go"].format(place=position)
+        if call_json is None:
+            call_json = json.dumps({"bbox_2d": position_box(position), "source": source})
+        return f"<think>{thought}</think><grounding>{call_json}</grounding>"
+
+    def mistaken_turn(self, observed_text, source, position):
+        """Return a turn with the strategy's mistake, on the way to a position, or None. The mistake
+        happens once; before every zoom it has a chance of 1/2."""
+        if self.rng.random() >= 0.5:
+            return None
+        if self.pending_event == "recover":
+            call_json = refused_call(self.rng, source, position, self.num_observations)
+            return self.zoom_turn(observed_text, source, position, call_json)
+        if self.pending_event == "backtrack" and self.candidates:
+            # Cells without a colour are empty.
+            region_index = self.region_of_observation[source]
+            empty_positions = positions_with(self.row["objects"], region_index, None)
+            if empty_positions:
+                return self.zoom_turn(observed_text, source, str(self.rng.choice(empty_positions)))
+        return None
+
+    def notice_mistake(self):
+        """Return what the teacher says after its mistake."""
+        was_refused = self.pending_event == "recover"
+        self.pending_event = None
+        if was_refused:
+            return PHRASES["sorry"]
+        self.num_observations += 1  # the empty cell
+        return PHRASES["empty"] + PHRASES["back"]
+
+    def look_at_region(self):
+        """Describe the first unseen region and note its candidates. Return (description, learn)."""
+        region_index = POSITIONS.index(self.unseen_regions.pop(0))
+        source = f"observation_{self.num_observations}"
+        self.region_of_observation[source] = region_index
+        # The first object is the target. Strategy "search_again" overlooks it once.
+        noticed_objects = self.row["objects"]
+        is_overlooked = (self.pending_event == "search_again"
+                         and region_index == noticed_objects[0][0])
+        if is_overlooked:
+            self.pending_event = None
+            noticed_objects = noticed_objects[1:]
+        cell_positions = positions_with(noticed_objects, region_index, self.row["colour"])
+        if cell_positions:
+            self.candidates.append((source, cell_positions))
+        description = describe_region(noticed_objects, region_index, self.row["colour"])
+        return description, not is_overlooked
+
+    def look_at_cell(self):
+        """Describe the cell of the first candidate. Return (description, is_solved)."""
+        # 1. The cell is no candidate any more.
+        source, cell_positions = self.candidates[0]
+        position = cell_positions.pop(0)
+        if not cell_positions:
+            self.candidates.pop(0)
+        # 2. Say what it holds, and whether this is what the question asks for.
+        region_index = self.region_of_observation[source]
+        cell_index = POSITIONS.index(position)
+        is_target = [region_index, cell_index] == self.row["objects"][0][:2]
+        description = describe_cell(self.row["objects"], region_index, cell_index)
+        description += PHRASES["verdict"].format(wanted=self.row["target_attribute"],
+                                                 verdict="Yes" if is_target else "No")
+        if not is_target:
+            return description, False
+        # 3. Strategy "recheck" looks at the target a second time.
+        if self.pending_event == "recheck":
+            self.pending_event = None
+            self.candidates = [(source, [position])]
+            self.unseen_regions = []
+            return description + PHRASES["check"], False
+        return description + PHRASES["answer"].format(answer=self.row["answer"]), True
+
+    def guess_turn(self, observed_text):
+        """Return a last turn that guesses a shape or a digit, whichever the question asks for."""
+        if self.row["answer"] in SHAPES:
+            guessed_answer = str(self.rng.choice(SHAPES))
+        else:
+            guessed_answer = str(self.rng.integers(10))
+        return answer_turn(observed_text + PHRASES["guess"].format(answer=guessed_answer),
+                           guessed_answer)
+
+
+def answer_turn(thought, answer):
+    """Return the text of a last turn."""
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def refused_call(rng, source, position, num_observations):
+    """Return JSON of a call that the tool refuses. Small policies make such mistakes."""
+    x0, y0, x1, y1 = position_box(position)
+    missing_source = f"observation_{num_observations + int(rng.integers(1, 4))}"
+    wrong_calls = [json.dumps({"bbox_2d": [x0, y0, x1, y1], "source": missing_source}),
+                   json.dumps({"bbox_2d": [x1, y1, x0, y0], "source": source}),
+                   json.dumps({"bbox_2d": [x0, y0, x1 + 1.0, y1], "source": source}),
+                   json.dumps({"bbox_2d": [x0, y0, x1], "source": source}),
+                   json.dumps({"bbox_2d": [x0, y0, x1, y1], "source": source})[:-1]]  # no brace
+    return wrong_calls[rng.integers(len(wrong_calls))]
+
+
+# ---- From a question to a trajectory ------------------------------------------------------------
+
+
+def play(teacher, image, max_turns):
+    """Play the teacher's turns through the real tool. Return (turns, finish_reason, prediction)."""
+    views = [image]
+    turns = []
+    for text, learn in teacher.turns():
+        turn, finish_reason, prediction = tools.take_turn(
+            views, text, turn_number=len(turns) + 1, max_turns=max_turns, max_images=max_turns)
+        if not learn:
+            turn["learn"] = False
+        turns.append(turn)
+        if finish_reason is not None:
+            break
+    return turns, finish_reason, prediction
 
 
 def solve(job, root, prompts, max_turns, seed):
-    """The trajectory row of a question: the scripted teacher's turns, played through the real tool
-    on the real image; where it guesses, the last of several attempts. job: (number, question row).
-    """
-    index, row = job
-    rng = np.random.default_rng([seed, index])
-    drawn = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
+    """Return the scripted teacher's trajectory row for a question, correct or not. job: (index,
+    question row). Its random choices depend on the seed and the index only."""
+    question_index, row = job
+    rng = np.random.default_rng([seed, question_index])
+    drawn_strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
     image = tools.open_image(root / row["image"])
-    for attempt in range(1, ATTEMPTS + 1):
-        views, turns, teacher = [image], [], Teacher(row, drawn, rng)
-        for text, learn in teacher.turns():
-            turn, finish, prediction = tools.take_turn(
-                views, text, len(turns) + 1, max_turns, max_turns)
-            turns.append(turn if learn else {**turn, "learn": False})
-            if finish:
-                break
-        early = teacher.due in ("recover", "backtrack", "guess")  # it had the answer before
-        pattern = teacher.order if early else drawn
-        solved = trajectory(row, prompts, turns, finish, prediction, "scripted")
-        if pattern != "guess" or solved["reward"] == 1.0:
+    for num_attempts in range(1, MAX_ATTEMPTS + 1):
+        teacher = Teacher(row, drawn_strategy, rng)
+        turns, finish_reason, prediction = play(teacher, image, max_turns)
+        # A search that ended before its mistake or its guess is named after its order.
+        is_plain_search = teacher.pending_event in ("recover", "backtrack", "guess")
+        trajectory = trajectory_row(row, prompts, turns, finish_reason, prediction, "scripted")
+        trajectory["strategy"] = teacher.order if is_plain_search else drawn_strategy
+        trajectory["attempts"] = num_attempts
+        # Only a wrong guess is tried again.
+        if trajectory["strategy"] != "guess" or trajectory["reward"] == 1.0:
             break
-    return {**solved, "strategy": pattern, "attempts": attempt}
+    return trajectory
 
 
-def trajectory(row, prompts, turns, finish, prediction, teacher):
-    """The trajectory row of a conversation."""
-    reward = float(tools.match_answer(prediction, row["answer"], row.get("options")))
+def trajectory_row(row, prompts, turns, finish_reason, prediction, teacher_name):
+    """Return the trajectory row of a finished conversation about a question."""
+    is_correct = tools.match_answer(prediction, row["answer"], row.get("options"))
     return {**tools.without_layout(row), "system": prompts["system"], "turns": turns,
-            "finish_reason": finish, "prediction": prediction, "reward": reward, "teacher": teacher}
+            "finish_reason": finish_reason, "prediction": prediction,
+            "reward": float(is_correct), "teacher": teacher_name}
 
 
 def check_layout(row):
-    """A question of the default world with its layout, as the scripted teacher needs it."""
+    """Raise InputError unless row is a question with the layout that the scripted teacher reads."""
     tools.check_question(row)
-    objects, walls = row.get("objects"), row.get("wallpaper")
-    drawn = isinstance(objects, list) and objects and all(
-        isinstance(o, list) and [type(v) for v in o] == [int, int, str, str, int]
-        and 0 <= min(o[:2]) and max(o[:2]) < 9 for o in objects)
-    papered = isinstance(walls, list) and len(walls) == 9 and all(
-        isinstance(wall, (str, type(None))) for wall in walls)
-    named = isinstance(row.get("colour"), str) and isinstance(row.get("target_attribute"), str)
-    tools.check(drawn and papered and named, "the scripted teacher needs questions with a layout "
-               "('objects', 'walls'), as build_data.py draws them")
+    has_layout = all(row.get(field) for field in ("objects", "wallpaper", "colour",
+                                                  "target_attribute"))
+    tools.check(has_layout, "the scripted teacher needs questions with a layout ('objects', "
+                "'wallpaper'), as build_data.py draws them")
 
 
-def collect(rows, args, prompts, client=None, examples=()):
-    """Solve all questions in parallel, each kept in a partial file at once so that a kill loses
-    nothing. Returns (all trajectories in order, those that are correct). Questions that got no
-    usable reply stay open for another run."""
-    settings = [rows, prompts, args.max_turns, args.seed, args.teacher, client and [
-        args.teacher_model, args.max_new_tokens, args.min_pixels, args.max_pixels,
-        args.max_image_bytes, list(examples)]]  # another collection has another partial file
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    journal = tools.Journal(args.out.with_name(f"{args.out.name}.{digest}.partial"))
-    done = {row["id"]: row for row in journal.rows}
-    jobs = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
-    common = {"root": args.data.parent, "prompts": prompts, "seed": args.seed}
-    if client is None:
-        work = partial(solve, max_turns=args.max_turns, **common)
-        results = parallel(work, jobs, args.workers, "collect", len(done))
+# ---- The collection -----------------------------------------------------------------------------
+
+
+def collect(rows, args, prompts, served_teacher=None):
+    """Solve all questions and write the correct trajectories to --out.
+
+    Return (all trajectories in the order of rows, the correct ones). A question without a usable
+    reply of a served teacher has no trajectory. Another run of the same command tries it again.
+    """
+    # 1. Take over what an interrupted run of the same collection has finished.
+    journal = open_journal(rows, args, prompts, served_teacher)
+    trajectory_of = {trajectory["id"]: trajectory for trajectory in journal.rows}
+    jobs = [(index, row) for index, row in enumerate(rows) if row["id"] not in trajectory_of]
+    # 2. Solve the other questions. Each trajectory goes to disk as soon as it is finished.
+    num_finished = len(trajectory_of)
+    if served_teacher is None:
+        solve_job = partial(solve, root=args.data.parent, prompts=prompts,
+                            max_turns=args.max_turns, seed=args.seed)
+        new_trajectories = map_in_processes(solve_job, jobs, args.workers, "collect", num_finished)
     else:
-        from extras import served
-        limits = types.SimpleNamespace(max_turns=args.max_turns, max_images=args.max_turns,
-                                       max_new_tokens=args.max_new_tokens)
-        work = partial(served.solve_served, client=client, before=examples, limits=limits, **common)
-        played = served.in_threads(client, work, jobs, args.requests)
-        bar = tools.progress_bar(played, desc="collect", initial=len(done), total=len(rows))
-        results = (row for _, row in bar if row is not None)
-    for row in results:
-        done[row["id"]] = row
-        journal.add(row)
-    done = [done[row["id"]] for row in rows if row["id"] in done]
-    kept = [row for row in done if row["reward"] == 1.0]
-    if kept:
-        tools.write_jsonl(args.out, kept)
-    if len(done) == len(rows):
+        new_trajectories = served_teacher.solve_all(jobs, num_finished)
+    for trajectory in new_trajectories:
+        trajectory_of[trajectory["id"]] = trajectory
+        journal.add(trajectory)
+    # 3. Write the correct ones. If there are none, the old file stays.
+    trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
+    correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]
+    if correct_ones:
+        tools.write_jsonl(args.out, correct_ones)
+    if len(trajectories) == len(rows):
         journal.path.unlink()
-    return done, kept
+    return trajectories, correct_ones
+
+
+def open_journal(rows, args, prompts, served_teacher):
+    """Return the journal of this collection. Other questions or settings have another file."""
+    settings = [rows, prompts, args.max_turns, args.seed, args.teacher]
+    if served_teacher is not None:
+        settings += served_teacher.settings
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    return tools.Journal(args.out.with_name(f"{args.out.name}.{digest}.partial"))
+
+
+def print_summary(trajectories, correct_ones, args, served_teacher):
+    """Print how many trajectories are kept, how the others ended, and what the file contains."""
+    left_out = collections.Counter(trajectory["finish_reason"] for trajectory in trajectories
+                                   if trajectory["reward"] != 1.0)
+    print(f"teacher {args.teacher}: {len(trajectories)} trajectories, {len(correct_ones)} correct "
+          f"and kept, {left_out.total()} left out ({dict(left_out)})")
+    if served_teacher is None:
+        num_retries = sum(trajectory["attempts"] - 1 for trajectory in trajectories)
+        if num_retries:
+            print(f"asked again after a wrong guess: {num_retries} times")
+        print_counts("strategy", [trajectory["strategy"] for trajectory in correct_ones])
+    else:
+        served_teacher.print_cost()
+    print_counts("turns", [len(trajectory["turns"]) for trajectory in correct_ones])
+
+
+def print_counts(name, values):
+    """Print how often each value occurs."""
+    counts = sorted(collections.Counter(values).items())
+    print(f"per {name}: " + ", ".join(f"{value}: {count}" for value, count in counts))
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.")
+    parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/train.jsonl"),
-        help="questions (scripted: with their layout)")
+        help="questions; the scripted teacher needs their layout")
     add("--out", type=Path, default=Path("data/coldstart.jsonl"),
         help="trajectories; in the folder of --data, since image paths are relative to it")
-    add("--teacher", default="scripted", help="who solves the questions: 'scripted', or the URL "
-        "of an OpenAI-compatible server (its key in the environment variable TEACHER_API_KEY)")
+    add("--teacher", default="scripted", help="'scripted', or the URL of an OpenAI-compatible "
+        "server, whose key is in the environment variable TEACHER_API_KEY")
     add("--prompts", type=Path, help="JSON file with other system, question, observation and "
         "error texts; the system text is stored in the rows")
     add("--max_turns", type=int, default=32, help="longer solutions are counted and left out")
     add("--limit", type=int, help="use only the first questions")
     add("--workers", type=int, default=os.cpu_count(), help="processes of the scripted teacher")
-    add("--seed", type=int, default=0, help="patterns and the teacher's choices")
+    add("--seed", type=int, default=0, help="of the strategies and the teacher's choices")
     add = parser.add_argument_group("a served teacher (--teacher URL)").add_argument
     add("--teacher_model", help="name of the model on that server")
-    add("--exemplars", type=Path, help="trajectory rows that are shown first (default: six drawn)")
-    add("--requests", type=int, default=8, help="questions that are played at once")
-    add("--max_new_tokens", type=int, default=1024, help="a longer turn ends as void")
-    add("--min_pixels", type=int, default=40_000, help="smallest picture sent")
-    add("--max_pixels", type=int, default=2_000_000, help="largest picture sent")
-    add("--max_image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
-        "server, in bytes; larger ones become JPEG, and smaller")
+    add("--exemplars", type=Path, help="trajectory rows that are shown to the teacher; without "
+        "this flag, six of the scripted teacher")
+    add("--requests", type=int, default=8, help="questions that are played at the same time")
+    add("--max_new_tokens", type=int, default=1024, help="per turn; a longer turn ends as void")
+    add("--min_pixels", type=int, default=40_000, help="size of the smallest picture sent")
+    add("--max_pixels", type=int, default=2_000_000, help="size of the largest picture sent")
+    add("--max_image_bytes", type=int, default=1_500_000, help="pictures of more bytes are sent "
+        "as JPEG, and made smaller if that is not enough")
     args = parser.parse_args()
-    tools.check_number_flags(args, ["seed"])
-    tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must be "
-               f"in the folder of --data ({args.data.parent}), where the images are")
+    tools.check_number_flags(args, may_be_zero=("seed",))
+    tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must "
+                f"be in the folder of --data ({args.data.parent}), where the images are")
     tools.check(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "
-               "questions in --data; choose another name")
+                "questions in --data; choose another name")
     return args
 
 
-def print_summary(done, kept, args, client):
-    left_out = collections.Counter(row["finish_reason"] for row in done if row["reward"] != 1.0)
-    print(f"teacher {args.teacher}: {len(done)} trajectories, {len(kept)} correct and kept, "
-          f"{len(done) - len(kept)} left out ({dict(left_out)})")
-    again = sum(row.get("attempts", 1) - 1 for row in done)
-    if again:
-        print(f"asked again after a wrong guess: {again} times")
-    if client is not None:
-        from extras import served
-        served.print_cost("teacher", [client.used[k] for k in served.COSTS])
-    counts = {"turns": collections.Counter(len(row["turns"]) for row in kept)}
-    if client is None:  # a served teacher follows no pattern of ours
-        counts["strategy"] = collections.Counter(row["strategy"] for row in kept)
-    for name in sorted(counts):
-        found = sorted(counts[name].items())
-        print(f"per {name}: " + ", ".join(f"{key}: {times}" for key, times in found))
-
-
 def main():
+    # 1. Read the questions. Only the scripted teacher needs to know where the objects lie.
     args = parse_args()
-    check_row = check_layout if args.teacher == "scripted" else tools.check_question
+    is_scripted = args.teacher == "scripted"
+    check_row = check_layout if is_scripted else tools.check_question
     rows = tools.read_questions(args.data, "python build_data.py", check_row)[:args.limit]
     tools.check(rows, f"{args.data} has no rows; make it with: python build_data.py")
-    prompts, client, examples = tools.load_prompts(args.prompts), None, []
-    if args.teacher != "scripted":
-        from extras import served
-        client = served.ChatClient(args.teacher, args.teacher_model, "teacher", args.min_pixels,
-                                  args.max_pixels, args.max_image_bytes)
-        with tempfile.TemporaryDirectory() as folder:
-            shown = served.solved_examples(args.exemplars, prompts, Path(folder))
-            examples = served.show_examples(*shown, client, prompts)
-    done, kept = collect(rows, args, prompts, client, examples)
-    print_summary(done, kept, args, client)
-    tools.check(len(done) == len(rows), f"{len(rows) - len(done)} of {len(rows)} questions got no "
-               f"usable reply ({client and client.failures()}); run the same command again to try "
-               "just these")
-    tools.check(kept, f"none of {len(done)} trajectories is correct; {args.out} is left as it is")
+    prompts = tools.load_prompts(args.prompts)
+    # 2. Let the teacher solve them.
+    served_teacher = None
+    if not is_scripted:
+        from extras.served import make_teacher
+        served_teacher = make_teacher(args, prompts, solve, trajectory_row)
+    trajectories, correct_ones = collect(rows, args, prompts, served_teacher)
+    print_summary(trajectories, correct_ones, args, served_teacher)
+    # 3. Say what is missing.
+    num_open = len(rows) - len(trajectories)
+    if num_open:
+        raise tools.InputError(f"{num_open} of {len(rows)} questions got no usable reply "
+                               f"({served_teacher.client.failures()}); run the same command again "
+                               "to try just these")
+    tools.check(correct_ones, f"none of {len(trajectories)} trajectories is correct; {args.out} is "
+                "left as it is")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,37 @@
 """Evaluation: play questions with the policy, and report Avg@K accuracy over turn budgets.
 
-This file introduces the rollout engine, which rl.py uses unchanged: many conversations at once in
-the slots of one KV cache. A conversation keeps its cache over turns, so only new tokens are ever
-fed; the question's image and prompt are encoded once and shared by the K samples of a question; a
-finished conversation's slot is refilled at once.
+This file introduces the rollout engine, which rl.py uses unchanged. It plays many conversations at
+once, each in a slot of one KV cache. A conversation keeps its cache over turns, so only new tokens
+are fed. The question's image and prompt are encoded once and shared by the K samples of a question.
+When a conversation ends, the next one takes its slot at once.
 
 What differs from a textbook sampling loop and from the Mini-o3 paper:
-1. Token in, token out: sampled ids are appended as they are, with a mask and their log-probability;
-   text is decoded only to be parsed. Image placeholders can never be sampled.
-2. Each draw is a function of (seed, step, prompt, sample, position) and the logits, so a sample
-   does not depend on what else is in the batch, on slots or on processes (beyond rounding).
-3. Speculative decoding without a draft model and without an acceptance rule. What the policy tends
-   to write is drafted from n-grams it wrote before, fed in one pass, and drawn again at every
-   position; by (2) a draw that equals the draft is the very draw that decoding token by token would
-   have made, and the first that differs is so too. Conversations are the same without drafts.
+1. Token in, token out: sampled ids are appended as they are, with a loss mask and their
+   log-probability. Text is decoded only to be parsed. Image placeholders can never be sampled.
+2. Every sampled token is a function of (seed, step, prompt, sample, position) and the logits. So a
+   sample does not depend on the batch, on slots or on processes (beyond rounding).
+3. Speculative decoding without a draft model and without an acceptance rule. N-grams that the
+   policy wrote before propose a draft; one forward pass verifies it, by sampling at every position
+   of the draft. By (2) a sampled token that equals the draft is the one that decoding token by
+   token would have sampled, and so is the first that differs. Conversations are the same with and
+   without drafts.
 4. Accuracy at every turn budget T comes from one run with the largest budget: correct *and*
    finished within T turns. The policy is not told its budget, so its first T turns are the same.
 5. The standard error is over questions: the K samples of a question are not independent.
-6. A judge (--judge URL) is asked only where words alone cannot tell. A sample that it could not
-   judge has no score: it is left out and counted, never wrong.
+6. A judge (--judge URL) is asked only where words alone cannot tell. A sample that the judge could
+   not score is left out and counted; it does not count as wrong.
 
 Commands:
     1 CPU          python evaluate.py
     2 CPU cores    torchrun --nproc_per_node=2 evaluate.py
     1 GPU          python evaluate.py --model checkpoints/rl --max_num_seqs 64
     8 GPUs         torchrun --nproc_per_node=8 evaluate.py --data data/visualprobe/hard.jsonl \\
-                       --num_samples 32 --max_new_tokens 2048 --max_model_len 32768 --max_num_seqs 16
+                       --num_samples 32 --max_new_tokens 2048 --max_model_len 32768 \\
+                       --max_num_seqs 16
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                        --rdzv_endpoint=HOST:29500 evaluate.py ...
-    a server       python evaluate.py --model http://localhost:8000/v1 --model_name NAME --max_num_seqs 16
+    a server       python evaluate.py --model http://localhost:8000/v1 --model_name NAME \\
+                       --max_num_seqs 16
     a page         python extras/report.py results/rl results/sft
 """
 
@@ -37,16 +40,18 @@ import collections
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 import sft
 import tools
@@ -54,606 +59,991 @@ import tools
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
 FINISH_REASONS = ["answer", "void", "over_turn", "over_context"]
 
-# ---- The rollout engine -------------------------------------------------------------------------
+# ---- One conversation ---------------------------------------------------------------------------
 
 
 @dataclass
 class Limits:
-    """What ends a conversation. Turns and images are counts (the original is an image); tokens are
-    per turn and in all."""
+    """What ends a conversation. The original image counts as one of max_images."""
     max_turns: int = 32
     max_images: int = 32
-    max_new_tokens: int = 96
-    max_model_len: int = 4096
+    max_new_tokens: int = 96        # per turn
+    max_model_len: int = 4096       # tokens of the whole conversation
 
 
 @dataclass
 class Rollout(sft.Sequence):
-    """One conversation while it is played and after. logprobs: one number per token the policy
-    wrote, in order.
+    """One conversation, while it is played and after.
 
-    fed: how many of ids are in the KV cache; next_position: M-RoPE position of ids[fed]; pending_image:
-    an observation that was appended but not fed yet (a future, since it is cut into patches in the
-    background). What was seen is let go of at the end. numbers: random numbers, the n-th one for
-    the n-th token that the policy writes, however often that token is drawn.
+    token_ids and loss_mask are those of sft.Sequence; images stays empty, see with_images.
     """
+    # the question and the number of the sample
     row: dict = None
+    root: Path = None               # folder that the image's path is relative to
     system: str = ""
-    prompt: int = 0
-    sample: int = 0
-    root: Path = None
-    logprobs: list = field(default_factory=list)
-    views: list = field(default_factory=list)
+    prompt_number: int = 0          # enters the random stream
+    sample_number: int = 0
+    # what was played
+    logprobs: list = field(default_factory=list)    # one number per sampled token
     turns: list = field(default_factory=list)
+    turn_ends: list = field(default_factory=list)   # [k]: index just after the last token of turn k
     finish_reason: str = None
     prediction: str = None
-    reward: float = 0.0
+    # for training
+    reward: float = 0.0             # None: the judge gave no verdict
     advantage: float = 0.0
-    random: object = None
-    numbers: list = field(default_factory=list)
-    num_cached_tokens: int = 0
-    next_position: int = 0
-    pending_image: Future = None
-    turn_start: int = 0
-    job: tuple = None
+    group_index: int = 0            # which group of a step of rl.py
+    # the engine's own state
+    views: list = field(default_factory=list)       # PIL images; dropped at the end
+    turn_start: int = 0             # index of the first token of the current turn
+    num_cached_tokens: int = 0      # token_ids[:num_cached_tokens] are in the KV cache
+    next_position: int = 0          # M-RoPE position of token_ids[num_cached_tokens]
+    pending_image: Future = None    # [(patches, grid)] of an observation that is not fed yet
+    random_generator: np.random.Generator = None
+    uniforms: list = field(default_factory=list)    # [n]: the number that samples token n
 
-    def uniform(self, count):
-        """Random numbers for the next `count` tokens behind those that logprobs counts: a list of
-        floats from 0 to 1, 1 excluded, drawn as float32 from `random` and kept in `numbers`."""
-        at = len(self.logprobs)
-        while len(self.numbers) < at + count:
-            self.numbers += self.random.random(64, dtype=np.float32).tolist()
-        return self.numbers[at:at + count]
+    def next_uniforms(self, count):
+        """Return the random numbers in [0, 1) that sample the next `count` tokens.
+
+        uniforms[n] belongs to the n-th sampled token of the conversation. A draft token that is
+        rejected does not use one up.
+        """
+        first = len(self.logprobs)
+        while len(self.uniforms) < first + count:
+            self.uniforms += self.random_generator.random(64, dtype=np.float32).tolist()
+        return self.uniforms[first:first + count]
 
     def to_row(self):
-        """The trajectory row that is written to JSONL."""
+        """Return the trajectory row that is written to JSONL."""
         return {**tools.without_layout(self.row), "system": self.system, "turns": self.turns,
-                "finish_reason": self.finish_reason, "prediction": self.prediction, "reward": self.reward,
-                "teacher": "policy", "sample": self.sample}
+                "finish_reason": self.finish_reason, "prediction": self.prediction,
+                "reward": self.reward, "teacher": "policy", "sample": self.sample_number}
 
-    def score(self, judge=None):
-        """Reward 1 if the answer is right, else 0. Where words alone cannot tell: the judge's
-        verdict, a Future for now."""
+    def compute_reward(self, judge=None):
+        """Set reward to 1 if the answer is right, else 0. Where words alone cannot tell, the judge
+        sets it later (judge.wait() waits for that)."""
         options = self.row.get("options")
-        self.reward = float(tools.match_answer(self.prediction, self.row["answer"], options))
-        if judge is not None and not self.reward and not tools.is_decided(self.prediction, options):
-            self.reward = judge.submit(self.row["question"], self.row["answer"], self.prediction)
+        is_match = tools.match_answer(self.prediction, self.row["answer"], options)
+        self.reward = float(is_match)
+        if judge is not None and not is_match and not tools.is_decided(self.prediction, options):
+            judge.submit(self)
 
     def with_images(self, policy):
-        """A copy with all images that were seen, cut again: kept, they would make memory grow with
-        the number of rollouts."""
-        image, shown = open_and_preprocess(policy, Path(self.root) / self.row["image"])
+        """Return a copy with all images of the conversation, cropped again from the original.
+
+        The engine does not keep them: memory would grow with the number of rollouts.
+        """
+        path = Path(self.root) / self.row["image"]
+        image, preprocessed = open_and_preprocess(policy, path)
         views = tools.replay(self.to_row(), image)
-        return replace(self, images=[shown, *policy.preprocess_images(views[1:])])
+        return replace(self, images=[preprocessed, *policy.preprocess_images(views[1:])])
 
 
 @functools.lru_cache(maxsize=1)     # the conversations of a group share one image
 def open_and_preprocess(policy, path):
-    """An image, and the copy of it that the model sees: (PIL image, (patches, grid))."""
+    """Return an image and the copy of it that the model sees: (PIL image, (patches, grid))."""
     image = tools.open_image(path)
     return image, policy.preprocess_images([image])[0]
 
 
-CHUNK = 8   # slots that attend in one call, each over as many columns as the longest of them has
-LONG = 64   # a piece of more new tokens (a prompt, an observation) attends alone, and needs no mask
+# ---- The KV cache -------------------------------------------------------------------------------
+
+MAX_SPAN_SLOTS = 8      # slots that attend in one call
+MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
+MAX_SHORT_FEED = 64     # a slot with more new tokens (a prompt, an observation) attends alone
 
 
-def plan_spans(pieces):
-    """Cut slots with these numbers of new tokens into spans that attend in one call: a list of
-    (first, last), last excluded. A slot joins the span of the one before it, unless that one has
-    CHUNK slots, either piece is a LONG one (which is a span of its own), or they differ by more
-    than 12 tokens, since all of a span is padded to its longest piece. Spans without a new token
-    are left out."""
+def plan_spans(num_new):
+    """Group neighbouring slots into spans: a span attends in one call.
+
+    num_new: new tokens of each slot. All slots of a span are padded to its most new tokens. So a
+    new span starts after MAX_SPAN_SLOTS slots, where two neighbours differ by more than
+    MAX_SPAN_PADDING tokens, and before and after a slot with more than MAX_SHORT_FEED tokens.
+    Returns a list of (first, last), last excluded. Spans without any new token are left out.
+
+        >>> plan_spans([70, 1, 5, 1, 30])
+        [(0, 1), (1, 4), (4, 5)]
+    """
     spans = []
-    for i, piece in enumerate(pieces):
-        before = pieces[i - 1]  # of the first one: not asked for
-        if (i > 0 and i - spans[-1][0] < CHUNK and max(piece, before) <= LONG
-                and abs(piece - before) <= 12):
-            spans[-1] = spans[-1][0], i + 1
+    for slot, count in enumerate(num_new):
+        if slot == 0:
+            spans.append((0, 1))
+            continue
+        first, _ = spans[-1]
+        count_before = num_new[slot - 1]
+        has_room = slot - first < MAX_SPAN_SLOTS
+        both_short = max(count, count_before) <= MAX_SHORT_FEED
+        if has_room and both_short and abs(count - count_before) <= MAX_SPAN_PADDING:
+            spans[-1] = (first, slot + 1)
         else:
-            spans.append((i, i + 1))
-    return [(first, last) for first, last in spans if max(pieces[first:last])]
+            spans.append((slot, slot + 1))
+    return [(first, last) for first, last in spans if max(num_new[first:last]) > 0]
+
+
+class RowPlan(NamedTuple):
+    """Where new tokens go in the cache, and in which rows they attend. Integer arrays."""
+    spans: list                     # [(first, last)] of plan_spans
+    slot_of_token: np.ndarray       # (N,)
+    column_of_token: np.ndarray     # (N,) where its key and value are written
+    row_of_token: np.ndarray        # (N,)
+    token_of_row: np.ndarray        # (P,) token 0 in a row of padding
+    last_visible: np.ndarray        # (P,) last column that the query of a row sees: its own
+
+
+def plan_rows(first_slot, num_cached, num_new):
+    """Plan the attention of neighbouring slots, of which the first is first_slot.
+
+    num_cached, num_new: arrays with the number of cached and of new tokens of each slot. All N new
+    tokens are given end to end. To attend, they are laid out in P rows: every slot is padded to the
+    most new tokens of its span. Returns a RowPlan.
+
+    Slots 2 and 3 have 5 and 6 cached tokens and get 1 and 2 new ones. They are one span, and row 1
+    is padding:
+
+        >>> plan_rows(2, np.array([5, 6]), np.array([1, 2]))
+        RowPlan(spans=[(0, 2)],
+                slot_of_token=array([2, 3, 3]),
+                column_of_token=array([5, 6, 7]),
+                row_of_token=array([0, 2, 3]),
+                token_of_row=array([0, 0, 1, 2]),
+                last_visible=array([5, 6, 6, 7]))
+    """
+    spans = plan_spans(num_new)
+    slots = []
+    columns = []
+    is_real = []
+    for first, last in spans:
+        new = num_new[first:last, None]                                 # (b, 1)
+        offset = np.arange(new.max())                                   # (w,)
+        slot = first_slot + np.arange(first, last)                      # (b,)
+        column = num_cached[first:last, None] + offset                  # (b, w)
+        slots.append(slot.repeat(len(offset)))                          # (b * w,)
+        columns.append(column.ravel())                                  # (b * w,)
+        is_real.append((offset < new).ravel())                          # (b * w,)
+    slot_of_row = np.concatenate(slots)                                 # (P,)
+    column_of_row = np.concatenate(columns)                             # (P,)
+    is_real_row = np.concatenate(is_real)                               # (P,)
+    return RowPlan(spans,
+                   slot_of_token=slot_of_row[is_real_row],
+                   column_of_token=column_of_row[is_real_row],
+                   row_of_token=is_real_row.nonzero()[0],
+                   token_of_row=np.where(is_real_row, is_real_row.cumsum() - 1, 0),
+                   last_visible=column_of_row)
 
 
 def to_device(device, *arrays):
-    """Arrays of integers as tensors on the device, in one copy: on a GPU every small one would cost
-    as much as a layer."""
-    arrays = [np.asarray(array) for array in arrays]
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
-    parts = flat.split([array.size for array in arrays])
+    """Copy arrays of integers to the device in one transfer. Returns tensors of the same shapes.
+
+    On a GPU every small transfer would cost as much as a layer of the model.
+    """
+    flat = np.concatenate([array.ravel() for array in arrays])
+    parts = torch.from_numpy(flat).to(device).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays)]
 
 
 class SlotCache:
-    """Keys and values of every slot, two tensors per layer: (slots, heads, length, D). Grows with
-    the longest conversation.
+    """Keys and values of every slot: two tensors (num_slots, K, length, D) per layer, K key heads.
 
-    The model calls update() in every layer; the engine says beforehand, with at(), which slots and
-    columns are written. Nothing is ever erased: a column is written anew, by a token that is kept,
-    before any query may see it. What is attended to is cut into spans of neighbouring slots, so
-    that nothing is copied and a short conversation is not charged for the longest one. The engine
-    keeps conversations of similar length together.
+    The cache grows with the longest conversation. Rejected draft tokens are not erased: their
+    columns are overwritten before any query can see them. Attention runs over spans of neighbouring
+    slots, each cut to its own longest conversation. So nothing is copied, and a short conversation
+    is not charged for the longest one, if slots are sorted by length (see Engine.evict).
     """
 
-    def __init__(self, config, slots, dtype, device, longest):
-        heads, width = config.num_key_value_heads, sft.head_size(config)
-        self.slots, self.longest, self.share = slots, longest, config.num_attention_heads // heads
-        # a GPU's allocator would keep what was outgrown, so there all of it is taken at once
-        length = longest if torch.device(device).type == "cuda" else 256
-        shape = slots, heads, length, width
-        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"]
-                       for _ in range(config.num_hidden_layers)]
+    def __init__(self, config, num_slots, dtype, device, max_length):
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads     # H / K
+        # A GPU's allocator would keep what was outgrown, so there all memory is taken at once.
+        length = max_length if self.device.type == "cuda" else 256
+        shape = (num_slots, config.num_key_value_heads, length, sft.head_size(config))
+        self.layers = []
+        for _ in range(config.num_hidden_layers):
+            keys = torch.zeros(shape, dtype=dtype, device=device)
+            values = torch.zeros(shape, dtype=dtype, device=device)
+            self.layers.append([keys, values])
 
-    def at(self, slots, fed, pieces, device):
-        """Next forward: pieces[i] new tokens behind fed[i] old ones in slots[i], all N of them end
-        to end in one row; slots are neighbours. Makes room, and keeps the (2, N) slots and columns
-        of the tokens for update() in self.where. Returns what sft.attend_slots needs:
-        padded (P,): which token stands where if pieces are padded to the longest of their span
-        (token 0 where none does),
-        back (N,): where among these P places the tokens are,
-        spans: (first place, last place, width), a slice of slots, columns in use, and a mask
-        (b, 1, w * H / K, length): 0 where a query sees, else -inf; rows of one place stand
-        together. Of a LONG piece None: a large model's would take gigabytes.
+    def reserve(self, num_columns):
+        """Make room for conversations of num_columns tokens. Grows by half at least."""
+        length = self.layers[0][0].shape[2]
+        if num_columns <= length:
+            return
+        growth = max(num_columns - length, min(length // 2, self.max_length - length))
+        for layer in self.layers:   # one tensor after the other: never two whole caches at once
+            for index, tensor in enumerate(layer):
+                layer[index] = F.pad(tensor, (0, 0, 0, growth))
 
-        Two slots with 5 and 6 old tokens and pieces of 1 and 2, in one span, N = 3 and P = 4:
-            token           0   1   2
-            place       0   1   2   3       place 1 is padding
-            padded      0   0   1   2       back = 0, 2, 3          slice(0, 2), 8 columns
-            last seen   5   6   6   7       a query sees the columns up to its own
+    def plan(self, first_slot, num_cached, num_new):
+        """Prepare a forward pass over neighbouring slots, see plan_rows. Returns a CachePlan."""
+        # 1. Room for the longest conversation, and a row for every new token.
+        num_columns = num_cached + num_new
+        self.reserve(num_columns.max())
+        rows = plan_rows(first_slot, num_cached, num_new)
+        # 2. In a masked span every query head that shares a key head is a row of its own.
+        last_visible = rows.last_visible.repeat(self.queries_per_key)       # (P * H / K,)
+        slot_of_token, column_of_token, row_of_token, token_of_row, last_visible = to_device(
+            self.device, rows.slot_of_token, rows.column_of_token, rows.row_of_token,
+            rows.token_of_row, last_visible)
+        # 3. The rows, slots and columns of every span.
+        columns = torch.arange(num_columns.max(), device=self.device)
+        spans = []
+        first_row = 0
+        for first, last in rows.spans:
+            width = int(num_new[first:last].max())
+            last_row = first_row + (last - first) * width
+            length = int(num_columns[first:last].max())
+            mask = None
+            if width <= MAX_SHORT_FEED:
+                mask_rows = slice(first_row * self.queries_per_key,
+                                  last_row * self.queries_per_key)
+                mask = self.mask(columns[:length], last_visible[mask_rows], width)
+            slots = slice(first_slot + first, first_slot + last)
+            spans.append(Span(first_row, last_row, width, slots, length, mask))
+            first_row = last_row
+        return CachePlan(self.layers, slot_of_token, column_of_token, row_of_token, token_of_row,
+                         spans)
+
+    def mask(self, columns, last_visible, width):
+        """Return the mask of one span: 0 in columns that a query sees, -inf in the others.
+
+        columns (S,); last_visible (b * w * H / K,) -> (b, 1, w * H / K, S)
         """
-        slots, fed, pieces = np.array(slots), np.array(fed), np.array(pieces)
-        self.grow((fed + pieces).max())
-        cuts, places = plan_spans(pieces.tolist()), []
-        for first, last in cuts:
-            slot, old, new = (a[first:last, None] for a in (slots, fed, pieces))  # (b, 1) each
-            offset = np.arange(new.max())  # (width,)
-            grid = np.broadcast_arrays(slot, old + offset, offset < new)  # (b, width) each
-            places.append([array.ravel() for array in grid])
-        slot, column, real = map(np.concatenate, zip(*places))  # (P,) each
-        padded = np.where(real, real.cumsum() - 1, 0)  # a place of padding repeats the first token
-        where = np.stack([slot[real], column[real]])  # (2, N)
-        # a place has a row for each of the H / K queries that share a key head
-        self.where, padded, back, seen = to_device(
-            device, where, padded, real.nonzero()[0], column.repeat(self.share))
-        keys = torch.arange((fed + pieces).max(), device=device)
-        zero = torch.zeros((), dtype=self.layers[0][0].dtype, device=device)
-        spans, place = [], 0
-        for first, last in cuts:
-            width, length = int(pieces[first:last].max()), int((fed + pieces)[first:last].max())
-            end, mask = place + (last - first) * width, None
-            if width <= LONG:
-                rows = seen[place * self.share:end * self.share].view(-1, 1, width * self.share, 1)
-                mask = torch.where(keys[:length] > rows, -math.inf, zero)
-            both = slice(slots[first], slots[last - 1] + 1)
-            spans.append(((place, end, width), both, length, mask))
-            place = end
-        return padded, back, spans
+        last_visible = last_visible.view(-1, 1, width * self.queries_per_key, 1)
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(columns > last_visible, -math.inf, zero)
 
-    def grow(self, need):
-        """Make room for `need` columns."""
-        have = self.layers[0][0].shape[2]
-        if need > have:
-            more = max(need - have, min(have // 2, self.longest - have))
-            for layer in self.layers:  # one by one: old and new never exist whole side by side
-                layer[:] = [torch.nn.functional.pad(t, (0, 0, 0, more)) for t in layer]
+    def copy_out(self, slot, length):
+        """Return copies of the first `length` keys and values of a slot, layer by layer."""
+        return [[tensor[slot, :, :length].clone() for tensor in layer] for layer in self.layers]
 
-    def update(self, key, value, layer, *args, **kwargs):
-        """key, value: (1, heads, N, D) of the new tokens. Returns the keys and values of all slots,
-        of which spans are cut."""
-        slots, columns = self.where
-        for store, new in zip(self.layers[layer], (key, value)):
-            store[slots, :, columns] = new[0].transpose(0, 1)  # (N, heads, D)
-        return self.layers[layer]
-
-    def read(self, slot, length):
-        return [[t[slot, :, :length].clone() for t in layer] for layer in self.layers]
-
-    def write(self, slot, saved):
-        for layer, parts in zip(self.layers, saved):
-            for store, part in zip(layer, parts):
-                store[slot, :, :part.shape[1]] = part
+    def copy_in(self, slot, saved):
+        """Write what copy_out returned into a slot."""
+        for layer, saved_layer in zip(self.layers, saved):
+            for tensor, saved_tensor in zip(layer, saved_layer):
+                tensor[slot, :, :saved_tensor.shape[1]] = saved_tensor      # (K, length, D)
 
 
-class NgramProposer:
-    """What the policy tends to write: for every n-gram of a conversation, one guess at what it
-    writes next, and how often that was right lately. Whatever is in here, conversations are the
-    same: a bad guess only costs time (see Engine.keep)."""
-
-    def __init__(self, ngrams=(3, 6), most=200_000):
-        self.ngrams, self.most, self.guesses = ngrams, most, {}
-
-    def learn(self, ids, start):
-        """Take in what the policy wrote: ids[start:]. For the n-gram in front of each, which may
-        begin before start, shortest first: guesses[n-gram] = (token, rate), a moving average
-        (weight 0.2, from 0.7 on) of how often it was right; at 0.3 or below this token replaces it.
-        A longer n-gram is kept once a shorter one at its end was known before: what comes only once
-        costs little. A table of more than `most` begins anew."""
-        if len(self.guesses) > self.most:
-            self.guesses.clear()  # bounds memory; what is common is soon known again
-        for end in range(start, len(ids)):
-            token = ids[end]
-            for n in self.ngrams:
-                context = tuple(ids[end - n:end])
-                known = self.guesses.get(context)
-                if known is None:
-                    self.guesses[context] = token, 0.7
-                    break
-                guess, rate = known
-                rate += 0.2 * ((guess == token) - rate)  # a moving average
-                self.guesses[context] = (guess, rate) if rate > 0.3 else (token, 0.7)
-
-    def after(self, ids, most, least=0.5):
-        """A guess at what follows ids: a list of up to `most` tokens that are right together with a
-        chance of at least `least`. A token's guess is that of the longest n-gram known, however
-        often it is right. ids stay as they are."""
-        ids, chance, draft = ids[-self.ngrams[-1]:], 1.0, []
-        while len(draft) < most:
-            guess, rate = None, 0.0
-            for n in self.ngrams:
-                known = self.guesses.get(tuple(ids[-n:]))
-                if known is None:
-                    break
-                guess, rate = known
-            chance *= rate
-            if chance < least:
-                break
-            draft.append(guess)
-            ids.append(guess)
-        return draft
+class Span(NamedTuple):
+    """Neighbouring slots that attend in one call: b slots with w rows each, over S columns."""
+    first_row: int
+    last_row: int               # excluded; last_row - first_row = b * w
+    width: int                  # w
+    slots: slice                # b slots of the cache
+    length: int                 # S
+    mask: torch.Tensor          # (b, 1, w * H / K, S), or None: one slot with many new tokens
 
 
-COUNTS = ["passes", "drafted", "accepted"]  # passes of one slot each; tokens
+@dataclass
+class CachePlan:
+    """What the model uses as its KV cache in one forward pass over N new tokens.
+
+    Every layer calls update(), and then attend() through the attention function of sft.py.
+    """
+    layers: list                        # of the SlotCache
+    slot_of_token: torch.Tensor         # (N,)
+    column_of_token: torch.Tensor       # (N,)
+    row_of_token: torch.Tensor          # (N,)
+    token_of_row: torch.Tensor          # (P,)
+    spans: list
+
+    def update(self, key, value, layer_index, *args, **kwargs):
+        """Write the keys and values of the new tokens, (1, K, N, D) each, into a layer.
+
+        Returns the keys and values of all slots, (num_slots, K, length, D) each.
+        """
+        keys, values = self.layers[layer_index]
+        keys[self.slot_of_token, :, self.column_of_token] = key[0].transpose(0, 1)      # (N, K, D)
+        values[self.slot_of_token, :, self.column_of_token] = value[0].transpose(0, 1)
+        return keys, values
+
+    def attend(self, query, key, value, scaling):
+        """Let every new token attend to its own slot.
+
+        query (1, H, N, D): the new tokens of all slots end to end. key and value
+        (num_slots, K, length, D), as update() returns them. Returns (1, N, H, D).
+        """
+        num_key_heads = key.shape[1]
+        rows = query[0].transpose(0, 1)[self.token_of_row]                  # (P, H, D)
+        rows = rows.unflatten(1, (num_key_heads, -1))                       # (P, K, H / K, D)
+        outputs = []
+        for span in self.spans:
+            attention = attend_unmasked if span.mask is None else attend_masked
+            outputs.append(attention(
+                span,
+                rows[span.first_row:span.last_row],                         # (b * w, K, H / K, D)
+                key[span.slots, :, :span.length],                           # (b, K, S, D)
+                value[span.slots, :, :span.length], scaling))
+        return torch.cat(outputs)[self.row_of_token][None]                  # (1, N, H, D)
 
 
-def drafting(counts):
-    """What drafts have brought, from an engine's counts."""
-    return {"mean_acceptance_length": 1 + counts["accepted"] / max(counts["passes"], 1),
-            "acceptance_rate": counts["accepted"] / max(counts["drafted"], 1)}
+def attend_masked(span, rows, keys, values, scaling):
+    """Attend with a few new tokens per slot. Returns (b * w, H, D).
+
+    The H / K query heads that share a key head are laid along the query axis. So keys are neither
+    repeated nor read twice.
+    """
+    queries = rows.unflatten(0, (-1, span.width))                           # (b, w, K, H / K, D)
+    queries = queries.transpose(1, 2).flatten(2, 3)                         # (b, K, w * H / K, D)
+    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=span.mask,
+                                            scale=scaling)                  # (b, K, w * H / K, D)
+    output = output.unflatten(2, (span.width, -1)).transpose(1, 2)          # (b, w, K, H / K, D)
+    return output.flatten(2, 3).flatten(0, 1)
+
+
+def attend_unmasked(span, rows, keys, values, scaling):
+    """Attend with many new tokens of one slot. Returns (w, H, D).
+
+    Its last token sees all columns, the one before it all but one, and so on. The kernel knows this
+    pattern; as a tensor the mask would take gigabytes in a large model.
+    """
+    queries = rows.flatten(1, 2).transpose(0, 1)[None]                      # (1, H, w, D)
+    output = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=causal_lower_right(span.width, span.length),
+        scale=scaling, enable_gqa=True)                                     # (1, H, w, D)
+    return output[0].transpose(0, 1)
+
+
+# ---- The rollout engine -------------------------------------------------------------------------
+
+
+class Prefill(NamedTuple):
+    """The encoded prompt of a question. All samples of the question begin with it."""
+    image: object           # PIL image
+    token_ids: list         # of the whole prompt
+    keys_values: list       # of all its tokens but the last, see SlotCache.copy_out
+    next_position: int      # M-RoPE position of the last token
+
+
+class Feed(NamedTuple):
+    """What one slot feeds into one forward pass. A slot that waits for an image feeds no tokens."""
+    slot: int
+    num_cached_tokens: int
+    position: int           # M-RoPE position of the first new token
+    pending_ids: list       # tokens of the conversation that are not in the cache yet
+    draft: list             # proposed tokens after them (without drafts: [])
+    image: tuple            # (patches, grid) of an image among pending_ids, or None
+
+    @property
+    def token_ids(self):
+        return self.pending_ids + self.draft
+
+    @property
+    def num_sampled(self):
+        """A token is sampled after the last pending token and after every token of the draft."""
+        return len(self.draft) + 1 if self.pending_ids else 0
+
+
+def split_list(items, sizes):
+    """Cut a list into consecutive lists of these sizes."""
+    parts = []
+    first = 0
+    for size in sizes:
+        parts.append(items[first:first + size])
+        first += size
+    return parts
 
 
 class Engine:
-    """Plays (row, prompt, sample) jobs to the end: fill the slots -> draft -> feed -> draw -> keep
-    what agrees with the draft -> step the tool."""
+    """Plays conversations: fill the slots, then step until all are finished.
 
-    def __init__(self, policy, limits, slots=64, seed=0, step=0, greedy=False, judge=None, draft=4):
-        self.policy, self.limits, self.greedy, self.judge = policy, limits, greedy, judge
-        self.max_slots, self.key, self.cache = slots, (seed, step), None
-        self.draft, self.drafts, self.counts = draft, NgramProposer(), collections.Counter()
-        self.never = {*policy.suppressed_ids, *policy.stop_ids}  # not drafted: an image, what ends a turn
-        # newer versions of transformers call it "cache", and swallow a name that they do not know
-        known = inspect.signature(policy.model.model.forward).parameters
-        self.cache_name = "cache" if "cache" in known else "past_key_values"
-        self.loader = ThreadPoolExecutor(2)     # opens and resizes images while the model runs
+    A step: schedule -> forward -> sample -> accept -> let the tool answer complete turns -> evict
+    finished conversations. `greedy`: take the most likely token instead of a sample.
+    """
+
+    def __init__(self, policy, limits, max_num_seqs=64, seed=0, step=0, greedy=False, judge=None,
+                 num_speculative_tokens=4):
+        self.policy = policy
+        self.limits = limits
+        self.max_num_seqs = max_num_seqs
+        self.seed = seed
+        self.greedy = greedy
+        self.judge = judge
+        self.loader = ThreadPoolExecutor(2)     # crops and resizes images while the model runs
+        # Newer versions of transformers call it "cache", and ignore a name that they do not know.
+        parameters = inspect.signature(policy.model.model.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache = None
+        # of a run
+        self.waiting = collections.deque()      # Rollouts that have no slot yet
+        self.slots = []                         # the Rollout in each slot of the cache
+        self.prompt_images = iter(())           # (image, (patches, grid)) of every question
+        self.prefilled = None                   # the Prefill of the question begun last
+        self.progress = None
+        # of drafts
+        self.num_speculative_tokens = num_speculative_tokens
+        self.never_drafted = {*policy.suppressed_ids, *policy.stop_ids}
+        self.proposer = NgramProposer()
+        # of a step of rl.py
+        self.random_key = (seed, step)
+        self.counts = collections.Counter()
+
+    def begin_step(self, step):
+        """Take another random stream, and forget n-grams and counts.
+
+        A resumed run has no n-grams either. So it repeats the rounding of a run without a break.
+        """
+        self.random_key = (self.seed, step)
+        self.proposer = NgramProposer()
+        self.counts = collections.Counter()
+
+    def free_cache(self):
+        """Free the memory of the KV cache; the next run takes it again."""
+        self.cache = None
 
     @torch.inference_mode()
-    def run(self, rows, samples, root, prompts=None, bar=None):
-        """Play every row `samples` times. prompts: a number per row that enters its random stream
-        (default: its index). root: folder of the images, or one per row. Returns Rollouts ordered
-        by row, then sample. Raises InputError if a prompt does not fit in max_model_len."""
-        prompts = list(range(len(rows))) if prompts is None else prompts
-        self.queue = collections.deque((i, s) for i in range(len(rows)) for s in range(samples))
-        self.roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
-        self.rows, self.prompts, self.bar = rows, prompts, bar
-        self.slots, self.done, self.opened = [], {}, None
-        self.ahead = {0: self.loader.submit(self.load, 0)} if rows else {}
-        count = min(self.max_slots, len(self.queue))
-        if self.cache is None or self.cache.slots < count:
-            model = self.policy.model
-            self.cache = SlotCache(model.config.text_config, count, model.dtype,
+    def run(self, rows, num_samples, root, prompt_numbers=None, progress=None):
+        """Play every row num_samples times. Returns Rollouts, ordered by row, then sample.
+
+        root: folder of the images, or a list with one per row. prompt_numbers: the number of each
+        row that enters its random stream (default: its index). progress: has an update() per
+        finished conversation. Raises InputError if a prompt does not fit in max_model_len.
+        """
+        # 1. All conversations, in the order in which they are played and returned.
+        roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
+        if prompt_numbers is None:
+            prompt_numbers = range(len(rows))
+        rollouts = []
+        for row, folder, prompt_number in zip(rows, roots, prompt_numbers):
+            system = tools.system_text(row, self.policy.prompts)
+            for sample_number in range(num_samples):
+                rollouts.append(Rollout(row=row, root=folder, system=system,
+                                        prompt_number=prompt_number, sample_number=sample_number))
+        # 2. A cache with a slot for each of them, up to max_num_seqs.
+        model = self.policy.model
+        num_slots = min(self.max_num_seqs, len(rollouts))
+        if self.cache is None or self.cache.num_slots < num_slots:
+            self.cache = SlotCache(model.config.text_config, num_slots, model.dtype,
                                    self.policy.device, self.limits.max_model_len)
-        training, _ = self.policy.model.training, self.policy.model.eval()
-        while self.queue and len(self.slots) < self.max_slots:
-            self.slots.append(None)
-            self.start(len(self.slots) - 1)
+        # 3. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
+        self.waiting = collections.deque(rollouts)
+        self.slots = []
+        self.prompt_images = sft.prefetch(self.load_image, zip(rows, roots))
+        self.progress = progress
+        was_training = model.training
+        model.eval()
+        while len(self.slots) < num_slots:
+            self.slots.append(self.prefill(len(self.slots)))
         while self.slots:
             self.step()
-        self.policy.model.train(training)
-        return with_verdicts([self.done[key] for key in sorted(self.done)])
+        model.train(was_training)
+        # 4. The judge answers while conversations are played. Wait for its last verdicts.
+        if self.judge is not None:
+            self.judge.wait()
+        return rollouts
 
-    def load(self, i):
-        """Question i's image and the copy that the model sees."""
-        return open_and_preprocess(self.policy, Path(self.roots[i]) / self.rows[i]["image"])
+    def load_image(self, row_and_root):
+        """Return a question's image and the copy of it that the model sees."""
+        row, root = row_and_root
+        return open_and_preprocess(self.policy, Path(root) / row["image"])
 
-    def start(self, slot):
-        """Put the next job into a slot. The prompt is encoded by the first sample of a question;
-        the others copy its keys and values. The prompt's last token stays pending, so that the
-        first draw is like every other."""
-        i, sample = self.queue.popleft()
-        if self.opened is None or self.opened[0] != i:
-            image, shown = self.ahead.pop(i).result()
-            if i + 1 < len(self.rows):
-                self.ahead[i + 1] = self.loader.submit(self.load, i + 1)
-            ids = self.policy.prompt_ids(self.rows[i], shown[1])
-            turn, most = self.limits.max_new_tokens, self.limits.max_model_len
-            tools.check(len(ids) + turn <= most, f"question {self.rows[i]['id']}: prompt "
-                       f"({len(ids)} tokens) and one turn ({turn}) do not fit in --max_model_len "
-                       f"{most}: raise it or lower --max_pixels")
-            self.slots[slot] = Rollout()
-            _, after = self.forward([slot], [ids[:-1]], [shown])
-            self.opened = (i, image, ids, self.cache.read(slot, len(ids) - 1), after[0])
-        _, image, ids, saved, position = self.opened
-        self.cache.write(slot, saved)
-        self.slots[slot] = Rollout(
-            token_ids=list(ids), loss_mask=[False] * len(ids), row=self.rows[i], root=self.roots[i],
-            system=tools.system_text(self.rows[i], self.policy.prompts), prompt=self.prompts[i],
-            sample=sample, views=[image], num_cached_tokens=len(ids) - 1, next_position=position,
-            turn_start=len(ids), job=(i, sample),
-            random=np.random.default_rng([*self.key, self.prompts[i], sample]))
+    def prefill(self, slot):
+        """Start the next waiting conversation in a free slot, and return it.
+
+        The prompt's last token is not fed yet: the first token is sampled after it in step(), like
+        every other token.
+        """
+        rollout = self.waiting.popleft()
+        # 1. The first sample of a question encodes the prompt; all samples copy its cache.
+        if rollout.sample_number == 0:
+            self.prefilled = self.encode_prompt(slot, rollout.row)
+        prompt = self.prefilled
+        self.cache.copy_in(slot, prompt.keys_values)
+        # 2. The conversation so far is the prompt; none of it is trained on.
+        rollout.append(prompt.token_ids, False)
+        rollout.views.append(prompt.image)
+        rollout.turn_start = len(prompt.token_ids)
+        rollout.num_cached_tokens = len(prompt.token_ids) - 1
+        rollout.next_position = prompt.next_position
+        rollout.random_generator = np.random.default_rng(
+            [*self.random_key, rollout.prompt_number, rollout.sample_number])
+        return rollout
+
+    def encode_prompt(self, slot, row):
+        """Run the model on a question's prompt, in a slot that is free. Returns a Prefill."""
+        image, preprocessed = next(self.prompt_images)
+        _, grid = preprocessed
+        token_ids = self.policy.prompt_ids(row, grid)
+        limits = self.limits
+        tools.check(len(token_ids) + limits.max_new_tokens <= limits.max_model_len,
+                    f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
+                    f"({limits.max_new_tokens}) do not fit in --max_model_len "
+                    f"{limits.max_model_len}: raise it or lower --max_pixels")
+        feed = Feed(slot, 0, 0, token_ids[:-1], [], preprocessed)
+        _, next_positions = self.forward([feed])
+        keys_values = self.cache.copy_out(slot, len(token_ids) - 1)
+        return Prefill(image, token_ids, keys_values, next_positions[0])
 
     def step(self):
-        """Feed what is pending in every slot and a draft behind it, draw at the last pending token
-        and at every token of the draft, and keep what agrees. Slots with an image to come feed
-        nothing until it is their turn."""
-        fed_images = self.images_to_feed()
-        drafts = [None if r.pending_image and i not in fed_images else self.guess(r)
-                  for i, r in enumerate(self.slots)]
-        pieces = [[] if d is None else r.token_ids[r.num_cached_tokens:] + d for r, d in zip(self.slots, drafts)]
-        images = [r.pending_image.result()[0] if i in fed_images else None
-                  for i, r in enumerate(self.slots)]
-        draws = [0 if d is None else len(d) + 1 for d in drafts]
-        fed = sum(d is not None for d in drafts)
-        self.counts.update(passes=fed, drafted=sum(draws) - fed)
-        logprobs, after = self.forward(range(len(pieces)), pieces, images, draws)  # (M, V)
-        ids, scores = self.draw(logprobs, [r.uniform(n) for r, n in zip(self.slots, draws)])
-        at, ended = 0, []
-        for i, (r, draft) in enumerate(zip(self.slots, drafts)):
-            if draft is not None:
-                r.pending_image = None
-                end = at + len(draft) + 1
-                if self.keep(r, draft, ids[at:end], scores[at:end], after[i]):
-                    self.step_tool(r)
-                    if r.finish_reason is not None:
-                        ended.append(i)
-                at = end
-        for slot in reversed(ended):  # from the back: moving the last slot into a hole is correct
-            self.retire(slot)
+        """Advance every conversation by one token, or by several if a draft was right.
 
-    def images_to_feed(self):
-        """The slots whose images are fed now: all that wait when they are a quarter of the slots, a
-        batch worth its overhead, but no more than max_model_len tokens, which bounds the memory."""
-        waiting = [i for i, r in enumerate(self.slots) if r.pending_image]
-        if 4 * len(waiting) < len(self.slots):
+        Conversations that wait for an image are not advanced, see slots_to_feed_images.
+        """
+        # 1. Schedule: the tokens of every slot that are not in the cache yet.
+        feeds = self.schedule()
+        # 2. Run the model and sample; M = one token per feed and per token of a draft.
+        logprobs, next_positions = self.forward(feeds)                      # (M, V)
+        uniforms = []
+        for feed in feeds:
+            uniforms += self.slots[feed.slot].next_uniforms(feed.num_sampled)
+        sampled_ids, sampled_logprobs = self.sample_tokens(logprobs, uniforms)
+        # 3. Append what was sampled. The tool answers turns that are complete.
+        sizes = [feed.num_sampled for feed in feeds]
+        finished_slots = []
+        for feed, next_position, new_ids, new_logprobs in zip(
+                feeds, next_positions, split_list(sampled_ids, sizes),
+                split_list(sampled_logprobs, sizes)):
+            if feed.num_sampled == 0:
+                continue
+            rollout = self.slots[feed.slot]
+            rollout.pending_image = None
+            if self.accept(rollout, feed.draft, new_ids, new_logprobs, next_position):
+                self.finish_turn(rollout)
+            if rollout.finish_reason is not None:
+                finished_slots.append(feed.slot)
+        # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.
+        for slot in reversed(finished_slots):
+            self.evict(slot)
+
+    def schedule(self):
+        """Return one Feed per slot, in order."""
+        image_slots = self.slots_to_feed_images()
+        feeds = []
+        for slot, rollout in enumerate(self.slots):
+            pending_ids = []
+            draft = []
+            image = None
+            if slot in image_slots:
+                image = rollout.pending_image.result()[0]
+            if rollout.pending_image is None or slot in image_slots:
+                pending_ids = rollout.token_ids[rollout.num_cached_tokens:]
+                draft = self.draft_for(rollout)
+            feeds.append(Feed(slot, rollout.num_cached_tokens, rollout.next_position, pending_ids,
+                              draft, image))
+        return feeds
+
+    def slots_to_feed_images(self):
+        """Return the slots whose pending images are fed in this step.
+
+        Images wait until a quarter of the slots have one: a batch that is worth its overhead. Their
+        tokens together are at most max_model_len, which bounds the memory; the rest waits.
+        """
+        waiting_slots = [slot for slot, rollout in enumerate(self.slots)
+                         if rollout.pending_image is not None]
+        if 4 * len(waiting_slots) < len(self.slots):
             return []
-        ends = itertools.accumulate(len(r.token_ids) - r.num_cached_tokens for r in (self.slots[i] for i in waiting))
-        return [i for i, end in zip(waiting, ends) if end <= self.limits.max_model_len]
+        chosen_slots = []
+        num_tokens = 0
+        for slot in waiting_slots:
+            rollout = self.slots[slot]
+            num_tokens += len(rollout.token_ids) - rollout.num_cached_tokens
+            if num_tokens <= self.limits.max_model_len:
+                chosen_slots.append(slot)
+        return chosen_slots
 
-    def guess(self, r):
-        """What to draft behind a conversation: at most `draft` tokens, never the last token of a
-        turn or beyond, since what comes then is not written by the policy, and nothing from the
-        first token on that is in `never`."""
-        left = self.limits.max_new_tokens - (len(r.token_ids) - r.turn_start)
-        draft = self.drafts.after(r.token_ids, min(self.draft, left - 1)) if self.draft else []
-        return list(itertools.takewhile(lambda token: token not in self.never, draft))
+    def forward(self, feeds):
+        """Run the model on the new tokens of neighbouring slots, end to end in one row of N tokens.
 
-    def forward(self, slots, pieces, images, draws=None):
-        """Run the model on a piece of token ids per slot, behind what the slot's cache holds
-        already. Slots are neighbours. Pieces lie end to end in one row of N tokens, without
-        padding.
+        Returns (log-probs (M, V) over the token after each of the last num_sampled tokens of each
+        feed; the M-RoPE position after each feed).
+        """
+        policy = self.policy
+        device = policy.device
+        # 1. Token ids, their positions, and the indices of those after which a token is sampled.
+        token_ids = []
+        positions = []
+        next_positions = []
+        sampled_after = []
+        for feed in feeds:
+            token_ids += feed.token_ids
+            sampled_after.extend(range(len(token_ids) - feed.num_sampled, len(token_ids)))
+            feed_positions, next_position = self.feed_positions(feed)
+            positions.append(feed_positions)
+            next_positions.append(next_position)
+        input_ids, position_ids, sampled_after = to_device(
+            device, np.array([token_ids]), np.concatenate(positions, axis=1)[:, None],
+            np.array(sampled_after))                                        # (1, N), (3, 1, N), (M,)
+        # 2. Images.
+        image_inputs = {}
+        images = [feed.image for feed in feeds if feed.image is not None]
+        if images:
+            image_inputs["pixel_values"] = torch.cat([patches for patches, _ in images]).to(device)
+            image_inputs["image_grid_thw"] = torch.tensor([grid for _, grid in images],
+                                                          device=device)
+        # 3. Where keys and values are written, and what every token attends to.
+        plan = self.cache.plan(feeds[0].slot,
+                               np.array([feed.num_cached_tokens for feed in feeds]),
+                               np.array([len(feed.token_ids) for feed in feeds]))
+        # 4. The model. A four-dimensional mask keeps transformers from building one; attend()
+        # ignores it.
+        hidden = policy.model.model(
+            input_ids=input_ids, position_ids=position_ids,
+            attention_mask=torch.zeros(1, 1, 1, 1), use_cache=True, attend=plan.attend,
+            **{self.cache_argument: plan}, **image_inputs).last_hidden_state[0]     # (N, D)
+        return sft.vocab_logprobs(policy, hidden[sampled_after]), next_positions
 
-        images: (patches, grid) or None per slot; draws: how many of the last tokens of each piece
-        are followed by a draw (default: one). Returns (log-probs behind these (M, V), position
-        behind each piece)."""
-        rollouts, device = [self.slots[i] for i in slots], self.policy.device
-        where = np.tile([r.next_position + i for r, piece in zip(rollouts, pieces)
-                         for i in range(len(piece))], (3, 1, 1))  # (3, 1, N)
-        after = [r.next_position + len(piece) for r, piece in zip(rollouts, pieces)]
-        ends, pixels = list(itertools.accumulate(map(len, pieces))), {}
-        for j, image in enumerate(images):
-            if image is not None:
-                where[:, 0, ends[j] - len(pieces[j]):ends[j]], after[j] = sft.mrope_positions(
-                    pieces[j], [image[1]], self.policy.image_token_id, self.policy.merge_size,
-                    rollouts[j].next_position)
-        if any(image is not None for image in images):
-            pixels = {"pixel_values": torch.cat([i[0] for i in images if i]).to(device),
-                      "image_grid_thw": torch.tensor([i[1] for i in images if i], device=device)}
-        spans = self.cache.at(slots, [r.num_cached_tokens for r in rollouts], list(map(len, pieces)), device)
-        drawn = [i for end, n in zip(ends, draws or [1] * len(ends)) for i in range(end - n, end)]
-        # (1, N), (3, 1, N), (M,)
-        ids, where, drawn = to_device(device, [sum(pieces, [])], where, drawn)
-        hidden = self.policy.model.model(  # a 4-D mask keeps the library from making one
-            input_ids=ids, position_ids=where, attention_mask=torch.zeros(1, 1, 1, 1),
-            use_cache=True, spans=spans, **{self.cache_name: self.cache},
-            **pixels).last_hidden_state[0]
-        return sft.vocab_logprobs(self.policy, hidden[drawn]), after
+    def feed_positions(self, feed):
+        """Return the M-RoPE positions of a feed's tokens, (3, n), and the position after them."""
+        if feed.image is None:
+            next_position = feed.position + len(feed.token_ids)
+            return np.tile(np.arange(feed.position, next_position), (3, 1)), next_position
+        _, grid = feed.image
+        positions, next_position = sft.mrope_positions(
+            feed.token_ids, [grid], self.policy.image_token_id, self.policy.merge_size,
+            feed.position)
+        return positions.numpy(), next_position
 
-    def draw(self, logprobs, numbers):
-        """A token from each row of log-probs (M, V), by inverting its cumulative distribution at
-        the conversation's own random number; the likeliest one if `greedy`. numbers: a list of them
-        for each slot, M in all. Returns (ids, log-probs of these), two lists."""
+    def sample_tokens(self, logprobs, uniforms):
+        """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1).
+
+        The token is the first one whose cumulative probability exceeds the random number. So a
+        token of probability 0 is never sampled. Returns two lists of length M: ids and log-probs.
+        """
         if self.greedy:
-            ids = logprobs.argmax(-1)
+            token_ids = logprobs.argmax(-1)                                 # (M,)
         else:
-            u = torch.tensor(sum(numbers, []), dtype=torch.float64, device=logprobs.device)[:, None]
-            total = logprobs.exp().cumsum(-1, dtype=torch.float64)  # (M, V)
-            # the first id whose cumulative mass exceeds u: never a banned one
-            ids = (total <= u * total[:, -1:]).sum(-1)
-        scores = logprobs.gather(-1, ids[:, None])[:, 0]
-        ids, scores = torch.stack([ids.double(), scores.double()]).tolist()
-        return list(map(int, ids)), scores
+            random_numbers = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device)
+            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)     # (M, V)
+            # Rounded probabilities do not add up to exactly 1, so compare with shares of their sum.
+            thresholds = random_numbers[:, None] * cumulative[:, -1:]       # (M, 1)
+            token_ids = (cumulative <= thresholds).sum(-1)                  # (M,)
+        token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]      # (M,)
+        # One transfer from the device for both.
+        id_list, logprob_list = torch.stack([token_ids.double(), token_logprobs.double()]).tolist()
+        return [int(token_id) for token_id in id_list], logprob_list
 
-    def keep(self, r, draft, ids, scores, after):
-        """ids[n] was drawn behind n tokens of the draft: it counts if these are what was drawn
-        before it. So the first that differs from the draft is the last to count. What was fed
-        beyond it is forgotten: the next tokens take its columns of the cache. Appends what counts
-        to the conversation, counts drafts that were right in `accepted`, lets the drafts learn what
-        is new, and moves fed and next_position; after: the position behind all that was fed.
-        Returns whether the turn is over: it is full, or ends in any token of policy.stop_ids."""
-        right = next((n for n, token in enumerate(draft) if token != ids[n]), len(draft))
-        wrong = len(draft) - right
-        r.next_position = after - wrong
-        r.num_cached_tokens = len(r.token_ids) + right
-        r.add(ids[:right + 1], True)
-        r.logprobs += scores[:right + 1]
-        if self.draft:
-            self.drafts.learn(r.token_ids, len(r.token_ids) - right - 1)
-        self.counts["accepted"] += right
-        full = len(r.token_ids) - r.turn_start >= self.limits.max_new_tokens
-        return full or ids[right] in self.policy.stop_ids
+    def finish_turn(self, rollout):
+        """Parse a complete turn and let the tool answer it, or set finish_reason."""
+        limits = self.limits
+        turn_ids = rollout.token_ids[rollout.turn_start:]
+        rollout.turn_ends.append(len(rollout.token_ids))
+        if turn_ids[-1] in self.policy.stop_ids:
+            text = self.policy.tokenizer.decode(turn_ids[:-1], skip_special_tokens=False)
+            turn, rollout.finish_reason, rollout.prediction = tools.take_turn(
+                rollout.views, text, len(rollout.turns) + 1, limits.max_turns, limits.max_images)
+        else:   # the turn has max_new_tokens tokens and no end
+            text = self.policy.tokenizer.decode(turn_ids, skip_special_tokens=False)
+            turn = {"text": text}
+            rollout.finish_reason = "void"
+        rollout.turns.append(turn)
+        if rollout.finish_reason is None:
+            self.append_observation(rollout)
 
-    def step_tool(self, r):
-        """A turn is complete: parse it, zoom, and append what the tool returned, or say in
-        r.finish_reason why the conversation is over."""
-        limits, written = self.limits, r.token_ids[r.turn_start:]
-        stopped = written[-1] in self.policy.stop_ids
-        text = self.policy.tokenizer.decode(written[:-1] if stopped else written,
-                                            skip_special_tokens=False)
-        if stopped:
-            turn, r.finish_reason, r.prediction = tools.take_turn(
-                r.views, text, len(r.turns) + 1, limits.max_turns, limits.max_images)
-        else:
-            turn, r.finish_reason = {"text": text}, "void"  # hit the per-turn token cap
-        r.turns.append(turn)
-        if r.finish_reason is None:
-            self.append_observation(r)
-
-    def append_observation(self, r):
-        """Append what the tool returned to a conversation, unless it would not fit: then it ends
-        as over_context."""
-        zoomed = "zoom" in r.turns[-1]
-        grid = self.policy.image_grid(r.views[-1]) if zoomed else None
-        ids = self.policy.tool_message_ids(r.turns[-1], len(r.turns), len(r.views) - 1, grid)
-        if len(r.token_ids) + len(ids) + self.limits.max_new_tokens > self.limits.max_model_len:
-            r.finish_reason = "over_context"
+    def append_observation(self, rollout):
+        """Append the tool's message, with the crop after a zoom. If it and one more turn do not
+        fit, the conversation ends as over_context."""
+        turn = rollout.turns[-1]
+        grid = None
+        if "zoom" in turn:
+            grid = self.policy.image_grid(rollout.views[-1])
+        num_observations = len(rollout.views) - 1
+        message_ids = self.policy.tool_message_ids(turn, len(rollout.turns), num_observations, grid)
+        num_tokens = len(rollout.token_ids) + len(message_ids)
+        if num_tokens + self.limits.max_new_tokens > self.limits.max_model_len:
+            rollout.finish_reason = "over_context"
             return
-        r.add(ids, False)
-        r.pending_image = self.loader.submit(self.policy.preprocess_images, r.views[-1:]) if zoomed else None
-        r.turn_start = len(r.token_ids)
+        rollout.append(message_ids, False)
+        rollout.turn_start = len(rollout.token_ids)
+        if "zoom" in turn:  # the crop is cut into patches in the background
+            rollout.pending_image = self.loader.submit(self.policy.preprocess_images,
+                                                       rollout.views[-1:])
 
-    def retire(self, slot):
-        """Score a finished conversation and fill its slot. Long conversations stand in front, so
-        that a chunk, which attends over as many columns as its longest one has, holds equally long
-        ones: every chunk behind the free slot hands its longest forward, and the new conversation
-        begins in the last. With chunks of two and these lengths, when the second one has ended:
+    def evict(self, slot):
+        """Score a finished conversation, and give its slot to the next one.
+
+        Slots are kept roughly sorted, longest first, since a span is as long as its longest
+        conversation. So the longest conversation of the next group of MAX_SPAN_SLOTS slots moves
+        into the free slot, the longest of the group after that into the slot that is free now, and
+        so on. The new conversation starts in the last group. With groups of two and these lengths,
+        when the conversation in the second slot has ended:
+
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
-        Without a new one the slots close up."""
-        r = self.slots[slot]
-        r.score(self.judge)
-        self.done[r.job], r.views, r.numbers = r, [], []
-        if self.bar is not None:
-            self.bar.update()
-        last = len(self.slots) - 1
-        for first in range((slot // CHUNK + 1) * CHUNK, last + 1, CHUNK):
-            chunk = range(first, min(first + CHUNK, last + 1))
-            slot = self.move(max(chunk, key=lambda i: self.slots[i].num_cached_tokens), slot)
-        if self.queue:
-            self.start(slot)
+
+        If no conversation is waiting, the last slot moves into the free one.
+        """
+        # 1. Score it, and drop what only the engine needs.
+        rollout = self.slots[slot]
+        rollout.compute_reward(self.judge)
+        rollout.views = []
+        rollout.uniforms = []
+        if self.progress is not None:
+            self.progress.update()
+        # 2. Hand the free slot on to the last group.
+        free_slot = slot
+        first_of_next_group = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
+        for first in range(first_of_next_group, len(self.slots), MAX_SPAN_SLOTS):
+            group = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
+            longest = max(group, key=lambda other: self.slots[other].num_cached_tokens)
+            self.move(longest, free_slot)
+            free_slot = longest
+        # 3. Fill it.
+        if self.waiting:
+            self.slots[free_slot] = self.prefill(free_slot)
         else:
-            self.move(last, slot)
+            self.move(len(self.slots) - 1, free_slot)
             self.slots.pop()
 
-    def move(self, slot, hole):
-        """Move a conversation into a free slot, or leave it. Returns the slot that is free then."""
-        if slot != hole:
-            self.cache.write(hole, self.cache.read(slot, self.slots[slot].num_cached_tokens))
-            self.slots[hole] = self.slots[slot]
-        return slot
+    def move(self, slot, free_slot):
+        """Move a conversation into a free slot (which may be its own)."""
+        if slot == free_slot:
+            return
+        rollout = self.slots[slot]
+        self.cache.copy_in(free_slot, self.cache.copy_out(slot, rollout.num_cached_tokens))
+        self.slots[free_slot] = rollout
+
+    # ---- Drafts: speculative decoding (to be skipped at a first reading) ------------------------
+    # Without drafts draft_for() returns [], and accept() appends the one token that was sampled.
+
+    def draft_for(self, rollout):
+        """Propose up to num_speculative_tokens tokens that the policy may write next.
+
+        Never the last token that fits in the turn, nor any after a token that ends the turn: the
+        policy does not write what comes then. No image placeholders.
+        """
+        if self.num_speculative_tokens == 0:
+            return []
+        num_left = self.limits.max_new_tokens - (len(rollout.token_ids) - rollout.turn_start)
+        max_tokens = min(self.num_speculative_tokens, num_left - 1)
+        draft = []
+        for token_id in self.proposer.propose(rollout.token_ids, max_tokens):
+            if token_id in self.never_drafted:
+                break
+            draft.append(token_id)
+        return draft
+
+    def accept(self, rollout, draft, sampled_ids, sampled_logprobs, next_position):
+        """Verify a draft and append the sampled tokens that are valid. Return whether the turn is
+        over: it ends in one of policy.stop_ids, or is full.
+
+        sampled_ids[n] was sampled after the first n tokens of the draft. It is valid if these are
+        the first n sampled tokens. So the longest prefix in which draft and samples agree is
+        accepted, and the next sample as well:
+
+            fed          6 7 8 9        6 was pending, 7 8 9 is the draft
+            sampled      7 8 3 4        each after the token above it
+            appended     7 8 3          num_accepted = 2; 4 was sampled after 9, which is wrong
+
+        6, 7 and 8 are in the cache now, 3 is pending, and 9 will be overwritten. next_position: the
+        position after all tokens that were fed.
+        """
+        # 1. Compare.
+        num_accepted = 0
+        while num_accepted < len(draft) and draft[num_accepted] == sampled_ids[num_accepted]:
+            num_accepted += 1
+        num_rejected = len(draft) - num_accepted
+        self.counts["sequence_passes"] += 1
+        self.counts["draft_tokens"] += len(draft)
+        self.counts["accepted_tokens"] += num_accepted
+        # 2. Append what is valid. Its last token is not in the cache yet.
+        rollout.num_cached_tokens = len(rollout.token_ids) + num_accepted
+        rollout.next_position = next_position - num_rejected
+        rollout.append(sampled_ids[:num_accepted + 1], True)
+        rollout.logprobs += sampled_logprobs[:num_accepted + 1]
+        if self.num_speculative_tokens > 0:
+            self.proposer.update(rollout.token_ids, len(rollout.token_ids) - num_accepted - 1)
+        # 3. Is the turn over?
+        is_full = len(rollout.token_ids) - rollout.turn_start >= self.limits.max_new_tokens
+        return is_full or rollout.token_ids[-1] in self.policy.stop_ids
 
 
-def with_verdicts(rollouts):
-    """Waits for the judge's verdicts."""
-    for r in rollouts:
-        r.reward = r.reward.result() if isinstance(r.reward, Future) else r.reward
-    return rollouts
+class NgramProposer:
+    """Proposes drafts: for every n-gram, the token that the policy wrote after it.
+
+    guesses[n-gram] = (token id, hit rate), where the hit rate is a moving average of how often the
+    guess was right lately. Whatever is in here, conversations are the same: a wrong guess only
+    costs time, see Engine.accept.
+    """
+
+    def __init__(self, ngram_sizes=(3, 6), max_guesses=200_000):
+        self.ngram_sizes = ngram_sizes      # shortest first
+        self.max_guesses = max_guesses
+        self.guesses = {}
+
+    def propose(self, token_ids, max_tokens, min_probability=0.5):
+        """Return up to max_tokens tokens that may follow token_ids (which is not changed).
+
+        Each is the guess for the longest n-gram that has one, even if a shorter one is right more
+        often. The draft ends where the product of its hit rates is below min_probability.
+        """
+        context = token_ids[-self.ngram_sizes[-1]:]
+        probability = 1.0
+        draft = []
+        while len(draft) < max_tokens:
+            guess = None
+            hit_rate = 0.0
+            for size in self.ngram_sizes:
+                ngram = tuple(context[-size:])
+                if ngram not in self.guesses:
+                    break
+                guess, hit_rate = self.guesses[ngram]
+            probability *= hit_rate
+            if probability < min_probability:
+                break
+            draft.append(guess)
+            context.append(guess)
+        return draft
+
+    def update(self, token_ids, start):
+        """Learn from the tokens token_ids[start:], which the policy has just written.
+
+        For each n-gram before such a token, shortest first: a new n-gram gets the token as its
+        guess, with a hit rate of 0.7. The hit rate of an old guess moves by a fifth of the way to 1
+        (right) or 0 (wrong); at 0.3 or below the token replaces the guess. A longer n-gram is added
+        only if the shorter ones at its end were in the table before, so that what comes only once
+        costs little. A table of more than max_guesses is cleared, which bounds the memory.
+        """
+        if len(self.guesses) > self.max_guesses:
+            self.guesses.clear()
+        for index in range(start, len(token_ids)):
+            token_id = token_ids[index]
+            for size in self.ngram_sizes:
+                ngram = tuple(token_ids[index - size:index])
+                if ngram not in self.guesses:
+                    self.guesses[ngram] = (token_id, 0.7)
+                    break
+                guess, hit_rate = self.guesses[ngram]
+                hit_rate += 0.2 * ((guess == token_id) - hit_rate)
+                if hit_rate <= 0.3:
+                    guess = token_id
+                    hit_rate = 0.7
+                self.guesses[ngram] = (guess, hit_rate)
 
 
-def add_judge_flags(parser):
-    group = parser.add_argument_group("judge")
-    group.add_argument("--judge", help="URL of an OpenAI-compatible server that is asked whether "
-                       "other words mean the same (its key in JUDGE_API_KEY; verdicts are kept in "
-                       "--out). Default: normalised words only")
-    group.add_argument("--judge_model", help="name of the judge on that server")
+# Engine.counts: forward passes of each sequence; tokens that were drafted, and accepted
+COUNTS = ["sequence_passes", "draft_tokens", "accepted_tokens"]
 
 
-# ---- Scores -------------------------------------------------------------------------------------
+def draft_statistics(counts):
+    """Return tokens per forward pass of a sequence, and the share of draft tokens accepted."""
+    num_passes = max(counts["sequence_passes"], 1)
+    num_draft_tokens = max(counts["draft_tokens"], 1)
+    return {"mean_acceptance_length": 1 + counts["accepted_tokens"] / num_passes,
+            "acceptance_rate": counts["accepted_tokens"] / num_draft_tokens}
+
+
+# ---- Avg@K --------------------------------------------------------------------------------------
 
 
 def mean_and_error(values):
-    """Mean over questions and its standard error: s / sqrt(Q), s the unbiased deviation."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
+    """Return the mean and its standard error s / sqrt(Q), s the unbiased deviation of Q values."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, 0.0
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
-def group_by(items, key):
-    """{key(item): [items]}, in the order of their first appearance."""
+def group_by(rows, name):
+    """Return {value: rows in which the field `name` has this value}, in order of appearance."""
     groups = collections.defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
+    for row in rows:
+        groups[row[name]].append(row)
     return groups
 
 
+def scored_rows(rows):
+    """Return the rows without those that a judge or a server left without a score."""
+    return [row for row in rows if row["reward"] is not None]
+
+
 def accuracy_per_question(rows, budget):
-    """{question: share of its scored samples that are right and finished within `budget` turns};
-    a question without any is left out."""
-    scored = group_by((row for row in rows if row["reward"] is not None), lambda row: row["id"])
-    return {ident: statistics.fmean(r["reward"] == 1.0 and len(r["turns"]) <= budget for r in part)
-            for ident, part in scored.items()}
+    """Return {question id: share of its scored samples that are correct and finished within
+    `budget` turns}. A question without a scored sample is left out."""
+    accuracy = {}
+    for question_id, samples in group_by(scored_rows(rows), "id").items():
+        is_correct = [row["reward"] == 1.0 and len(row["turns"]) <= budget for row in samples]
+        accuracy[question_id] = statistics.fmean(is_correct)
+    return accuracy
 
 
 def avg_at_k(rows, budget):
-    """Avg@K at a turn budget: the share of samples that are correct and finished within `budget`
-    turns, first per question, then over questions. rows: trajectory rows of one level. Returns
-    (mean, standard error). HR-Bench asks a question in several cycles, its options in another order
-    each: where rows have a `cycle`, the score is the mean over cycles of the mean over a cycle's
-    questions, and the forms of a question, which share an image, are one for the error."""
-    shares = accuracy_per_question(rows, budget)
-    mean, error = mean_and_error(list(shares.values()))
-    if any("cycle" in row for row in rows):
-        asked = {row["id"]: row for row in rows if row["id"] in shares}.values()
+    """Return Avg@K at a turn budget and its standard error.
 
-        def means(key):
-            return [statistics.fmean(shares[row["id"]] for row in part)
-                    for part in group_by(asked, lambda row: row.get(key)).values()]
+    It is the share of samples that are correct and finished within `budget` turns, first per
+    question, then over questions. rows: trajectory rows of one level.
+    """
+    return mean_and_error(list(accuracy_per_question(rows, budget).values()))
 
-        mean, error = statistics.fmean(means("cycle")), mean_and_error(means("image"))[1]
-    return mean, error
+
+def benchmark_score(rows, budget):
+    """Return a level's score and its standard error: Avg@K, except for HR-Bench. That benchmark
+    asks each question in several cycles and has a rule of its own for them."""
+    if not any("cycle" in row for row in rows):
+        return avg_at_k(rows, budget)
+    from extras import import_data
+    return import_data.avg_at_k_over_cycles(rows, accuracy_per_question(rows, budget))
 
 
 def pass_rates(rows, budget):
-    """One row per question for build_data.py --filter: its id and the share of its samples that are
-    correct. A question with an unscored sample is left out: what is scored first are exact matches,
-    so that its rate would be too high."""
-    counts = collections.Counter(row["id"] for row in rows)
-    unscored = {row["id"] for row in rows if row["reward"] is None}
-    return [{"id": ident, "pass_rate": rate, "samples": counts[ident]}
-            for ident, rate in accuracy_per_question(rows, budget).items() if ident not in unscored]
+    """Return a row per question for build_data.py --filter: id, share of correct samples, samples.
+
+    A question with an unscored sample is left out. Exact matches need no judge, so the rate over
+    its other samples would be too high.
+    """
+    accuracy = accuracy_per_question(rows, budget)
+    rates = []
+    for question_id, samples in group_by(rows, "id").items():
+        if len(scored_rows(samples)) == len(samples):
+            rates.append({"id": question_id, "pass_rate": accuracy[question_id],
+                          "samples": len(samples)})
+    return rates
 
 
 def summarise(levels, budgets):
-    """{level: trajectory rows} -> one dict per level: accuracy and standard error per budget, mean
-    turns, finish shares; at the largest budget also the accuracy per category, where questions have
-    one. Raises InputError if nothing in a level is scored."""
-    table = {}
-    for level, rows in levels.items():
-        scored = [r for r in rows if r["reward"] is not None]
-        tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
-                   "replies; see that it answers and run the same command again")
-        correct = [len(r["turns"]) for r in rows if r["reward"] == 1.0]
-        categories = group_by((r for r in scored if "category" in r), lambda r: r["category"])
-        sources = {r.get("source") for r in rows}
-        accuracy = {str(b): avg_at_k(rows, b) for b in budgets}
-        table[level] = {
-            "benchmark": sources.pop() if len(sources) == 1 else None,
-            "questions": len({r["id"] for r in rows}), "samples": len(rows),
-            "unscored": len(rows) - len(scored),
-            "categories": {name: avg_at_k(part, budgets[-1])
-                           for name, part in sorted(categories.items())},
-            "accuracy": {b: mean for b, (mean, _) in accuracy.items()},
-            "standard_error": {b: error for b, (_, error) in accuracy.items()},
-            "mean_turns": statistics.fmean(len(r["turns"]) for r in rows if r["turns"]),
-            "mean_turns_correct": statistics.fmean(correct) if correct else None,
-            "finish_reason": {f: sum(r["finish_reason"] == f for r in rows) / len(rows) for f in FINISH_REASONS}}
-    if len(table) > 1:  # levels weigh the same; their errors are independent
-        parts = list(table.values())
-        table["mean"] = {
-            "accuracy": {b: statistics.fmean(t["accuracy"][b] for t in parts) for b in accuracy},
-            "standard_error": {b: math.sqrt(sum(t["standard_error"][b] ** 2 for t in parts))
-                               / len(parts) for b in accuracy}}
+    """Return {level: what table.json says about it}, from {level: trajectory rows}.
+
+    If there are several levels, "mean" is their mean: all weigh the same, and their errors are
+    independent. Raises InputError if nothing in a level is scored.
+    """
+    table = {level: summarise_level(level, rows, budgets) for level, rows in levels.items()}
+    if len(table) > 1:
+        mean_accuracy = {}
+        mean_error = {}
+        for budget in map(str, budgets):
+            errors = [summary["standard_error"][budget] for summary in table.values()]
+            mean_accuracy[budget] = statistics.fmean(
+                summary["accuracy"][budget] for summary in table.values())
+            mean_error[budget] = math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
+        table["mean"] = {"accuracy": mean_accuracy, "standard_error": mean_error}
     return table
 
 
-def print_rows(head, rows):
-    """A Markdown table of texts."""
-    for cells in [head, ["---"] * len(head), *rows]:
+def summarise_level(level, rows, budgets):
+    """Return a dict: score and standard error per budget, mean turns, shares of finish reasons, and
+    the score per category at the largest budget, where questions have a category."""
+    scored = scored_rows(rows)
+    tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
+                "replies; see that it answers and run the same command again")
+    # 1. Scores.
+    accuracy = {}
+    standard_error = {}
+    for budget in budgets:
+        accuracy[str(budget)], standard_error[str(budget)] = benchmark_score(rows, budget)
+    with_category = [row for row in scored if "category" in row]
+    categories = {}
+    for category, category_rows in sorted(group_by(with_category, "category").items()):
+        categories[category] = benchmark_score(category_rows, budgets[-1])
+    # 2. Turns and endings. A conversation that a server refused has no turns.
+    num_turns = [len(row["turns"]) for row in rows if row["turns"]]
+    num_turns_correct = [len(row["turns"]) for row in rows if row["reward"] == 1.0]
+    finish_reasons = collections.Counter(row["finish_reason"] for row in rows)
+    sources = {row.get("source") for row in rows}
+    return {
+        "benchmark": sources.pop() if len(sources) == 1 else None,
+        "questions": len({row["id"] for row in rows}),
+        "samples": len(rows),
+        "unscored": len(rows) - len(scored),
+        "categories": categories,
+        "accuracy": accuracy,
+        "standard_error": standard_error,
+        "mean_turns": statistics.fmean(num_turns),
+        "mean_turns_correct": statistics.fmean(num_turns_correct) if num_turns_correct else None,
+        "finish_reason": {reason: finish_reasons[reason] / len(rows) for reason in FINISH_REASONS}}
+
+
+def print_rows(header, rows):
+    """Print a Markdown table; all cells are texts."""
+    for cells in [header, ["---"] * len(header), *rows]:
         print("| " + " | ".join(cells) + " |")
 
 
@@ -661,184 +1051,250 @@ def percent(mean, error):
     return f"{100 * mean:.1f} ({100 * error:.1f})"
 
 
-def print_table(table, budgets, samples):
-    """Accuracy over turn budgets as a Markdown table, in percent, with the standard error; by
-    category, where there are some, at the largest."""
-    print(f"Avg@{samples} in % (standard error) when at most T turns are allowed")
+def print_table(table, budgets, num_samples):
+    """Print what summarise() returns as Markdown tables: a line per level, with its accuracy at
+    every turn budget; then its unscored samples and its categories, where there are some."""
+    print(f"Avg@{num_samples} in % (standard error) when at most T turns are allowed")
     rows = []
-    for level, t in table.items():
-        cells = [percent(t["accuracy"][str(b)], t["standard_error"][str(b)]) for b in budgets]
-        played = [""] * (1 + len(FINISH_REASONS))
-        if "finish_reason" in t:
-            right = f" ({t['mean_turns_correct']:.1f})" if t["mean_turns_correct"] else ""
-            shares = (f"{100 * t['finish_reason'][f]:.1f}" for f in FINISH_REASONS)
-            played = [f"{t['mean_turns']:.1f}{right}", *shares]
-        rows.append([level, *cells, *played])
-    print_rows(["level", *(f"T={b}" for b in budgets), "turns (correct)", *FINISH_REASONS], rows)
-    for level, t in table.items():
-        if t.get("unscored"):
-            print(f"{level}: {t['unscored']} of {t['samples']} samples have no score, since a "
-                  "server gave no usable reply, and are left out; what is left flatters (words "
-                  "that match need no judge). Run the same command to ask once more")
-        if t.get("categories"):
+    for level, summary in table.items():
+        cells = [level]
+        for budget in map(str, budgets):
+            cells.append(percent(summary["accuracy"][budget], summary["standard_error"][budget]))
+        rows.append(cells + conversation_cells(summary))
+    print_rows(["level", *(f"T={budget}" for budget in budgets), "turns (correct)",
+                *FINISH_REASONS], rows)
+    for level, summary in table.items():
+        if summary.get("unscored"):
+            print(f"{level}: {summary['unscored']} of {summary['samples']} samples have no score, "
+                  "since a server gave no usable reply, and are left out; the others flatter "
+                  "(words that match need no judge). Run the same command to ask once more")
+        if summary.get("categories"):
             print()
             print_rows([f"{level}, T={budgets[-1]}", "% (standard error)"],
-                       [[category, percent(*found)] for category, found in t["categories"].items()])
+                       [[category, percent(mean, error)]
+                        for category, (mean, error) in summary["categories"].items()])
+
+
+def conversation_cells(summary):
+    """Return a level's cells about turns and finish reasons; the mean of levels has none."""
+    if "finish_reason" not in summary:
+        return [""] * (1 + len(FINISH_REASONS))
+    turns = f"{summary['mean_turns']:.1f}"
+    if summary["mean_turns_correct"]:
+        turns += f" ({summary['mean_turns_correct']:.1f})"
+    shares = [f"{100 * summary['finish_reason'][reason]:.1f}" for reason in FINISH_REASONS]
+    return [turns, *shares]
 
 
 # ---- The command --------------------------------------------------------------------------------
 
 
-def play_level(engine, path, rows, settings, args, rank, world):
-    """All questions of one file, `samples` times each, shared out over ranks. What an interrupted
-    run with the same settings has finished is not played again, whatever its number of processes.
-    Returns (all trajectory rows in order, pattern of the names of its partial files)."""
-    digest = hashlib.sha256(json.dumps([path.stem, settings, rows]).encode()).hexdigest()[:8]
-    journal = tools.Journal(args.out / f"partial.{digest}.{rank}.jsonl",
-                            args.out.glob(f"partial.{digest}.*.jsonl"))
-    sft.barrier()  # everybody has read before anybody adds
-    played = {(r["id"], r["sample"]): r for r in journal.rows if r["reward"] is not None}
-    samples = collections.Counter(ident for ident, _ in played)
-    todo = [i for i, row in enumerate(rows) if samples[row["id"]] < args.num_samples]
-    mine, new = todo[rank::world], []
-    chunk = max(1, 4 * args.max_num_seqs // args.num_samples)  # questions between two saves
-    with tools.progress_bar(total=len(mine) * args.num_samples, disable=rank != 0, desc=path.stem) as bar:
-        for part in (mine[at:at + chunk] for at in range(0, len(mine), chunk)):
-            done = engine.run([rows[i] for i in part], args.num_samples, path.parent, part, bar)
-            finished = [r.to_row() for r in done]
-            journal.add(*finished)
-            new += finished
-    for row in sft.all_gather_objects(new):
-        if row["reward"] is not None or (row["id"], row["sample"]) not in played:
-            played[row["id"], row["sample"]] = row
-    every = [played[row["id"], sample] for row in rows for sample in range(args.num_samples)]
-    return every, f"partial.{digest}.*.jsonl"
+def journal_path(args, digest, rank):
+    """Return the file to which a rank appends finished samples (rank "*": a pattern for all)."""
+    return args.out / f"partial.{digest}.{rank}.jsonl"
+
+
+def run_digest(level, rows, args, prompts):
+    """Return a name for all that the samples of a level depend on. A run of other settings,
+    questions or weights does not take over samples that an interrupted one has left."""
+    no_influence = ("data", "max_num_seqs", "num_speculative_tokens", "out")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
+    weights = Path(args.model) / "model.safetensors"
+    if weights.exists():
+        settings["weights"] = weights.stat().st_mtime
+    text = json.dumps([level, rows, settings, prompts])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def play_level(engine, path, rows, digest, args, process):
+    """Play all questions of one file, num_samples times each, shared out over ranks.
+
+    Samples that an interrupted run of this digest has finished are not played again, whatever its
+    number of processes. Returns all trajectory rows, ordered by question, then sample.
+    """
+    # 1. What is there already. No rank may add rows before all have read.
+    journal = tools.Journal(journal_path(args, digest, process.rank),
+                            args.out.glob(journal_path(args, digest, "*").name))
+    sft.barrier()
+    finished = {(row["id"], row["sample"]): row for row in scored_rows(journal.rows)}
+    num_finished = collections.Counter(question_id for question_id, _ in finished)
+    # 2. This rank's share of the rest: indices of questions.
+    open_questions = [index for index, row in enumerate(rows)
+                      if num_finished[row["id"]] < args.num_samples]
+    my_questions = open_questions[process.rank::process.world_size]
+    # 3. Play them, a few slots' worth between two saves.
+    block_size = max(1, 4 * args.max_num_seqs // args.num_samples)
+    new_rows = []
+    with tools.progress_bar(total=len(my_questions) * args.num_samples, desc=path.stem,
+                            disable=process.rank != 0) as progress:
+        for start in range(0, len(my_questions), block_size):
+            block = my_questions[start:start + block_size]
+            rollouts = engine.run([rows[index] for index in block], args.num_samples, path.parent,
+                                  block, progress)
+            block_rows = [rollout.to_row() for rollout in rollouts]
+            journal.add(*block_rows)
+            new_rows += block_rows
+    # 4. Everybody's rows. A sample that was scored earlier keeps its score.
+    for row in sft.all_gather_objects(new_rows):
+        key = (row["id"], row["sample"])
+        if row["reward"] is not None or key not in finished:
+            finished[key] = row
+    return [finished[row["id"], sample] for row in rows for sample in range(args.num_samples)]
 
 
 def add_rollout_flags(group):
-    """The flags that say how the engine plays."""
+    """Add the flags that say how the engine plays."""
     add = group.add_argument
-    add("--max_images", type=int, help="images per conversation, the original included (default: "
-        "the turn cap)")
-    add("--max_new_tokens", type=int, default=96, help="a longer turn ends as void")
-    add("--max_model_len", type=int, default=4096, help="tokens per conversation (paper: 32768; not "
-        "of a server)")
-    add("--max_num_seqs", type=int, default=64, help="conversations, or requests to a server, at once on "
-        "one process")
-    add("--num_speculative_tokens", type=int, default=4, help="most tokens that are drafted ahead in a pass and "
-        "then checked; the conversations do not depend on it (0: none)")
+    add("--max_images", type=int,
+        help="images per conversation, the original included (None: as many as turns)")
+    add("--max_new_tokens", type=int, default=96, help="tokens per turn; a longer one ends as void")
+    add("--max_model_len", type=int, default=4096,
+        help="tokens per conversation (paper: 32768; of no effect on a server)")
+    add("--max_num_seqs", type=int, default=64,
+        help="conversations that one process plays at the same time (or requests to a server)")
+    add("--num_speculative_tokens", type=int, default=4,
+        help="most tokens of a draft, which one forward pass verifies (0: no drafts); "
+             "conversations do not depend on it")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Avg@K over turn budgets.")
-    group = parser.add_argument_group("what is evaluated")
-    add = group.add_argument
-    add("--model", default="checkpoints/rl", help="local folder, hub id, or the URL of an "
-        "OpenAI-compatible server (its key in the environment variable MODEL_API_KEY; it is sent "
-        "40,000 to 2,000,000 pixels by default)")
-    add("--model_name", help="name of the model on that server")
-    add("--data", type=Path, nargs="+", help="question files, one level each",
-        default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
-    add("--out", type=Path, help="folder for tables and trajectories (default: results/<name>)")
-    add("--limit", type=int, help="use only the first questions of each file")
-    sft.add_policy_flags(group)
-    add("--max_image_bytes", type=int, default=1_500_000, help="largest picture that is sent to a "
-        "server, in bytes; larger ones become JPEG, and smaller")
-    group = parser.add_argument_group("how it is played")
-    add = group.add_argument
-    add("--num_samples", type=int, default=4, help="K: samples per question, at temperature 1")
-    add("--greedy", action="store_true", help="take the most likely token (use with --num_samples 1)")
-    add("--budgets", type=int, nargs="+", default=BUDGETS, help="turns; the most are played")
-    add_rollout_flags(group)
-    add("--seed", type=int, default=0, help="random numbers of the samples")
-    add_judge_flags(parser)
-    args = parser.parse_args()
-    tools.check_number_flags(args, ["seed", "num_speculative_tokens"])
-    args.budgets = sorted(set(args.budgets))
-    tools.check(args.budgets[0] >= 1, "--budgets must be at least 1")
-    levels = [path.stem for path in args.data]
-    tools.check(len({*levels, "mean"}) > len(levels), "--data: file names are the names of levels; "
-               "they must differ, and none may be 'mean'")
-    args.served = args.model.startswith(("http://", "https://"))
-    name = (args.model_name or "served") if args.served else Path(args.model).name
-    args.out = args.out or Path("results") / name
-    written = {(args.out / f"{level}.jsonl").resolve() for level in levels}
-    tools.check(not written & {path.resolve() for path in args.data},
-               f"--out {args.out} would overwrite the questions in --data; choose another folder")
-    return args
+def add_judge_flags(parser):
+    group = parser.add_argument_group("judge")
+    group.add_argument("--judge", metavar="URL",
+                       help="an OpenAI-compatible server that is asked whether other words mean "
+                            "the same; its key is in JUDGE_API_KEY, and verdicts are kept in --out "
+                            "(None: words are only normalised)")
+    group.add_argument("--judge_model", help="name of the judge on that server")
 
 
 def make_judge(args, rank):
-    """The judge that --judge names, or None."""
-    if not args.judge:
+    """Return the judge that --judge names, or None."""
+    if args.judge is None:
         return None
     from extras.served import ChatClient, Judge
     client = ChatClient(args.judge, args.judge_model, "judge", timeout=60.0)
     return Judge(client, args.out, rank)
 
 
-def make_player(args, prompts, rank, device):
-    """What plays the questions: an Engine around a policy, or a served model."""
-    turns, judge = max(args.budgets), make_judge(args, rank)
-    limits = Limits(turns, args.max_images or turns, args.max_new_tokens, args.max_model_len)
-    if args.served:
-        from extras.served import ChatClient, Served
+def is_served(args):
+    return args.model.startswith(("http://", "https://"))
+
+
+def make_player(args, prompts, process):
+    """Return what plays the questions: an Engine with a policy, or a ServedPlayer with a server."""
+    max_turns = max(args.budgets)
+    limits = Limits(max_turns, args.max_images or max_turns, args.max_new_tokens,
+                    args.max_model_len)
+    judge = make_judge(args, process.rank)
+    if is_served(args):
+        from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
-                                  args.max_pixels or 2_000_000, args.max_image_bytes)
-        return Served(client, prompts, limits, args.max_num_seqs, args.seed, judge, args.greedy)
-    policy = sft.load_policy(args.model, device, args.dtype, prompts, args.min_pixels,
-                             args.max_pixels, "torchrun --nproc_per_node=2 rl.py (or name another "
-                             "with --model)")
-    return Engine(policy, limits, args.max_num_seqs, args.seed, greedy=args.greedy, judge=judge,
-                  draft=args.num_speculative_tokens)
+                            args.max_pixels or 2_000_000, args.max_image_bytes)
+        return ServedPlayer(client, Rollout, prompts, limits, args.max_num_seqs, seed=args.seed,
+                            judge=judge, greedy=args.greedy)
+    policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
+                             args.max_pixels, hint="torchrun --nproc_per_node=2 rl.py (or name "
+                                                   "another with --model)")
+    return Engine(policy, limits, args.max_num_seqs, seed=args.seed, greedy=args.greedy,
+                  judge=judge, num_speculative_tokens=args.num_speculative_tokens)
 
 
 def write_results(levels, engine, args):
     """Print the tables; write table.json, trajectories and pass rates."""
     table = summarise(levels, args.budgets)
     print_table(table, args.budgets, args.num_samples)
+    file_names = ["table.json"]
     for level, rows in levels.items():
-        rates = pass_rates(rows, args.budgets[-1])
         tools.write_jsonl(args.out / f"{level}.jsonl", rows)
-        tools.write_jsonl(args.out / f"{level}.rates.jsonl", rates)
+        tools.write_jsonl(args.out / f"{level}.rates.jsonl", pass_rates(rows, args.budgets[-1]))
+        file_names += [f"{level}.jsonl", f"{level}.rates.jsonl"]
     text = json.dumps(table, indent=1) + "\n"
     tools.write_atomic(args.out / "table.json", lambda file: file.write(text.encode()))
-    if not args.served and engine.counts["passes"]:
-        print("drafts: {mean_acceptance_length:.2f} tokens per pass, {acceptance_rate:.0%} of drafted "
-              "tokens accepted".format(**drafting(engine.counts)))
-    files = ", ".join(f"{level}.jsonl, {level}.rates.jsonl" for level in levels)
-    print(f"written to {args.out}/: table.json, {files}")
+    if not is_served(args) and engine.counts["sequence_passes"] > 0:
+        statistics_of_drafts = draft_statistics(engine.counts)
+        print(f"drafts: {statistics_of_drafts['mean_acceptance_length']:.2f} tokens per pass, "
+              f"{statistics_of_drafts['acceptance_rate']:.0%} of drafted tokens accepted")
+    print(f"written to {args.out}/: {', '.join(file_names)}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Avg@K over turn budgets.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add("--model", default="checkpoints/rl",
+        help="local folder, hub id, or the URL of an OpenAI-compatible server (its key is in "
+             "MODEL_API_KEY; it is sent pictures of 40,000 to 2,000,000 pixels by default)")
+    add("--model_name", help="name of the model on that server")
+    add("--max_image_bytes", type=int, default=1_500_000,
+        help="largest picture that is sent to a server; larger ones become JPEG, and smaller")
+    add("--data", type=Path, nargs="+", help="question files, one level each",
+        default=[Path("data/easy.jsonl"), Path("data/medium.jsonl"), Path("data/hard.jsonl")])
+    add("--out", type=Path, help="folder for tables and trajectories (None: results/<model>)")
+    add("--limit", type=int, help="use only the first questions of each file")
+    sft.add_policy_flags(group)
+
+    group = parser.add_argument_group("rollouts")
+    add = group.add_argument
+    add("--num_samples", type=int, default=4, help="K: samples per question, at temperature 1")
+    add("--greedy", action="store_true",
+        help="take the most likely token (use with --num_samples 1)")
+    add("--budgets", type=int, nargs="+", default=BUDGETS,
+        help="turn budgets; conversations are played with the largest")
+    add_rollout_flags(group)
+    add("--seed", type=int, default=0, help="random numbers of the samples")
+    add_judge_flags(parser)
+
+    args = parser.parse_args()
+    tools.check_number_flags(args, may_be_zero=("seed", "num_speculative_tokens"))
+    args.budgets = sorted(set(args.budgets))
+    tools.check(args.budgets[0] >= 1, "--budgets must be at least 1")
+    if args.out is None:
+        name = (args.model_name or "served") if is_served(args) else Path(args.model).name
+        args.out = Path("results") / name
+    check_level_names(args)
+    return args
+
+
+def check_level_names(args):
+    """Raise InputError unless every file of --data can have results of its own in --out."""
+    levels = [path.stem for path in args.data]
+    tools.check(len({*levels, "mean"}) == len(levels) + 1, "--data: file names are the names of "
+                "levels; they must differ, and none may be 'mean'")
+    written = {(args.out / f"{level}.jsonl").resolve() for level in levels}
+    tools.check(written.isdisjoint(path.resolve() for path in args.data),
+                f"--out {args.out} would overwrite the questions in --data; choose another folder")
 
 
 def main():
     args = parse_args()
-    rank, world, device = sft.setup_distributed()
+    process = sft.setup_distributed()
     prompts = tools.load_prompts(args.prompts)
-    engine = make_player(args, prompts, rank, device)
-    irrelevant = ("data", "slots", "draft", "out")
-    settings = {k: str(v) for k, v in vars(args).items() if k not in irrelevant}
-    weights = Path(args.model) / "model.safetensors"    # trained anew: what was played is void
-    settings.update(prompts=prompts, weights=weights.exists() and weights.stat().st_mtime)
-    questions = {path: tools.read_questions(path, "python build_data.py")[:args.limit]
-                 for path in args.data}
+    engine = make_player(args, prompts, process)
+    # 1. Read all questions first: a mistake in the last file should not show after hours.
+    questions = {}
+    for path in args.data:
+        questions[path] = tools.read_questions(path, "python build_data.py")[:args.limit]
+        tools.check(questions[path], f"{path} has no rows")
+    # 2. Play them.
+    levels = {}
+    digests = {}
     for path, rows in questions.items():
-        tools.check(rows, f"{path} has no rows")
-    found = {path.stem: play_level(engine, path, rows, settings, args, rank, world)
-             for path, rows in questions.items()}
-    levels = {level: rows for level, (rows, _) in found.items()}
-    if rank == 0:
+        digests[path.stem] = run_digest(path.stem, rows, args, prompts)
+        levels[path.stem] = play_level(engine, path, rows, digests[path.stem], args, process)
+    # 3. Score them.
+    if process.rank == 0:
         write_results(levels, engine, args)
-    if args.served:
-        from extras.served import report_cost
-        report_cost(engine.client, device, rank)
-    if engine.judge:
-        from extras.served import report_cost
-        report_cost(engine.judge.client, device, rank)
-    sft.barrier()  # the table is written: nothing is left to go on with, but what has no score
-    for rows, pattern in found.values() if rank == 0 else ():
-        if all(row["reward"] is not None for row in rows):
-            for path in args.out.glob(pattern):
-                path.unlink()
+    if is_served(args):
+        engine.report_cost(process.device, process.rank)
+    if engine.judge is not None:
+        engine.judge.report_cost(process.device, process.rank)
+    # 4. The table is written: only samples without a score are worth another run.
+    sft.barrier()
+    if process.rank == 0:
+        for level, digest in digests.items():
+            if len(scored_rows(levels[level])) == len(levels[level]):
+                for path in args.out.glob(journal_path(args, digest, "*").name):
+                    path.unlink()
     sft.close_distributed()
 
 

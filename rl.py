@@ -1,44 +1,49 @@
 """Reinforcement learning: GRPO with over-turn masking.
 
-For each of P prompts the policy plays G conversations of at most `--max_turns` turns. Reward: 1 if
-the answer is right, else 0. The one new thing here is the loss (Mini-o3, section on reinforcement
-learning): with rewards r and the completion mask M of a group (M = 0 for a conversation that ran
-out of turns or context) and a baseline b,
+For each of P questions the policy plays a group of G conversations of at most --max_turns turns.
+The reward is 1 if the answer is right, else 0. A conversation that ran out of turns or of context
+(finish reasons over_turn and over_context) is called *unfinished*; gymnasium says truncated, the
+official code says exceed_mask. The one new thing here is the loss mask M (Mini-o3, section on
+reinforcement learning): M = 0 for an unfinished conversation, else 1. With the rewards r of a
+group, their standard deviation s, a baseline b, and the ratio rho of a token's probability under
+the trained policy to that under the sampling policy:
 
-    A'_i = M_i (r_i - b) / (s + eps)
+    A'_i = M_i (r_i - b) / (s + eps)                                  i: conversations, t: tokens
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
-Running out of turns is thus not punished. Without the mask (--no-overturn_mask) it counts as a
-wrong answer, and the policy learns to answer early instead of to search on; with it, a policy
-trained with 6 turns goes on searching at 32. Why: since E[grad log pi] = 0, the expected gradient
-is that of P(correct) + b P(unfinished). The mask pays b for an unfinished conversation, and a guess
-is worth its while only where its odds are above b (docs/mask.md).
+So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
+answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
+trained with 6 turns keeps searching at 32.
+
+The mask is not neutral: it pays b for an unfinished conversation. Since E[grad log pi] = 0, the
+expected gradient is that of P(correct) + b P(unfinished). A guess therefore pays only where its
+probability of being right is above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --baseline. The paper leaves it open; "group", the group's success rate, is
-   the official code's choice. Default: 0.5 for every question. A guess at lower odds loses, and a
-   faster search gains.
-3. Divisor: the paper's sum(M) by default; --divisor all counts masked conversations too (official
+2. What b is: --baseline. The paper leaves it open. "group", the group's success rate, is the choice
+   of the official code. Our default is 0.5 for every question: a guess with a lower probability
+   loses, and a faster search gains.
+3. Divisor: the paper's sum(M) by default. --divisor all counts masked conversations too (official
    code).
-4. Denominators are counted once over the whole mini-batch on all ranks; gradients are summed.
+4. Denominators are counted once over the whole mini-batch on all ranks, and gradients are summed.
    Nothing depends on how micro-batches are cut or on the number of processes.
-5. Old log-probabilities come from the sampler, token by token; the mismatch to the trainer's own is
-   logged.
-6. A group in which every A'_i is 0 teaches nothing: its place is given to a fresh prompt,
-   --resample times at most; what is left over then is dropped from the update and counted
-   ("zero_variance_groups"). Mini-batches are cut from the groups with signal.
+5. Old log-probabilities come from the sampler, token by token. Their mismatch to the trainer's own
+   is logged.
+6. A group has signal if some A'_i is not 0. One without signal (a zero-variance group) gets another
+   question, at most --resample times. If it still has no signal, it is dropped from the update and
+   counted. Mini-batches are cut from the groups with signal.
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
-8. The checkpoint that is kept is the best on held-out questions at the *large* budget
-   (--eval_turns): within the training cap a policy that guesses looks better than one that searches
-   on.
+8. The checkpoint that is kept is the best on held-out questions at the *large* turn budget
+   (--eval_turns). Within the training cap, a policy that guesses looks better than one that keeps
+   searching.
 
 Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 \\
-                       --group_size 8 --mini_batch_size 4 --gradient_checkpointing --max_new_tokens 1024 \\
-                       --max_model_len 16384 --max_num_seqs 16
+                       --group_size 8 --mini_batch_size 4 --gradient_checkpointing \\
+                       --max_new_tokens 1024 --max_model_len 16384 --max_num_seqs 16
     8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b ...
                        (the paper's run: docs/large.md)
     memory, hours  python extras/plan.py --model checkpoints/sft-7b ...   (the flags of the run)
@@ -51,8 +56,7 @@ import collections
 import json
 import math
 import time
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,540 +70,744 @@ import tools
 
 
 def group_advantages(rewards, kept, baseline, *, eps=1e-6):
-    """A'_i = M_i (r_i - b) / (s + eps), per group: the mask pays b for an unfinished response.
+    """Return A'_i = M_i (r_i - b) / (s + eps) of each response in its group.
 
-    rewards (P, G) float, kept M (P, G) bool -> (P, G). baseline says what b is and
-    what enters the unbiased deviation s:
-        "group"      b = mean(r) over all, unfinished ones with their reward, 0 (released code)
-        "completed"  b = mean(r) over the kept ones
-        a number     b = that number; s is of the rewards with b in the place of unfinished ones
-    With fewer than two responses that enter s, no spread, or a reward that is NaN, A' = 0 in the
-    whole group, never NaN.
+    rewards (P, G) float, kept M (P, G) bool -> (P, G). `baseline` chooses b and the rewards whose
+    unbiased standard deviation is s:
+        "group"      b is the mean reward of all responses; unfinished ones enter with their reward,
+                     0 (official code)
+        "completed"  b is the mean reward of the kept responses; s is theirs too
+        a number     b is that number; in s it replaces the reward of responses that are not kept
+    All A' of a group are 0, never NaN, if fewer than two responses enter s, if s is 0, or if a
+    reward is NaN.
+
+    One right answer, one wrong answer, two unfinished conversations: mean 1/4, deviation 1/2.
+
+    >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    >>> kept = torch.tensor([[True, True, False, False]])
+    >>> group_advantages(rewards, kept, "group")
+    tensor([[ 1.5000, -0.5000,  0.0000,  0.0000]])
     """
-    alone = baseline == "completed"
-    weight = kept.to(rewards.dtype) if alone else torch.ones_like(rewards)          # (P, G)
-    if not isinstance(baseline, str):
-        rewards = torch.where(kept, rewards, baseline)                      # (P, G)
-    count = weight.sum(1, keepdim=True)  # (P, 1)
-    mean = (weight * rewards).sum(1, keepdim=True) / count.clamp(min=1)
-    variance = (weight * (rewards - mean) ** 2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    subtracted = mean if isinstance(baseline, str) else baseline
-    advantages = (rewards - subtracted) / (variance.sqrt() + eps)                          # (P, G)
-    # one response alone has no spread
-    return torch.where(kept & (variance > 0), advantages, 0.0)                      # (P, G)
+    # 1. Which responses enter the statistics, and with which reward?
+    is_number = not isinstance(baseline, str)
+    is_counted = kept if baseline == "completed" else torch.ones_like(kept)                 # (P, G)
+    if is_number:
+        rewards = torch.where(kept, rewards, baseline)                                      # (P, G)
+    # 2. Mean and unbiased variance of each group.
+    weights = is_counted.to(rewards.dtype)                                                  # (P, G)
+    num_counted = weights.sum(1, keepdim=True)                                              # (P, 1)
+    mean_reward = (weights * rewards).sum(1, keepdim=True) / num_counted.clamp(min=1)       # (P, 1)
+    squared_deviations = weights * (rewards - mean_reward) ** 2                             # (P, G)
+    variance = squared_deviations.sum(1, keepdim=True) / (num_counted - 1).clamp(min=1)     # (P, 1)
+    # 3. Masked responses get 0. So does a group without spread; a single response has none.
+    b = baseline if is_number else mean_reward
+    advantages = (rewards - b) / (variance.sqrt() + eps)                                    # (P, G)
+    return torch.where(kept & (variance > 0), advantages, 0.0)                              # (P, G)
 
 
 def count_denominator(mask, kept, *, divisor="kept", aggregation="response",
-                      max_tokens=None):
-    """What the summed loss is divided by. mask (B, T) bool: sampled tokens; kept (B,) bool.
-    Returns a float tensor.
+                      max_response_tokens=None):
+    """Return what the summed loss is divided by, a float64 scalar tensor.
 
-    response: number of responses; token: their sampled tokens; constant: max_tokens x number of
-    responses; over kept responses only (divisor "kept", the paper) or over all ("all").
+    mask (B, T) bool: sampled tokens; kept (B,) bool. divisor: count the kept responses only
+    ("kept", the paper) or all ("all"). aggregation: count responses ("response"), their sampled
+    tokens ("token"), or max_response_tokens for each response ("constant").
     """
-    counted = kept if divisor == "kept" else torch.ones_like(kept)  # (B,)
+    is_counted = kept if divisor == "kept" else torch.ones_like(kept)                       # (B,)
     if aggregation == "token":
-        return (mask.sum(1) * counted).sum().double()
-    return counted.sum().double() * (max_tokens if aggregation == "constant" else 1)
+        return (mask.sum(1) * is_counted).sum().double()
+    num_responses = is_counted.sum().double()
+    if aggregation == "constant":
+        return num_responses * max_response_tokens
+    return num_responses
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, kept, *, clip_low=0.2, clip_high=0.3,
-              clip_dual=0.0, divisor="kept", aggregation="response", denominator=None,
-              max_tokens=None):
-    """-J: clipped policy gradient with over-turn mask, a scalar to minimise.
+              divisor="kept", aggregation="response", denominator=None, max_response_tokens=None):
+    """Return -J, the clipped policy-gradient loss with the over-turn mask, a scalar.
 
     logprobs, old_logprobs (B, T): of the sampled tokens under the trained and the sampling policy;
-    advantages (B,); mask (B, T) bool: 1 where the policy wrote the token; kept M (B,) bool.
-    aggregation: "response" averages the tokens of each response, then responses (paper); "token"
-    averages all tokens (DAPO); "constant" divides by max_tokens (Dr. GRPO). clip_dual c > 1: where
-    A' < 0 the objective is not below c A' (0: no bound, as in the paper). denominator: the count
-    over the whole mini-batch on all ranks (None: of this batch). Denominator 0 gives a zero loss
-    that is still connected to logprobs. Masked responses (M = 0) add nothing, whatever their
-    advantages and log-probs are. Raises ValueError for an unknown divisor or aggregation, whether a
-    denominator is given or not, and for "constant" without max_tokens.
+    advantages (B,); mask (B, T) bool: True where the policy wrote the token; kept M (B,) bool.
+    aggregation: "response" averages over the tokens of a response, then over responses (paper);
+    "token" averages over all tokens (DAPO); "constant" divides by max_response_tokens (Dr. GRPO).
+    denominator: the count over the whole mini-batch on all ranks (default: count this batch). If it
+    is 0, the loss is 0 and still has a gradient. Masked responses (M = 0) add nothing, whatever
+    their advantages and log-probs are. Raises ValueError for an unknown divisor or aggregation, and
+    for "constant" without max_response_tokens.
     """
     if divisor not in ("kept", "all") or aggregation not in ("response", "token", "constant"):
         raise ValueError(f"unknown divisor '{divisor}' or aggregation '{aggregation}'")
-    if aggregation == "constant" and not max_tokens:
-        raise ValueError("aggregation 'constant' needs max_tokens")
+    if aggregation == "constant" and not max_response_tokens:
+        raise ValueError("aggregation 'constant' needs max_response_tokens")
     if denominator is None:
         denominator = count_denominator(mask, kept, divisor=divisor, aggregation=aggregation,
-                                        max_tokens=max_tokens).item()
-    mask = mask & kept[:, None]  # (B, T)
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (B, T)
-    advantage = advantages[:, None]  # (B, 1)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
-    objective = torch.min(ratio * advantage, clipped * advantage)  # (B, T)
-    if clip_dual:
-        least = torch.where(advantage < 0, clip_dual * advantage, -math.inf)                # (B, 1)
-        objective = torch.max(objective, least)                                             # (B, T)
-    objective = torch.where(mask, objective, 0.0).sum(1)  # (B,)
+                                        max_response_tokens=max_response_tokens).item()
+    # 1. Only sampled tokens of kept responses count. Elsewhere the ratio is 1, without a gradient.
+    in_loss = mask & kept[:, None]                                                          # (B, T)
+    ratio = torch.where(in_loss, logprobs - old_logprobs, 0.0).exp()                        # (B, T)
+    # 2. The smaller of clipped and unclipped objective, token by token.
+    advantage = advantages[:, None]                                                         # (B, 1)
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)                                # (B, T)
+    token_objective = torch.min(ratio * advantage, clipped_ratio * advantage)               # (B, T)
+    # 3. Sum over tokens, then over responses.
+    objective = torch.where(in_loss, token_objective, 0.0).sum(1)                           # (B,)
     if aggregation == "response":
-        objective = objective / mask.sum(1).clamp(min=1)
-    if not denominator:
-        return torch.where(mask, logprobs, 0.0).sum() * 0.0
+        objective = objective / in_loss.sum(1).clamp(min=1)                                 # (B,)
+    if denominator == 0:    # nothing is counted: 0, but still connected to the policy
+        return torch.where(in_loss, logprobs, 0.0).sum() * 0.0
     return -objective.sum() / denominator
+
+
+def is_unfinished(rollout, args):
+    """Return whether the conversation ran out of turns or of context. With --mask_void a void turn
+    (cut at its token cap, or without a call and an answer) is treated in the same way.
+
+    This does not say whether the conversation is masked (see is_kept): --overturn_penalty also
+    applies to unfinished conversations."""
+    if rollout.finish_reason == "void":
+        return args.mask_void
+    return rollout.finish_reason in ("over_turn", "over_context")
+
+
+def is_kept(rollout, args):
+    """Return M_i: True unless the over-turn mask removes this conversation from the loss. With
+    --baseline outcome nothing is masked, because conversations are played to their end."""
+    if not args.overturn_mask or args.baseline == "outcome":
+        return True
+    return not is_unfinished(rollout, args)
+
+
+def step_baseline(args, unfinished_accuracy):
+    """Return the baseline of this step for group_advantages. unfinished_accuracy: what `validate`
+    has measured last, None before its first result."""
+    if not args.overturn_mask or args.baseline == "outcome":
+        return "group"      # nothing is masked, so nothing is paid: an ordinary baseline
+    if args.baseline != "estimate":
+        return args.baseline
+    if unfinished_accuracy is None:     # 0.0 is an estimate like any other
+        return "group"
+    return unfinished_accuracy
 
 
 # ---- Rollouts -----------------------------------------------------------------------------------
 
 
-def is_unfinished(rollout, args):
-    """The conversation did not end by itself (answer or void) but for lack of turns or context.
-    --mask_void: nor does a turn that breaks off, at its token cap or without a call or an answer,
-    count as an end. Whether unfinished ones are masked is another question: a penalty is for them,
-    too."""
-    lacking = ["over_turn", "over_context"] + ["void"] * args.mask_void
-    return rollout.finish_reason in lacking
+@dataclass
+class Questions:
+    """The questions of a run; both lists hold (question row, folder of its images)."""
+    training: list
+    held_out: list
 
 
-def is_kept(rollout, args):
-    """M_i: the conversation is not masked. Without --overturn_mask none is, nor is any that was
-    played to its end (outcome)."""
-    masking = args.overturn_mask and args.baseline != "outcome"
-    return not (masking and is_unfinished(rollout, args))
+def pick_questions(num_questions, group_indices, prompts_per_step, seed, step, attempt):
+    """Return the index of the question that each of these groups of a step is asked.
+
+    Each step has an order of its own, one permutation of all questions. A group takes question
+    number attempt * prompts_per_step + group_index of the step's order. So no question is asked
+    twice in a step, unless there are too few.
+
+    A step of two groups whose order of five questions is 2 4 3 0 1. Both are played, then the
+    second one again because it had no signal:
+
+    >>> pick_questions(5, [0, 1], prompts_per_step=2, seed=0, step=0, attempt=0)
+    [2, 4]
+    >>> pick_questions(5, [1], prompts_per_step=2, seed=0, step=0, attempt=1)
+    [0]
+    """
+    step_order = np.random.default_rng([seed, step]).permutation(num_questions)
+    question_indices = []
+    for group_index in group_indices:
+        question_number = attempt * prompts_per_step + group_index
+        question_indices.append(int(step_order[question_number % num_questions]))
+    return question_indices
 
 
-def read_sets(specs):
-    """Question files, each "FILE" or "FILE:WEIGHT" (1 by default) -> (sets, weights). A set is a
-    list of (question row, folder of its images)."""
-    sets, weights = [], []
-    for spec in specs:
-        name, colon, weight = spec.rpartition(":")
-        if not colon or Path(spec).exists():
-            name, weight = spec, "1"
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            weights.append(math.nan)
-        tools.check(0 < weights[-1] < math.inf, f"--data {spec}: '{weight}' is not a positive "
-                   "number; write FILE or FILE:WEIGHT")
-        rows = tools.read_questions(Path(name), "python build_data.py")
-        sets.append([(row, Path(name).parent) for row in rows])
-    return sets, weights
+def truncate_rollout(rollout, max_turns):
+    """Return a copy of a rollout with only its first max_turns turns, their tokens and log-probs.
 
-
-def pick_questions(sizes, weights, places, total, seed, step, attempt):
-    """Questions for some of the `total` places of a step: [(set, index in it)]. A place's set is
-    drawn by weight. A set's questions come in an order drawn for the step, in which every place of
-    every attempt has a number of its own: none comes twice in a step as long as the set lasts.
-    Depends on (seed, step, attempt) and the place only."""
-    rng = np.random.default_rng([seed, step, attempt])
-    which = rng.choice(len(sizes), size=total, p=np.array(weights) / sum(weights))
-    rng = np.random.default_rng([seed, step])
-    orders, picked = [rng.permutation(size) for size in sizes], []
-    for place in places:
-        order = orders[which[place]]
-        picked.append((int(which[place]), int(order[(attempt * total + place) % len(order)])))
-    return picked
-
-
-def truncate_rollout(rollout, turns):
-    """What is trained on of a conversation that was played beyond the training cap: a copy with its
-    first `turns` turns and their tokens, with what came of them in the end. One that is no longer
-    stays as it is. Images are cut again from the turns."""
-    if len(rollout.turns) <= turns:
+    Reward and finish reason stay those of the whole conversation. A rollout of at most max_turns
+    turns is returned as it is. Rollouts hold no images: with_images cuts those of the turns."""
+    if len(rollout.turns) <= max_turns:
         return rollout
-    ends = [t for t in range(1, len(rollout.token_ids)) if rollout.loss_mask[t - 1] and not rollout.loss_mask[t]]
-    mask = rollout.loss_mask[:ends[turns - 1]]       # ends: the first token that is not the policy's
-    return replace(rollout, token_ids=rollout.token_ids[:len(mask)], loss_mask=mask, turns=rollout.turns[:turns],
-                   logprobs=rollout.logprobs[:sum(mask)])
+    num_tokens = rollout.turn_ends[max_turns - 1]
+    loss_mask = rollout.loss_mask[:num_tokens]
+    return replace(rollout, token_ids=rollout.token_ids[:num_tokens], loss_mask=loss_mask,
+                   logprobs=rollout.logprobs[:sum(loss_mask)],
+                   turns=rollout.turns[:max_turns], turn_ends=rollout.turn_ends[:max_turns])
 
 
-def assign_advantages(parts, args, paid):
-    """Groups of finished conversations, P lists of G -> the same, as they are trained on: each with
-    its A', cut at the training cap. paid: the baseline of group_advantages."""
-    # a sample that the judge could not score leaves no signal
-    rewards = torch.tensor([[math.nan if r.reward is None else r.reward for r in part]
-                            for part in parts], dtype=torch.float64)                     # (P, G)
-    kept = torch.tensor([[is_kept(r, args) for r in part] for part in parts])
-    unfinished = torch.tensor([[is_unfinished(r, args) for r in part] for part in parts])
-    rewards -= args.overturn_penalty * unfinished                                        # (P, G)
-    advantages = group_advantages(rewards, kept, paid).tolist()
-    return [[replace(truncate_rollout(r, args.max_turns), advantage=a) for r, a in zip(*group)]
-            for group in zip(parts, advantages)]
+def assign_advantages(groups, args, baseline):
+    """Return the groups as they are trained on: copies with their A', cut at the training cap.
+    groups: P lists of G finished rollouts. baseline: of group_advantages."""
+    # 1. Rewards and loss mask. NaN, where the judge failed, leaves the group without signal.
+    rewards = torch.zeros(len(groups), args.group_size, dtype=torch.float64)                # (P, G)
+    kept = torch.zeros(len(groups), args.group_size, dtype=torch.bool)                      # (P, G)
+    for row, group in enumerate(groups):
+        for column, rollout in enumerate(group):
+            reward = math.nan if rollout.reward is None else rollout.reward
+            penalty = args.overturn_penalty if is_unfinished(rollout, args) else 0.0
+            rewards[row, column] = reward - penalty
+            kept[row, column] = is_kept(rollout, args)
+    # 2. Copies with their advantage.
+    assigned_groups = []
+    for group, advantages in zip(groups, group_advantages(rewards, kept, baseline).tolist()):
+        assigned_groups.append([
+            replace(truncate_rollout(rollout, args.max_turns), advantage=advantage)
+            for rollout, advantage in zip(group, advantages)])
+    return assigned_groups
 
 
-def collect_groups(engine, sets, weights, step, places, args, paid):
-    """Play this rank's places of one step; paid: the baseline of group_advantages. Returns
-    ({place: rollouts of the group, with their A'}, everything that was played, places left without
-    signal). A group without signal gives its place to a fresh prompt, a bounded number of times."""
-    groups, played = {}, []
-    engine.key, total = (args.seed, step), args.prompts_per_step
-    # anew in every step: a resumed run must repeat the rounding, too
-    engine.drafts, engine.counts = evaluate.NgramProposer(), collections.Counter()
+def collect_groups(engine, training_questions, step, group_indices, args, baseline):
+    """Play this rank's groups of one step, and again with other questions those without signal.
+
+    group_indices: which of the step's groups 0 ... prompts_per_step - 1 are this rank's. baseline:
+    of group_advantages. Returns (the groups with signal as {group_index: rollouts with their A'},
+    all rollouts that were played, the indices of the zero-variance groups that are left)."""
+    trained_groups = {}
+    played_rollouts = []
+    remaining_groups = list(group_indices)
+    engine.begin_step(step)
     for attempt in range(args.resample + 1):
-        if not places:
+        if not remaining_groups:
             break
-        picked = pick_questions([len(s) for s in sets], weights, places, total, args.seed, step, attempt)
-        rows, roots = zip(*(sets[s][i] for s, i in picked))
-        prompts = [attempt * total + place for place in places]
-        rollouts = engine.run(rows, args.group_size, roots, prompts)
-        played += rollouts
-        parts = [rollouts[i:i + args.group_size] for i in range(0, len(rollouts), args.group_size)]  # P of G
-        for place, part in zip(places, assign_advantages(parts, args, paid)):
-            if any(r.advantage for r in part):
-                groups[place] = part
-        places = [place for place in places if place not in groups]
-    engine.cache = None  # the update needs the memory
-    return groups, played, places
+        # 1. A question for each group. prompt_numbers enter the random streams.
+        question_indices = pick_questions(len(training_questions), remaining_groups,
+                                          args.prompts_per_step, args.seed, step, attempt)
+        rows = [training_questions[question_index][0] for question_index in question_indices]
+        image_folders = [training_questions[question_index][1]
+                         for question_index in question_indices]
+        prompt_numbers = [attempt * args.prompts_per_step + group_index
+                          for group_index in remaining_groups]
+        # 2. Play group_size conversations about each. They come back question by question.
+        rollouts = engine.run(rows, args.group_size, image_folders, prompt_numbers)
+        played_rollouts += rollouts
+        groups = [rollouts[start:start + args.group_size]
+                  for start in range(0, len(rollouts), args.group_size)]                # P of G
+        # 3. Groups with signal are trained on, the others get another question.
+        for group_index, group in zip(remaining_groups, assign_advantages(groups, args, baseline)):
+            if any(rollout.advantage != 0 for rollout in group):
+                trained_groups[group_index] = group
+                for rollout in group:
+                    rollout.group_index = group_index
+        remaining_groups = [group_index for group_index in remaining_groups
+                            if group_index not in trained_groups]
+    engine.free_cache()     # the update needs the memory
+    return trained_groups, played_rollouts, remaining_groups
 
 
-def validate(engine, held_out, args, rank, world):
-    """Play the held-out questions once, with at most --eval_turns turns. The random numbers are the
-    same at every evaluation, so that scores of two checkpoints differ by the policy only. Returns
-    (accuracy, accuracy of those conversations that were unfinished after --max_turns turns: what
-    such a conversation is worth). Each is None if there is nothing to count, or if a judge left any
-    unscored: what is scored without it are exact matches, so that the score would be too high."""
-    training, mine = (engine.limits, engine.key), list(range(rank, len(held_out), world))
-    engine.limits = replace(engine.limits, max_turns=args.eval_turns,
-                            max_images=args.max_images or args.eval_turns)
-    engine.key = (args.seed, 2**31)  # a step number that training never reaches
-    rows, roots = zip(*(held_out[i] for i in mine)) if mine else ((), ())
-    played = [(len(r.turns) > args.max_turns, math.nan if r.reward is None else r.reward)
-              for r in engine.run(rows, 1, roots, mine)]
-    engine.limits, engine.key = training
-    engine.cache = None  # the update and saving need the memory
-    late = [reward for longer, reward in played if longer]
-    right, count, late_right = sft.all_reduce(
-        [sum(reward for _, reward in played), len(late), sum(late)], engine.policy.device)
-    return sft.finite_or_none(right / len(held_out)), sft.finite_or_none(late_right / count) if count else None
+VALIDATION_STEP = 2**31     # training never gets here: validation has random streams of its own
+
+
+def validate(engine, held_out, args):
+    """Play the held-out questions once, with at most --eval_turns turns.
+
+    Returns (accuracy, accuracy of the conversations that took more than --max_turns turns). The
+    second is what a conversation is worth that training would leave unfinished. Either is None if
+    there is no such conversation or if the judge failed on one: the remaining scores would be
+    mostly exact matches and overestimate the accuracy. The random numbers are the same at every
+    evaluation, so the scores of two checkpoints differ by the policy only."""
+    # 1. This rank's share of the questions.
+    prompt_numbers = list(range(sft.get_rank(), len(held_out), sft.world_size()))
+    rows = [held_out[prompt_number][0] for prompt_number in prompt_numbers]
+    image_folders = [held_out[prompt_number][1] for prompt_number in prompt_numbers]
+    engine.begin_step(VALIDATION_STEP)
+    rollouts = engine.run(rows, 1, image_folders, prompt_numbers)
+    engine.free_cache()     # the update and saving need the memory
+    # 2. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
+    counts = {"correct": 0.0, "unfinished": 0, "unfinished_correct": 0.0}
+    for rollout in rollouts:
+        reward = math.nan if rollout.reward is None else rollout.reward
+        counts["correct"] += reward
+        if len(rollout.turns) > args.max_turns:
+            counts["unfinished"] += 1
+            counts["unfinished_correct"] += reward
+    total = sft.all_reduce_dict(counts, engine.policy.device)
+    accuracy = sft.finite_or_none(total["correct"] / len(held_out))
+    if total["unfinished"] == 0:
+        return accuracy, None
+    return accuracy, sft.finite_or_none(total["unfinished_correct"] / total["unfinished"])
 
 
 # ---- The update ---------------------------------------------------------------------------------
 
 
 def encode_rollouts(policy, rollouts):
-    """Conversations end to end, with the images that they saw, on the device (see sft.collate)."""
-    return sft.collate(policy, [r.with_images(policy) for r in rollouts])
+    """Return one packed batch of these conversations with their images (see sft.collate). Images
+    are cut again from the original: storing them would need too much memory."""
+    return sft.collate(policy, [rollout.with_images(policy) for rollout in rollouts])
 
 
 def response_mask(rollouts, device):
-    """(B, T) bool: row i begins with as many 1s as conversation i has sampled tokens."""
-    lengths = [len(r.logprobs) for r in rollouts]
-    columns = torch.arange(max(lengths, default=0), device=device)                          # (T,)
-    return columns < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
+    """Return a (B, T) bool tensor whose row i begins with one True per sampled token of rollout i.
+
+    Two conversations with 3 and 1 sampled tokens: [[True, True, True], [True, False, False]]."""
+    response_lengths = [len(rollout.logprobs) for rollout in rollouts]
+    token_indices = torch.arange(max(response_lengths, default=0), device=device)           # (T,)
+    num_tokens = torch.tensor(response_lengths, dtype=torch.long, device=device)            # (B,)
+    return token_indices < num_tokens[:, None]                                              # (B, T)
 
 
 def compute_logprobs(policy, rollouts, batch):
-    """Log-probs of the sampled tokens under the policy as it is now and as it was when they were
-    sampled, response by response; batch: encode_rollouts of them. Returns (new (B, T), old (B, T),
-    mask (B, T) bool)."""
-    mask = response_mask(rollouts, policy.device)                                              # (B, T)
-    new = sft.token_logprobs(policy, batch)                                                 # (N,)
-    old = new.new_tensor([x for r in rollouts for x in r.logprobs])                         # (N,)
-    empty = new.new_zeros(mask.shape)
-    return empty.masked_scatter(mask, new), empty.masked_scatter(mask, old), mask
+    """Return (logprobs, old_logprobs, mask) of the sampled tokens, each (B, T), a row per response.
+
+    logprobs are those of the policy now, old_logprobs those that the sampler recorded. Both are 0
+    where mask is False. batch: encode_rollouts of these rollouts."""
+    mask = response_mask(rollouts, policy.device)                                           # (B, T)
+    flat_logprobs = sft.token_logprobs(policy, batch)                                       # (N,)
+    sampler_logprobs = []
+    for rollout in rollouts:
+        sampler_logprobs += rollout.logprobs
+    flat_old_logprobs = flat_logprobs.new_tensor(sampler_logprobs)                          # (N,)
+    zeros = flat_logprobs.new_zeros(mask.shape)                                             # (B, T)
+    logprobs = zeros.masked_scatter(mask, flat_logprobs)                                    # (B, T)
+    old_logprobs = zeros.masked_scatter(mask, flat_old_logprobs)                            # (B, T)
+    return logprobs, old_logprobs, mask
 
 
-def balance_by_tokens(rollouts, places):
-    """This rank's part of all ranks' conversations: about the same number of tokens on every rank,
-    whoever played them, so that none waits long for the others. They are cut in the order of places
-    and samples: most of a group, which shares an image, stays together. places: how many a step
-    has. Every rank must call this."""
-    # a fresh question of a place has the place's number plus a multiple of their count
-    everybody = sorted(sft.all_gather_objects(rollouts), key=lambda r: (r.prompt % places, r.sample))
-    lengths = np.array([len(r.token_ids) for r in everybody])
-    middles = lengths.cumsum() - lengths / 2
-    owners = middles * sft.world_size() // max(lengths.sum(), 1)
-    return [r for r, owner in zip(everybody, owners) if owner == sft.get_rank()]
+def balance_by_tokens(rollouts):
+    """Return this rank's share of all ranks' rollouts, of about the same number of tokens on each.
+
+    Who played a conversation does not matter. All are put in the order of their groups and cut into
+    one run of neighbours per rank, so most of a group, which shares an image, stays together. Every
+    rank must call this.
+
+    Lengths 4 2 2 on two ranks: their middles 2 5 7 of 8 tokens belong to ranks 0 1 1."""
+    all_rollouts = sft.all_gather_objects(rollouts)
+    all_rollouts.sort(key=lambda rollout: (rollout.group_index, rollout.sample_number))
+    num_tokens = np.array([len(rollout.token_ids) for rollout in all_rollouts])
+    token_middles = num_tokens.cumsum() - num_tokens / 2
+    target_ranks = token_middles * sft.world_size() // max(num_tokens.sum(), 1)
+    return [rollout for rollout, target_rank in zip(all_rollouts, target_ranks)
+            if target_rank == sft.get_rank()]
 
 
-def mini_batches(groups, args, device):
-    """The places with signal, on whichever rank, cut into mini-batches of about --mini_batch_size places
-    each, equal to within one: a step in which few groups have signal takes fewer optimizer steps,
-    not noisier ones. groups: this rank's, by place. Every rank must call this."""
-    flags = sft.all_reduce([place in groups for place in range(args.prompts_per_step)], device)
-    places = [place for place, here in enumerate(flags) if here]
-    return np.array_split(places, max(1, round(len(places) / args.mini_batch_size)))
+def mini_batches(trained_groups, args, device):
+    """Cut the indices of the groups with signal, on all ranks, into mini-batches: a list of lists.
+
+    trained_groups: this rank's, by index. Each mini-batch has about --mini_batch_size groups; their
+    sizes differ by at most one. So a step in which few groups have signal takes fewer optimizer
+    steps, not noisier ones. All ranks must call this and get the same result, because they must
+    take the same number of optimizer steps."""
+    has_signal = [int(group_index in trained_groups)
+                  for group_index in range(args.prompts_per_step)]
+    group_indices = np.flatnonzero(sft.all_reduce(has_signal, device))
+    num_mini_batches = max(1, round(len(group_indices) / args.mini_batch_size))
+    return [part.tolist() for part in np.array_split(group_indices, num_mini_batches)]
+
+
+class UpdateStatistics:
+    """What the log says about one optimizer step. Sums are over this rank's trained tokens.
+    grad_norm is None if there was no step, because no rank had any signal."""
+
+    def __init__(self):
+        self.sums = collections.Counter(
+            loss=0.0, logprob_diff=0.0, approx_kl=0.0, num_clipped=0, num_trained_tokens=0,
+            num_trained_responses=0)
+        self.max_log_ratio = 0.0
+        self.grad_norm = None
+
+    def add(self, loss, log_ratio, num_responses, args):
+        """Add a micro-batch. log_ratio (N,): log p(trainer) - log p(sampler) of its tokens.
+        approx_kl is Schulman's k3 estimate of KL(sampler, trainer): (ratio - 1) - log ratio."""
+        ratio = log_ratio.exp()
+        is_clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+        self.sums["loss"] += loss
+        self.sums["logprob_diff"] += log_ratio.abs().sum().item()
+        self.sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()
+        self.sums["num_clipped"] += is_clipped.sum().item()
+        self.sums["num_trained_tokens"] += len(log_ratio)
+        self.sums["num_trained_responses"] += num_responses
+        self.max_log_ratio = max(self.max_log_ratio, log_ratio.abs().max().item())
 
 
 def update_policy(policy, optimizer, rollouts, args, lr):
-    """One optimizer step on one mini-batch; rollouts: those that this rank played, with their A'.
-    Returns (sums for the log, largest |log ratio| of a token, gradient norm). Without signal on any
-    rank there is no step, which would move the weights by momentum alone; the norm is then None."""
-    kept = torch.tensor([is_kept(r, args) for r in rollouts], dtype=torch.bool)   # (B,)
-    how = {"divisor": args.divisor, "aggregation": args.aggregation,
-           "max_tokens": args.max_new_tokens * args.max_turns}
-    counted = count_denominator(response_mask(rollouts, "cpu"), kept, **how).item()
-    denominator = sft.all_reduce([counted], policy.device)[0]
-    sums = {"loss": 0.0, "logprob_diff": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
-    largest = [0.0]
-    if not denominator:
-        return sums, 0.0, None
-    mine = balance_by_tokens([r for r in rollouts if r.advantage], args.prompts_per_step)
-    micros = list(sft.micro_batches(mine, args.micro_batch_tokens))
-    batches = sft.prefetch(partial(encode_rollouts, policy), micros)
+    """Take one optimizer step on one mini-batch and return its UpdateStatistics. rollouts: those of
+    the mini-batch that this rank played, with their A'. Every rank must call this."""
+    statistics = UpdateStatistics()
+    max_response_tokens = args.max_new_tokens * args.max_turns
+    # 1. The loss's denominator, over the whole mini-batch on all ranks.
+    kept = torch.tensor([is_kept(rollout, args) for rollout in rollouts], dtype=torch.bool)  # (B,)
+    my_denominator = count_denominator(
+        response_mask(rollouts, "cpu"), kept, divisor=args.divisor, aggregation=args.aggregation,
+        max_response_tokens=max_response_tokens)
+    denominator = sft.all_reduce([my_denominator.item()], policy.device)[0]
+    if denominator == 0:
+        return statistics   # no signal: a step would move the weights by momentum alone
+    # 2. Share the conversations that have a gradient among the ranks; cut this rank's share.
+    my_rollouts = balance_by_tokens([rollout for rollout in rollouts if rollout.advantage != 0])
+    micro_batches = list(sft.micro_batches(my_rollouts, args.micro_batch_tokens))
 
-    def loss_of(micro):     # backward asks once for each, in their order
-        new, old, mask = compute_logprobs(policy, micro, next(batches))                       # (B, T)
-        advantages = new.new_tensor([r.advantage for r in micro])                           # (B,)
-        done = torch.ones_like(advantages, dtype=torch.bool)  # A' != 0 implies M = 1
-        loss = grpo_loss(new, old, advantages, mask, done, clip_low=args.clip_low,
-                         clip_high=args.clip_high, clip_dual=args.clip_dual,
-                         denominator=denominator, **how)
-        gap = (new.detach() - old)[mask]                                                    # (N,)
-        ratio = gap.exp()
-        largest.append(gap.abs().max().item())
-        sums["loss"] += loss.item()
-        sums["logprob_diff"] += gap.abs().sum().item()
-        sums["clipped"] += ((ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)).sum().item()
-        sums["tokens"] += len(gap)
-        sums["responses"] += len(micro)
+    def encode_micro_batch(micro_batch):
+        return micro_batch, encode_rollouts(policy, micro_batch)
+
+    def loss_of(encoded):
+        micro_batch, batch = encoded
+        logprobs, old_logprobs, mask = compute_logprobs(policy, micro_batch, batch)         # (B, T)
+        advantages = logprobs.new_tensor([rollout.advantage for rollout in micro_batch])    # (B,)
+        # A' != 0 implies M = 1: all of these are kept.
+        all_kept = torch.ones_like(advantages, dtype=torch.bool)                            # (B,)
+        loss = grpo_loss(logprobs, old_logprobs, advantages, mask, all_kept,
+                         clip_low=args.clip_low, clip_high=args.clip_high,
+                         aggregation=args.aggregation, denominator=denominator,
+                         max_response_tokens=max_response_tokens)
+        log_ratio = (logprobs.detach() - old_logprobs)[mask]                                # (N,)
+        statistics.add(loss.item(), log_ratio, len(micro_batch), args)
         return loss
 
-    optimizer.backward(micros, loss_of)
-    healthy = math.isfinite(sft.all_reduce([sums["loss"]], policy.device)[0])
-    return sums, max(largest), optimizer.step(lr, args.max_grad_norm, healthy)
+    # 3. Backward through every micro-batch; a thread encodes the images of the next one meanwhile.
+    encoded = sft.prefetch(encode_micro_batch, micro_batches)
+    optimizer.backward(encoded, loss_of, num_micro_batches=len(micro_batches))
+    # 4. The step. A loss that is not finite on any rank skips it on all.
+    total_loss = sft.all_reduce([statistics.sums["loss"]], policy.device)[0]
+    statistics.grad_norm = optimizer.step(lr, args.max_grad_norm, math.isfinite(total_loss))
+    return statistics
 
 
-def step_metrics(played, sums, largest, norms, silent, seconds, device, counts):
-    """One row of metrics.jsonl, over all ranks (docs/metrics.md explains every metric)."""
-    right = [r for r in played if r.reward == 1.0]
-    own = {"num_rollouts": len(played), "unscored": sum(r.reward is None for r in played),
-           "right": len(right), "turns": sum(len(r.turns) for r in played),
-           "turns_right": sum(len(r.turns) for r in right),
-           **{finish: sum(r.finish_reason == finish for r in played) for finish in evaluate.FINISH_REASONS},
-           "sampled": sum(len(r.logprobs) for r in played), "silent": silent,
-           **{name: counts[name] for name in evaluate.COUNTS}, **sums}
-    total = dict(zip(own, sft.all_reduce(list(own.values()), device)))
-    largest = sft.all_reduce([largest], device, torch.distributed.ReduceOp.MAX)[0]
-    n, tokens = total["num_rollouts"], max(total["tokens"], 1)
-    return {"reward": total["right"] / max(n - total["unscored"], 1),
-            "unscored": total["unscored"] / n, "num_rollouts": int(n), "mean_turns": total["turns"] / n,
-            "mean_turns_correct": total["turns_right"] / max(total["right"], 1),
-            **{finish: total[finish] / n for finish in evaluate.FINISH_REASONS},
-            "incorrect": (total["answer"] - total["right"] - total["unscored"]) / n,
-            "num_sampled_tokens": int(total["sampled"]), "zero_variance_groups": int(total["silent"]),
-            "num_trained_responses": int(total["responses"]), "loss": sft.finite_or_none(total["loss"]),
-            "logprob_diff": sft.finite_or_none(total["logprob_diff"] / tokens),
-            "max_log_ratio": sft.finite_or_none(largest), "clip_fraction": total["clipped"] / tokens,
-            "grad_norm": sft.finite_or_none(sum(norms) / max(len(norms), 1)), "seconds_rollout": seconds[0],
-            "seconds_update": seconds[1], **evaluate.drafting(total)}
+# ---- Metrics ------------------------------------------------------------------------------------
+
+
+def count_rollouts(played_rollouts):
+    """Return a Counter with sums over the conversations that this rank played in a step."""
+    counts = collections.Counter(
+        num_rollouts=0, num_unscored=0, num_correct=0, num_turns=0, num_turns_correct=0,
+        num_sampled_tokens=0, negative_logprobs=0.0)
+    counts.update(dict.fromkeys(evaluate.FINISH_REASONS, 0))
+    for rollout in played_rollouts:
+        counts["num_rollouts"] += 1
+        counts["num_turns"] += len(rollout.turns)
+        counts["num_sampled_tokens"] += len(rollout.logprobs)
+        counts["negative_logprobs"] -= sum(rollout.logprobs)
+        counts[rollout.finish_reason] += 1
+        if rollout.reward is None:      # the judge failed
+            counts["num_unscored"] += 1
+        elif rollout.reward == 1.0:
+            counts["num_correct"] += 1
+            counts["num_turns_correct"] += len(rollout.turns)
+    return counts
+
+
+def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_counts, device):
+    """Return the metrics of a step, over all ranks (docs/metrics.md explains each of them).
+
+    played_rollouts and num_zero_variance_groups: of this rank. updates: UpdateStatistics of each
+    optimizer step. engine_counts: Engine.counts of the step. Every rank must call this."""
+    # 1. Sums over all ranks. The norms need none: all ranks take the same steps.
+    counts = count_rollouts(played_rollouts)
+    counts["num_zero_variance_groups"] = num_zero_variance_groups
+    for name in evaluate.COUNTS:
+        counts[name] = engine_counts[name]
+    for update in updates:
+        counts.update(update.sums)
+    total = sft.all_reduce_dict(counts, device)
+    my_max_log_ratio = max(update.max_log_ratio for update in updates)
+    max_log_ratio = sft.all_reduce([my_max_log_ratio], device, torch.distributed.ReduceOp.MAX)[0]
+    grad_norms = [update.grad_norm for update in updates if update.grad_norm is not None]
+    # 2. Conversations: how good, how long, how they ended.
+    num_rollouts = total["num_rollouts"]
+    num_scored = num_rollouts - total["num_unscored"]
+    num_incorrect = total["answer"] - total["num_correct"] - total["num_unscored"]
+    metrics = {
+        "reward": total["num_correct"] / max(num_scored, 1),
+        "unscored": total["num_unscored"] / num_rollouts,
+        "num_rollouts": int(num_rollouts),
+        "mean_turns": total["num_turns"] / num_rollouts,
+        "mean_turns_correct": total["num_turns_correct"] / max(total["num_correct"], 1)}
+    for finish_reason in evaluate.FINISH_REASONS:
+        metrics[finish_reason] = total[finish_reason] / num_rollouts
+    metrics["incorrect"] = num_incorrect / num_rollouts
+    # 3. Sampled tokens. The expectation of -log p is the entropy, so its mean estimates it.
+    metrics["num_sampled_tokens"] = int(total["num_sampled_tokens"])
+    metrics["mean_response_length"] = total["num_sampled_tokens"] / num_rollouts
+    metrics["entropy"] = total["negative_logprobs"] / max(total["num_sampled_tokens"], 1)
+    # 4. The loss, over the tokens that were trained on.
+    num_trained_tokens = max(total["num_trained_tokens"], 1)
+    metrics.update({
+        "approx_kl": sft.finite_or_none(total["approx_kl"] / num_trained_tokens),
+        "zero_variance_groups": int(total["num_zero_variance_groups"]),
+        "num_trained_responses": int(total["num_trained_responses"]),
+        "loss": sft.finite_or_none(total["loss"]),
+        "logprob_diff": sft.finite_or_none(total["logprob_diff"] / num_trained_tokens),
+        "max_log_ratio": sft.finite_or_none(max_log_ratio),
+        "clip_fraction": total["num_clipped"] / num_trained_tokens,
+        "grad_norm": sft.finite_or_none(sum(grad_norms) / max(len(grad_norms), 1)),
+        **evaluate.draft_statistics(total)})
+    return metrics
 
 
 # ---- The loop -----------------------------------------------------------------------------------
 
 
 def learning_rate(step, args):
-    """Of a step, counted from 0: rises over the first --warmup_ratio; with --anneal_lr it also falls,
-    from --lr before the first step to 0 behind the last."""
-    rate = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup_ratio * args.steps)))
-    return rate * (1 - step / args.steps) if args.anneal_lr else rate
+    """Return the learning rate of a step, counted from 0. It rises linearly over the first
+    --warmup_ratio of the steps. With --anneal_lr it also falls linearly over the whole run, and
+    would reach 0 one step after the last."""
+    num_warmup_steps = max(1, round(args.warmup_ratio * args.steps))
+    rate = args.lr * min(1.0, (step + 1) / num_warmup_steps)
+    if args.anneal_lr:
+        rate *= 1 - step / args.steps
+    return rate
 
 
-def step_baseline(args, value):
-    """The baseline of group_advantages in this step. value: what validate found, None
-    before the first evaluation; 0 is a value."""
-    # nothing is masked, or nothing known yet: an ordinary baseline, the group's mean
-    if not args.overturn_mask or args.baseline == "outcome":
-        return "group"
-    if args.baseline == "estimate":
-        return "group" if value is None else value
-    return args.baseline
-
-
-def train_step(policy, optimizer, engine, sets, weights, step, args, paid, rank, world):
-    """rollouts -> advantages -> one optimizer step per mini-batch. Returns (metrics, groups of this
-    rank)."""
-    begin = time.time()
-    places = list(range(rank, args.prompts_per_step, world))
-    groups, played, silent = collect_groups(engine, sets, weights, step, places, args, paid)
-    middle = time.time()
-    totals, largest, norms = {}, 0.0, []
+def train_step(policy, optimizer, engine, questions, step, args, baseline):
+    """Play the conversations of a step and train on them. Returns (metrics, this rank's groups with
+    signal as {group_index: rollouts})."""
+    # 1. Rollouts and advantages. Groups are dealt to the ranks in turn.
+    rollout_start = time.time()
+    my_group_indices = range(sft.get_rank(), args.prompts_per_step, sft.world_size())
+    trained_groups, played_rollouts, zero_variance_groups = collect_groups(
+        engine, questions.training, step, my_group_indices, args, baseline)
+    update_start = time.time()
+    # 2. One optimizer step per mini-batch, on the rollouts of all ranks.
     lr = learning_rate(step, args)
-    for places in mini_batches(groups, args, policy.device):
-        share = [r for place in places for r in groups.get(place, [])]
-        sums, gap, norm = update_policy(policy, optimizer, share, args, lr)
-        largest = max(largest, gap)
-        totals = {k: totals.get(k, 0) + v for k, v in sums.items()}
-        norms += [norm] if norm is not None else []
-    seconds = (middle - begin, time.time() - middle)
-    measured = step_metrics(played, totals, largest, norms, len(silent), seconds, policy.device,
-                       engine.counts)
-    return {"step": step + 1, "lr": lr, **measured}, groups
+    updates = []
+    for group_indices in mini_batches(trained_groups, args, policy.device):
+        my_rollouts = []
+        for group_index in group_indices:
+            my_rollouts += trained_groups.get(group_index, [])
+        updates.append(update_policy(policy, optimizer, my_rollouts, args, lr))
+    seconds_update = time.time() - update_start
+    # 3. What the log says.
+    metrics = step_metrics(played_rollouts, updates, len(zero_variance_groups), engine.counts,
+                           policy.device)
+    metrics = {"step": step + 1, "lr": lr, **metrics,
+               "seconds_rollout": update_start - rollout_start, "seconds_update": seconds_update}
+    return metrics, trained_groups
 
 
-def save_rollouts(out, step, groups, count=8):
-    """A few whole conversations of a step as trajectory rows, with their advantages: read them,
-    they say what is learned."""
-    rows = [{**r.to_row(), "advantage": r.advantage}
-            for place in sorted(groups) for r in groups[place]]
-    tools.write_jsonl(Path(out) / "num_rollouts" / f"step_{step:05d}.jsonl", rows[:count])
+def save_rollouts(out, step, trained_groups, max_rows=8):
+    """Write a few whole conversations of a step as trajectory rows, with their advantages. Read
+    them: they show what is learned."""
+    rows = []
+    for group_index in sorted(trained_groups):
+        for rollout in trained_groups[group_index]:
+            rows.append({**rollout.to_row(), "advantage": rollout.advantage})
+    tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:max_rows])
 
 
-def train(policy, sets, weights, held_out, args, rank, world):
-    """The loop: a step -> now and then an evaluation, a dump, a checkpoint. The model in --out is
-    the best one evaluated."""
-    optimizer, start = sft.start_training(policy, args, args.freeze_vision, args.steps)
-    turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
-    limits = evaluate.Limits(turns, args.max_images or turns, args.max_new_tokens,
-                             args.max_model_len)
-    judge = evaluate.make_judge(args, rank)
-    engine = evaluate.Engine(policy, limits, args.max_num_seqs, judge=judge, draft=args.num_speculative_tokens)
-    log = sft.open_log(args.out, start) if rank == 0 else None
-    best, value = history(args.out) if start else (-1.0, None)
-    bar = tools.progress_bar(range(start, args.steps), initial=start, total=args.steps,
-                         disable=rank != 0, desc="rl")
-    for step in bar:
-        scores = {}
-        if held_out and step == 0:
-            scores["val_accuracy_initial"], value = validate(engine, held_out, args, rank, world)
-        metrics, groups = train_step(policy, optimizer, engine, sets, weights, step, args,
-                                     step_baseline(args, value), rank, world)
-        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            scores["val_accuracy"], latest = validate(engine, held_out, args, rank, world)
-            value = value if latest is None else latest
-            if scores["val_accuracy"] is not None and scores["val_accuracy"] >= best:
-                best = scores["val_accuracy"]
-                sft.export(policy, args.out)
-        if rank == 0:
-            metrics = {**metrics, **scores, "unfinished_accuracy": value}
-            log.write(tools.json_line(metrics))
-            log.flush()
-            shown = {k: metrics.get(k) for k in ("reward", "over_turn", "incorrect", "val_accuracy")}
-            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None),
-                                refresh=False)
-            if (step + 1) % args.dump_every == 0:
-                save_rollouts(args.out, step + 1, groups)
-        if sft.end_step(args, optimizer, step + 1, args.steps, policy.device):
-            return
-    if best < 0:    # nothing was evaluated
-        sft.export(policy, args.out)
-    if engine.judge:
-        from extras.served import report_cost
-        report_cost(engine.judge.client, policy.device, rank)
-
-
-def history(out):
-    """What a resumed run knows from metrics.jsonl: (the best score on the held-out questions, the
-    last value of an unfinished conversation). All ranks wait until the file has been cut."""
-    sft.barrier()   # until rank 0 has cut the file
+def read_history(out):
+    """Return (best val_accuracy so far, last unfinished_accuracy) from the log of a run that is
+    resumed. The best is -1.0 if nothing was evaluated. Every rank must call this."""
+    sft.barrier()   # rank 0 has removed the lines after the checkpoint
     path = Path(out) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     tools.check(lines, f"{path} is gone: without it --resume does not know the best model so far; "
-               "start again without --resume")
-    scores = [line["val_accuracy"] for line in lines if line.get("val_accuracy") is not None]
-    return max(scores, default=-1.0), lines[-1]["unfinished_accuracy"]
+                "start again without --resume")
+    val_accuracies = [line["val_accuracy"] for line in lines
+                      if line.get("val_accuracy") is not None]
+    return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
 
 
-def value_flag(text):
-    """What --baseline may be: a word, or a number."""
+def make_engine(policy, args, max_turns, judge):
+    """Return an engine whose conversations have at most max_turns turns."""
+    limits = evaluate.Limits(max_turns=max_turns, max_images=args.max_images or max_turns,
+                             max_new_tokens=args.max_new_tokens, max_model_len=args.max_model_len)
+    return evaluate.Engine(policy, limits, args.max_num_seqs, seed=args.seed, judge=judge,
+                           num_speculative_tokens=args.num_speculative_tokens)
+
+
+def train(policy, questions, args, process):
+    """Run the loop: a step, and now and then an evaluation, a dump, a checkpoint. The model in
+    --out is the best one that was evaluated, or the last one if none was."""
+    # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
+    run = sft.start_training(policy, args, process, args.freeze_vision, args.steps)
+    is_main = process.rank == 0
+    log = sft.open_log(args.out, run.first_step) if is_main else None
+    best_accuracy = -1.0
+    unfinished_accuracy = None
+    if run.first_step > 0:
+        best_accuracy, unfinished_accuracy = read_history(args.out)
+    # 2. Two engines: validation has a larger turn budget, and so has training with "outcome".
+    judge = evaluate.make_judge(args, process.rank)
+    training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
+    training_engine = make_engine(policy, args, training_turns, judge)
+    validation_engine = make_engine(policy, args, args.eval_turns, judge)
+    bar = tools.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
+                             total=args.steps, disable=not is_main, desc="rl")
+    for step in bar:
+        steps_done = step + 1
+        val_metrics = {}
+        if questions.held_out and step == 0:
+            val_metrics["val_accuracy_initial"], unfinished_accuracy = validate(
+                validation_engine, questions.held_out, args)
+        # 3. Rollouts, advantages, updates.
+        baseline = step_baseline(args, unfinished_accuracy)
+        metrics, trained_groups = train_step(policy, run.optimizer, training_engine, questions,
+                                             step, args, baseline)
+        # 4. Evaluate, keep the best model.
+        if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
+            accuracy, latest = validate(validation_engine, questions.held_out, args)
+            val_metrics["val_accuracy"] = accuracy
+            if latest is not None:
+                unfinished_accuracy = latest
+            if accuracy is not None and accuracy >= best_accuracy:
+                best_accuracy = accuracy
+                sft.export(policy, args.out)
+        # 5. Log, dump, checkpoint.
+        if is_main:
+            write_metrics(log, bar, {**metrics, **val_metrics,
+                                     "unfinished_accuracy": unfinished_accuracy})
+            if steps_done % args.dump_every == 0:
+                save_rollouts(args.out, steps_done, trained_groups)
+        if sft.end_step(run, args, steps_done, args.steps, policy.device):
+            return
+    if best_accuracy < 0:
+        sft.export(policy, args.out)
+    if judge is not None:
+        judge.report_cost(policy.device, process.rank)
+
+
+def write_metrics(log, bar, metrics):
+    """Append a line to metrics.jsonl and show the most important numbers next to the bar."""
+    log.write(tools.json_line(metrics))
+    log.flush()
+    shown_metrics = []
+    for name in ("reward", "over_turn", "incorrect", "val_accuracy"):
+        if metrics.get(name) is not None:
+            shown_metrics.append(f"{name} {metrics[name]:.3f}")
+    bar.set_postfix_str(" ".join(shown_metrics), refresh=False)
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def baseline_flag(text):
+    """Return the value of --baseline: one of four words, or a number."""
     words = ("group", "completed", "estimate", "outcome")
+    if text in words:
+        return text
     try:
-        if text in words or math.isfinite(float(text)):
-            return text if text in words else float(text)
+        number = float(text)
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}, or a number")
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}, or a number")
+    return number
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="GRPO with over-turn masking.")
+    parser = argparse.ArgumentParser(description="GRPO with over-turn masking.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/sft", help="local folder or hub id to start from")
-    add("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE[:WEIGHT]",
-        help="question files; a question's file is drawn by weight (default 1)")
+    add("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE",
+        help="question files, read one after the other")
     add("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
     sft.add_policy_flags(group)
-    group = parser.add_argument_group("num_rollouts")
+
+    group = parser.add_argument_group("rollouts")
     add = group.add_argument
     add("--steps", type=int, default=12, help="RL steps")
     add("--prompts_per_step", type=int, default=24,
         help="P: questions per step over all processes (paper: 256)")
     add("--group_size", type=int, default=16, help="G: conversations per question (paper: 16)")
     add("--resample", type=int, default=1,
-        help="how often a place without signal gets a fresh question")
+        help="how often a group without signal gets another question")
     add("--max_turns", type=int, default=6,
         help="turns per conversation, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
+
     group = parser.add_argument_group("loss")
     add = group.add_argument
     add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
         help="mask conversations that ran out of turns or context; without: they count as wrong")
-    add("--baseline", type=value_flag, default=0.5, metavar="VALUE",
-        help="the baseline, which is what the mask pays for an unfinished conversation: a number, "
-             "group (released code), completed, estimate (accuracy of such conversations among "
-             "the held-out ones) or outcome (play on); without the mask nothing is paid, and the "
-             "baseline is the group's mean")
+    add("--baseline", type=baseline_flag, default=0.5, metavar="BASELINE",
+        help="b, which is also what the mask pays for an unfinished conversation: a number, group "
+             "(official code), completed, estimate (accuracy of such conversations among the "
+             "held-out ones) or outcome (play them to their end); without the mask nothing is "
+             "paid, and b is the group's mean")
     add("--mask_void", action="store_true",
-        help="mask conversations in which a turn broke off, too; without: they count as wrong")
+        help="also mask conversations in which a turn broke off; without: they count as wrong")
     add("--overturn_penalty", type=float, default=0.0,
-        help="taken from the reward of an unfinished conversation (with --no-overturn_mask)")
+        help="subtracted from the reward of an unfinished conversation (with --no-overturn_mask)")
     add("--divisor", default="kept", choices=["kept", "all"],
-        help="what the loss is divided by")
+        help="the loss is divided by the kept responses (paper) or by all (official code)")
     add("--aggregation", default="response", choices=["response", "token", "constant"],
         help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
-    add("--clip_low", type=float, default=0.2, help="ratio is clipped below 1 - this")
-    add("--clip_high", type=float, default=0.3, help="ratio is clipped above 1 + this")
-    add("--clip_dual", type=float, default=0.0,
-        help="where the advantage is negative, a ratio counts as this at most, e.g. 3 (0: "
-             "unbounded, as in the paper)")
+    add("--clip_low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
+    add("--clip_high", type=float, default=0.3, help="the ratio is clipped above 1 + this")
+
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     add("--anneal_lr", action=argparse.BooleanOptionalAction, default=True,
-        help="let the rate fall linearly to 0 over the run (paper: constant)")
-    add("--warmup_ratio", type=float, default=0.25, help="fraction of steps with rising learning rate")
+        help="let the learning rate fall linearly to 0 over the run (paper: constant)")
+    add("--warmup_ratio", type=float, default=0.25,
+        help="fraction of the steps with a rising learning rate")
     add("--mini_batch_size", type=int, default=3,
-        help="prompts with signal per optimizer step (paper: 32 of 256)")
-    add("--micro_batch_tokens", type=int, default=4096, help="tokens per forward pass on one process")
+        help="groups with signal per optimizer step (paper: 32 of 256)")
+    add("--micro_batch_tokens", type=int, default=4096,
+        help="tokens per forward pass on one process")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
         help="do not train the vision tower and its projector, as in the cold start")
     sft.add_training_flags(group, weight_decay=0.0, save_every=10)
     add("--seed", type=int, default=0, help="questions of each step and draws of the samples")
+
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
     add("--eval_every", type=int, default=6,
-        help="steps between scores on questions held out from RL; --out keeps the best model (0: "
-             "no evaluation, the last model is kept)")
+        help="steps between evaluations on held-out questions; --out keeps the best model (0: no "
+             "evaluation, the last model is kept)")
     add("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
     add("--eval_data", type=Path, default=Path("data/val.jsonl"),
-        help="questions that no stage has seen")
+        help="questions that no stage has trained on")
     add("--eval_turns", type=int, default=32,
         help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
              "that counts in the end")
     add("--dump_every", type=int, default=4,
         help="steps between dumps of 8 conversations to --out/rollouts/")
     args = parser.parse_args()
-    tools.check_number_flags(
-        args, ["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high", "clip_dual", "warmup_ratio",
-               "weight_decay", "eval_every", "eval_size", "overturn_penalty"],
-        free=["baseline"])
-    tools.check(args.eval_every or args.baseline != "estimate",
-               "--baseline estimate comes from the evaluations: set --eval_every above 0")
-    tools.check(not (args.overturn_penalty and args.overturn_mask), "--overturn_penalty needs "
-               "--no-overturn_mask: a masked conversation has no reward to take from")
-    tools.check(not 0 < args.clip_dual <= 1,
-               "--clip_dual must be above 1, where a ratio is, or 0 for none")
-    tools.check(args.group_size >= 2,
-               "--group_size must be at least 2: an advantage compares conversations about one question")
+    check_args(args)
     return args
+
+
+def check_args(args):
+    """Raise InputError for flags that make no sense, alone or together."""
+    tools.check_number_flags(
+        args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
+                           "warmup_ratio", "weight_decay", "eval_every", "eval_size",
+                           "overturn_penalty"],
+        any_number=["baseline"])
+    tools.check(args.eval_every or args.baseline != "estimate",
+                "--baseline estimate comes from the evaluations: set --eval_every above 0")
+    tools.check(args.overturn_penalty == 0 or not args.overturn_mask,
+                "--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward "
+                "to take from")
+    tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
+                "conversations about one question")
+
+
+def load_questions(args):
+    """Return the Questions of --data and --eval_data."""
+    training = []
+    for path in map(Path, args.data):
+        rows = tools.read_questions(path, "python build_data.py")
+        training += [(row, path.parent) for row in rows]
+    tools.check(len(training) >= args.prompts_per_step, f"--data has {len(training)} questions to "
+                f"train on, fewer than --prompts_per_step {args.prompts_per_step}")
+    held_out = []
+    if args.eval_every:
+        rows = tools.read_questions(args.eval_data, "python build_data.py")
+        held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
+    return Questions(training, held_out)
 
 
 def main():
     args = parse_args()
-    rank, world, device = sft.setup_distributed()
-    tools.check(args.prompts_per_step >= world, f"--prompts_per_step {args.prompts_per_step} is "
-               f"less than the number of processes {world}")
-    sets, weights = read_sets(args.data)
-    held_out = []
-    if args.eval_every:
-        rows = tools.read_questions(args.eval_data, "python build_data.py")[:args.eval_size]
-        held_out = [(row, args.eval_data.parent) for row in rows]
-    count = sum(map(len, sets))
-    tools.check(count >= args.prompts_per_step, f"--data has {count} questions to train on, fewer "
-               f"than --prompts_per_step {args.prompts_per_step}")
+    process = sft.setup_distributed()
+    tools.check(args.prompts_per_step >= process.world_size,
+                f"--prompts_per_step {args.prompts_per_step} is less than the number of processes "
+                f"{process.world_size}")
+    questions = load_questions(args)
     prompts = tools.load_prompts(args.prompts)
-    policy = sft.load_policy(args.model, device, args.dtype, prompts, args.min_pixels,
+    policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        print(f"{count} questions to train on, {len(held_out)} held out; {world} process(es) on "
-              f"{device.type}", flush=True)
-    train(policy, sets, weights, held_out, args, rank, world)
+    if process.rank == 0:
+        print(f"{len(questions.training)} questions to train on, {len(questions.held_out)} held "
+              f"out; {process.world_size} process(es) on {process.device.type}", flush=True)
+    train(policy, questions, args, process)
     sft.close_distributed()
 
 

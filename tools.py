@@ -1,22 +1,31 @@
 """The agent's world, without torch: prompts, the zoom tool, turns, conversations as data, answers.
 
-A conversation starts with a question about an image. In every turn the model thinks and then either
-zooms, `<grounding>{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>`, and is
-shown the crop as the next observation, or finishes with `<answer>...</answer>`. All that such a
-conversation consists of is here; the teacher, the trainer and the rollout engine use it unchanged.
+A conversation starts with a question about an image. In every turn the model thinks and then
+either zooms, `<grounding>{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}</grounding>`,
+and sees the crop as the next observation, or finishes with `<answer>...</answer>`. The teacher, the
+trainer and the rollout engine all use the functions of this file.
+
+How a conversation ends (finish_reason):
+    answer        The model gave an answer.
+    void          The turn has neither a call nor an answer (SimpleTIR's word, arXiv 2509.02479).
+    over_turn     The model still asked to zoom when a cap on turns or images was reached.
+    over_context  The next observation did not fit into the context (evaluate.py).
+
+A bad call is *refused*: the tool answers with an error, and the conversation continues. A valid
+zoom beyond a cap is *not carried out*, and the conversation ends. So a zoom in the last turn of a
+conversation was never carried out: it has no crop.
 
 What differs from the Mini-o3 paper (arXiv 2509.07969) and its code:
-1. Model output is parsed with json and explicit checks; a bad call is answered with one sentence
+1. Model output is parsed with json and explicit checks. A bad call is answered with one sentence
    that the model can act on.
-2. Crops come from the *native* pixels of their source; only what the model sees is resized.
-3. Box corners are floored (near) and ceiled (far), so a box never loses the pixels it touches.
-4. The prompts are our own words; `--prompts FILE` puts others in their place (see PROMPTS).
+2. Crops are cut from the *native* pixels of their source. Only what the model sees is resized.
+3. Box corners are floored (near) and ceiled (far), so a box never loses pixels that it touches.
+4. The prompts are our own words; `--prompts FILE` replaces them (see PROMPTS).
 
 This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
-import errno
 import json
 import math
 import os
@@ -26,60 +35,70 @@ import tempfile
 import time
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# ---- Errors, for the model (ToolError) and for the person at the keyboard (InputError) ----------
+# ---- Errors, and how a stage runs ---------------------------------------------------------------
 
 
 class ToolError(ValueError):
-    """A zoom that cannot be done; its text is one sentence that is sent back to the model."""
+    """A zoom that is refused. Its text is one sentence that is sent back to the model."""
 
 
 class InputError(ValueError):
-    """A mistake in a file or a flag; its text is one line: what is wrong, where, and what to do."""
+    """A user's mistake in a file or a flag. Its text is one line: what is wrong and where."""
 
 
-def check(right, wrong):
-    """Raises InputError, saying what is wrong, unless something is right. About a row of a file the
-    text names no row: whoever reads the file adds file:line, or counts the text as a reason."""
-    if not right:
-        raise InputError(wrong)
+def check(condition, message):
+    """Raise InputError(message) unless the condition is true. About a row of a file, the message
+    does not say which row: read_jsonl adds file and line."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_number_flags(args, may_be_zero=(), any_number=()):
+    """Raise InputError unless every flag that is a number is finite and above 0. may_be_zero: names
+    of flags that may also be 0; any_number: names of flags that are not checked."""
+    for flag_name, value in vars(args).items():
+        if type(value) not in (int, float) or flag_name in any_number:
+            continue
+        if flag_name in may_be_zero:
+            check(0 <= value < math.inf, f"--{flag_name} {value} must be a number of at least 0")
+        else:
+            check(0 < value < math.inf, f"--{flag_name} {value} must be a number above 0")
 
 
 def run(main):
-    """Run a stage and print how long it took. A user's mistake is one line on stderr and exit code
-    1, not a traceback."""
-    start, rank = time.time(), int(os.environ.get("RANK", "0"))
-    name = Path(sys.argv[0]).name
+    """Run main() of a stage and print how long it took. What a user can cause ends in one line on
+    stderr; any other error keeps its traceback."""
+    script_name = Path(sys.argv[0]).name
+    rank = int(os.environ.get("RANK", "0"))
+    start_time = time.time()
     try:
         main()
     except InputError as error:
-        sys.exit(f"{name}: error: {error}")
-    except RuntimeError as error:
-        # of torch.distributed: nothing is saved, since nobody knows what the others have done
+        sys.exit(f"{script_name}: error: {error}")
+    except OSError as error:  # disk full, no permission; no file is half-written (write_atomic)
+        file_name = error.filename or "while writing"
+        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name})")
+    except RuntimeError as error:  # of torch.distributed, if the process of another rank has ended
         if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
-        first, *more = [line.strip()[:160] for line in str(error).splitlines() if line.strip()]
-        said = " ... ".join([first, *more[-1:]])  # NCCL's cause is its last line
-        sys.exit(f"{name}: rank {rank} stops because another process has ended ({said})")
-    except KeyboardInterrupt:  # at once: threads that wait for a server would hold up an exit
+        reason = " ".join(str(error).split())[:400]
+        sys.exit(f"{script_name}: rank {rank} stops because another process has ended ({reason})")
+    except KeyboardInterrupt:
         sys.stdout.flush()
-        print(f"{name}: interrupted; what was saved is kept", file=sys.stderr, flush=True)
-        os._exit(130)
-    except OSError as error:  # disk full, no permission; no file is half-written, see write_atomic
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; earlier files are untouched: free the disk or change --out and run again"
-        sys.exit(f"{name}: error: {error.strerror or error} "
-                 f"({error.filename or 'while writing'}){advice if full else ''}")
+        print(f"{script_name}: interrupted; what was saved is kept", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
     if rank == 0:
-        minutes, seconds = divmod(time.time() - start, 60)
-        print(f"{name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+        minutes, seconds = divmod(time.time() - start_time, 60)
+        print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
 
 
 class PlainLines:
-    """Where a progress bar goes that has no terminal, as in a log file: each state is a line."""
+    """A file for tqdm that prints each state of a progress bar on a line of its own."""
 
     def write(self, text):
         if text.strip():
@@ -90,16 +109,17 @@ class PlainLines:
 
 
 def progress_bar(*args, **kwargs):
-    """tqdm's bar on a terminal; anywhere else a plain line every half minute."""
+    """Return tqdm's bar. Where there is no terminal it prints a plain line every half minute."""
     if not sys.stderr.isatty():
-        kwargs.update(file=PlainLines(), mininterval=30, maxinterval=30,
-                      bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+        bar_format = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        kwargs.update(file=PlainLines(), mininterval=30, maxinterval=30, bar_format=bar_format)
     return tqdm(*args, **kwargs)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
-# `<image>` marks where the picture goes; {question}, {error} and what names an observation
-# are filled in: {name} (observation_2), {number} (2), {action} (turns before the one that zoomed).
+# <image> marks where the picture goes. {question} and {error} are filled in. An observation may be
+# called by {name} (observation_2), {number} (2) or {action} (the number of turns before the one
+# that zoomed).
 
 PROMPTS = {
     "system": "You answer a question about a large image of which you see small views. Think "
@@ -112,247 +132,302 @@ PROMPTS = {
     "error": "Error: {error}",
 }
 
-
-def check_number_flags(args, may_be_0=(), free=()):
-    """Raises InputError unless all flags that are numbers are finite and above 0. may_be_0: names
-    of those that may be 0, too; free: of those that may be any number."""
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in free:
-            least = "of at least 0" if name in may_be_0 else "above 0"
-            right = 0 < value < math.inf or (value == 0 and name in may_be_0)
-            check(right, f"--{name} {value} must be a number {least}")
+# Without these, the model would not be told the question, the picture or its mistake.
+REQUIRED_PLACEHOLDERS = {"question": ["{question}", "<image>"], "observation": ["<image>"],
+                         "error": ["{error}"]}
 
 
 def load_prompts(path):
-    """PROMPTS, with what a JSON file puts in their place (None: nothing). Raises InputError."""
+    """Return PROMPTS, some of them replaced by the JSON file at path (None: no file). Raise
+    InputError if it is no such JSON object or if a prompt lacks a placeholder."""
     if path is None:
         return dict(PROMPTS)
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        replacements = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read prompts as JSON: {error}") from None
-    right = isinstance(given, dict) and given.keys() <= PROMPTS.keys()
-    check(right and all(isinstance(text, str) for text in given.values()),
-         f"{path}: prompts are a JSON object of strings with keys among {', '.join(PROMPTS)}")
-    prompts = {**PROMPTS, **given}
-    for key, parts in {"question": ["{question}", "<image>"], "observation": ["<image>"],
-                       "error": ["{error}"]}.items():
-        check(all(prompts[key].count(part) == 1 for part in parts),
-             f"{path}: '{key}' must contain {' and '.join(parts)} exactly once")
+    has_known_keys = isinstance(replacements, dict) and replacements.keys() <= PROMPTS.keys()
+    check(has_known_keys and all(isinstance(text, str) for text in replacements.values()),
+          f"{path}: prompts are a JSON object of strings with keys among {', '.join(PROMPTS)}")
+    prompts = {**PROMPTS, **replacements}
+    for key, placeholders in REQUIRED_PLACEHOLDERS.items():
+        for placeholder in placeholders:
+            check(prompts[key].count(placeholder) == 1,
+                  f"{path}: '{key}' must contain {' and '.join(placeholders)} exactly once")
     return prompts
 
 
 def system_text(row, prompts):
-    """The row's own system text, or the prompts' one; empty for none."""
-    return prompts["system"] if row.get("system") is None else row["system"]
+    """Return the system message: the row's own if it has one. An empty text means no message."""
+    if row.get("system") is not None:
+        return row["system"]
+    return prompts["system"]
 
 
 def question_text(row, prompts):
-    """The first message to the policy: (text before the image, text after it)."""
+    """Return the first message to the policy: (text before the image, text after it)."""
     if row.get("user") is not None:  # an imported conversation has its own words
         return tuple(row["user"].split("<image>"))
-    parts = prompts["question"].split("<image>")
-    return tuple(part.replace("{question}", row["question"]) for part in parts)
+    before_image, after_image = prompts["question"].split("<image>")
+    return (before_image.replace("{question}", row["question"]),
+            after_image.replace("{question}", row["question"]))
 
 
-def tool_message(turn, turns, shown, prompts):
-    """What the tool says after a turn, the conversation's `turns`-th, when `shown` observations
-    have been seen: (text before the crop, text after it), or one text, why the call was refused."""
-    text = turn.get("tool_message")  # an imported conversation has its own words
+def tool_message(turn, turn_number, num_observations, prompts):
+    """Return the tool's answer to a turn: (text before the crop, text after it). The crop is
+    observation number `num_observations`. After a refused call it is (error text, None)."""
+    message = turn.get("tool_message")  # an imported conversation has its own words
     if "zoom" not in turn:
-        return prompts["error"].replace("{error}", turn["error"]) if text is None else text
-    if text is None:
-        text = prompts["observation"].replace("{name}", f"observation_{shown}")
-        text = text.replace("{number}", str(shown)).replace("{action}", str(turns - 1))
-    return tuple(text.split("<image>"))
+        if message is None:
+            message = prompts["error"].replace("{error}", turn["error"])
+        return message, None
+    if message is None:
+        message = prompts["observation"]
+        message = message.replace("{name}", f"observation_{num_observations}")
+        message = message.replace("{number}", str(num_observations))
+        message = message.replace("{action}", str(turn_number - 1))
+    return tuple(message.split("<image>"))
 
 
 # ---- Images -------------------------------------------------------------------------------------
 
 
 def open_image(path):
-    """An image file as RGB. Raises InputError if it is missing, damaged or absurdly large."""
+    """Open an image file as RGB. Raise InputError if it is missing, damaged or absurdly large."""
     try:
         with Image.open(path) as image:
             return to_rgb(image)
     except FileNotFoundError:
-        wrong = "image is missing; run the stage that wrote this data again"
+        problem = "image is missing; run the stage that wrote this data again"
     except Exception as error:  # decoders raise nearly anything on broken data
-        wrong = f"not a readable image ({error}); replace it or remove its rows"
-    raise InputError(f"{path}: {wrong}")
+        problem = f"not a readable image ({error}); replace it or remove its rows"
+    raise InputError(f"{path}: {problem}")
 
 
 def to_rgb(image):
-    """A PIL image as RGB, as a viewer shows it: a camera's photo upright (EXIF), 16 bits scaled to
-    8, white where it is transparent."""
+    """Convert a PIL image to RGB, as an image viewer shows it."""
+    # A camera's photo is turned upright.
     image = ImageOps.exif_transpose(image)
+    # 16 bits a pixel are scaled to 8.
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("I").point(lambda pixel_value: pixel_value * (1 / 256)).convert("L")
+    # Transparent pixels become white.
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white_image = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white_image, image)
     return image.convert("RGB")
 
 
 def size_for_model(width, height, min_pixels, max_pixels, factor=28):
-    """(width, height) of the copy of a view that the model is shown: multiples of `factor` (patch x
-    merge), the area in [min_pixels, max_pixels] where that is possible, the aspect ratio kept as
-    well as the grid allows. Sides are rounded (Python's round, one factor at least), and rounded
-    anew towards the limit that this breaks, if it does; that may break the other one."""
-    w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
-    if w * h > max_pixels:
-        scale = math.sqrt(width * height / max_pixels)
-        w, h = (max(factor, int(side / scale / factor) * factor) for side in (width, height))
-        if w * h > max_pixels:  # a strip: its short side cannot shrink below one factor
-            longest = max_pixels // factor // factor * factor
-            w, h = (max(factor, min(side, longest)) for side in (w, h))
-    elif w * h < min_pixels:
-        scale = math.sqrt(min_pixels / (width * height))
-        w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
-    return w, h
+    """Return (width, height) of the resized copy of a view that the model sees.
+
+    Both sides are multiples of `factor` (patch size x merge size), at least one factor, and keep
+    the aspect ratio as well as this grid allows. The area is between min_pixels and max_pixels,
+    unless the view is a very long strip or no multiples fit between the limits.
+
+    >>> size_for_model(756, 756, min_pixels=6000, max_pixels=8000)
+    (84, 84)
+    """
+    # 1. Round both sides to the nearest multiple.
+    model_width = max(factor, round(width / factor) * factor)
+    model_height = max(factor, round(height / factor) * factor)
+
+    # 2. Too large: scale to max_pixels and round down.
+    if model_width * model_height > max_pixels:
+        shrink_factor = math.sqrt(width * height / max_pixels)
+        model_width = max(factor, int(width / shrink_factor / factor) * factor)
+        model_height = max(factor, int(height / shrink_factor / factor) * factor)
+        # The short side of a strip cannot shrink below one factor: cut the long side instead.
+        if model_width * model_height > max_pixels:
+            longest_side = max_pixels // factor // factor * factor
+            model_width = max(factor, min(model_width, longest_side))
+            model_height = max(factor, min(model_height, longest_side))
+
+    # 3. Too small: scale to min_pixels and round up.
+    elif model_width * model_height < min_pixels:
+        growth_factor = math.sqrt(min_pixels / (width * height))
+        model_width = math.ceil(width * growth_factor / factor) * factor
+        model_height = math.ceil(height * growth_factor / factor) * factor
+    return model_width, model_height
 
 
 def resize_for_model(image, min_pixels, max_pixels, factor=28):
-    """The copy of a view that the model is shown, see size_for_model."""
-    size = size_for_model(*image.size, min_pixels, max_pixels, factor)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    """Return the copy of a view that the model sees, see size_for_model."""
+    model_size = size_for_model(image.width, image.height, min_pixels, max_pixels, factor)
+    if model_size == image.size:
+        return image
+    return image.resize(model_size, Image.Resampling.BICUBIC)
 
 
 # ---- The zoom tool ------------------------------------------------------------------------------
 
-MAX_ASPECT_RATIO = 200
-SOURCE = re.compile(r"original_image|observation_([1-9][0-9]{0,5})")
-FORMAT = '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}'
+MAX_ASPECT_RATIO = 200  # of a crop, in pixels
+SOURCE_PATTERN = re.compile(r"original_image|observation_([1-9][0-9]{0,5})")
+CALL_EXAMPLE = '{"bbox_2d": [x0, y0, x1, y1], "source": "original_image"}'
 
 
 def validate_call(call):
-    """([x0, y0, x1, y1] floats, source) of an untrusted call. Raises ToolError with a sentence."""
+    """Return (box, source) of a call that the model wrote; box is a list of four floats. Raise
+    ToolError with a sentence for the model if the call is bad in itself."""
     if not isinstance(call, dict) or "bbox_2d" not in call or "source" not in call:
-        raise ToolError(f"The call must be a JSON object such as {FORMAT}.")
-    box, source = call["bbox_2d"], call["source"]
-    if not isinstance(box, list) or [type(v) in (int, float) for v in box] != [True] * 4:
+        raise ToolError(f"The call must be a JSON object such as {CALL_EXAMPLE}.")
+    box = call["bbox_2d"]
+    source = call["source"]
+    # type() and not isinstance(), since True is an int for isinstance.
+    is_list_of_four = isinstance(box, list) and len(box) == 4
+    if not is_list_of_four or any(type(number) not in (int, float) for number in box):
         raise ToolError("bbox_2d must be a list of four numbers.")
+    # "not (a < b)" is true for NaN, too. A huge integer is compared before float() overflows.
     x0, y0, x1, y1 = box
-    # so that NaN fails too; huge integers are compared before they become floats and overflow
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise ToolError("The box must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1.")
-    if not isinstance(source, str) or not SOURCE.fullmatch(source):
+    if not isinstance(source, str) or not SOURCE_PATTERN.fullmatch(source):
         raise ToolError("The source must be original_image or an earlier observation such as "
                         "observation_1.")
-    return [float(v) for v in box], source
+    return [float(number) for number in box], source
 
 
 def source_index(source):
-    """Which of a conversation's views a source names: 0 the original, i the observation i."""
-    return int(SOURCE.fullmatch(source)[1] or 0)
+    """Return the index of a source among the views: original_image 0, observation_3 3."""
+    observation_number = SOURCE_PATTERN.fullmatch(source)[1]
+    return int(observation_number or 0)
 
 
 def zoom(views, call):
-    """Crop the box of `call` from its source at native resolution.
+    """Return the crop that `call` asks for, at the native resolution of its source.
 
-    views: PIL images, see source_index; call: {"bbox_2d": relative corners, "source": name}.
-    Pixels: floor of the near corner, ceil of the far one. Raises ToolError with a sentence, which
-    names a source that is not there, or says "narrow" where the crop's longer side has more than
-    MAX_ASPECT_RATIO times the pixels of its shorter one.
+    views: PIL images, [original, observation 1, ...].
+    call: {"bbox_2d": corners as fractions of the source, "source": its name}.
+    Raise ToolError with a sentence for the model if the call is bad, if the source does not exist
+    yet, or if the crop is longer than MAX_ASPECT_RATIO times its width or height.
     """
     (x0, y0, x1, y1), source = validate_call(call)
-    index = source_index(source)
-    if index >= len(views):
+    if source_index(source) >= len(views):
         raise ToolError(f"There is no {source} yet.")
-    width, height = views[index].size
-    left, top = math.floor(x0 * width), math.floor(y0 * height)
-    # neighbouring floats may round to the same edge of a pixel
-    right, bottom = max(math.ceil(x1 * width), left + 1), max(math.ceil(y1 * height), top + 1)
-    w, h = right - left, bottom - top
-    if max(w, h) > MAX_ASPECT_RATIO * min(w, h):
+    source_view = views[source_index(source)]
+
+    # Every pixel that the box touches: floor of the near corner, ceil of the far one.
+    left = math.floor(x0 * source_view.width)
+    top = math.floor(y0 * source_view.height)
+    # At least one pixel: two neighbouring floats may give the same edge.
+    right = max(math.ceil(x1 * source_view.width), left + 1)
+    bottom = max(math.ceil(y1 * source_view.height), top + 1)
+
+    short_side, long_side = sorted([right - left, bottom - top])
+    if long_side > MAX_ASPECT_RATIO * short_side:
         raise ToolError("The box is too narrow: make it wider or higher.")
-    return views[index].crop((left, top, right, bottom))
+    return source_view.crop((left, top, right, bottom))
 
 
 # ---- One turn of the model ----------------------------------------------------------------------
+# Stored as a dict: {"text": all that the model wrote}, and with it "zoom" (a valid call) or "error"
+# (why the tool refused the call). A turn that ends the conversation by itself has neither.
 
-_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # an unclosed thought runs to the end
-_TAG = re.compile(r"<(grounding|answer)>")
+THOUGHT_PATTERN = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # unclosed: up to the end
+TAG_PATTERN = re.compile(r"<(grounding|answer)>")
+
+
+class TurnResult(NamedTuple):
+    turn: dict                  # as it is stored in a row
+    finish_reason: str | None   # "answer", "void" or "over_turn"; None: the conversation continues
+    prediction: str | None      # the answer, if there is one
 
 
 def first_tag(text):
-    """The first complete call or answer outside of thoughts, the one that opens first: (kind, what
-    is inside as it is, where its closing tag ends in `text`); None if there is none."""
-    text = _THINK.sub(lambda thought: " " * len(thought[0]), text)
-    for match in _TAG.finditer(text):
-        closing = f"</{match[1]}>"
-        end = text.find(closing, match.end())
-        if end >= 0:
-            return match[1], text[match.end():end], end + len(closing)
+    """Return (name, content, end) of the first complete call or answer, or None if there is none.
+    First is the one that opens first. Tags inside thoughts do not count.
+
+    >>> first_tag("<think>Is it <answer>1</answer>?</think><answer>7</answer> More.")
+    ('answer', '7', 58)
+    """
+    # Thoughts become spaces, so that all positions stay the same.
+    visible_text = THOUGHT_PATTERN.sub(lambda thought: " " * len(thought[0]), text)
+    for opening_tag in TAG_PATTERN.finditer(visible_text):
+        tag_name = opening_tag[1]
+        closing_tag = f"</{tag_name}>"
+        content_start = opening_tag.end()
+        content_end = visible_text.find(closing_tag, content_start)
+        if content_end >= 0:
+            content = visible_text[content_start:content_end]
+            return tag_name, content, content_end + len(closing_tag)
     return None
 
 
 def parse_turn(text):
-    """What a turn asks for. Never raises.
+    """Return what the model asks for in a turn. Never raise.
 
-    ("zoom", call) | ("answer", text) | ("error", sentence) | ("void", None: neither of these).
-    A call holds bbox_2d, four floats, and source, no more; an answer may be empty. A sentence is
-    one line of less than 200 characters with one full stop, at its end. Text inside <think>
-    is ignored, thinking is optional, and the first complete tag wins.
+    ("zoom", call)       call has bbox_2d (four floats) and source, nothing else
+    ("answer", answer)   may be empty
+    ("error", sentence)  one line of less than 200 characters, with one full stop, at its end
+    ("void", None)       neither a call nor an answer
+
+    Text inside <think> is ignored, thinking is optional, and the first complete tag wins.
     """
     tag = first_tag(text)
     if tag is None:
         return "void", None
-    kind, body, _ = tag
-    if kind == "answer":
-        return "answer", body.strip()
+    tag_name, content, _ = tag
+    if tag_name == "answer":
+        return "answer", content.strip()
     try:
-        box, source = validate_call(json.loads(body))
+        box, source = validate_call(json.loads(content))
     except ToolError as error:
         return "error", str(error)
     except (ValueError, RecursionError):  # not JSON, thousands of digits, or nested too deep
-        return "error", f"The call is not valid JSON; write {FORMAT}."
+        return "error", f"The call is not valid JSON; write {CALL_EXAMPLE}."
     return "zoom", {"bbox_2d": box, "source": source}
 
 
-def take_turn(views, text, number, max_turns, max_images):
-    """Apply turn `number` (1-based) of a conversation: parse it, zoom, decide whether it is over.
+def take_turn(views, text, turn_number, max_turns, max_images):
+    """Apply a turn of the model to the conversation and return its TurnResult.
 
-    views: the images so far, original first; a successful crop is appended. max_images counts the
-    original too. Returns (turn, finish, prediction): turn as stored in a row; finish None while it
-    goes on, else "answer" | "void" | "over_turn". A refused call costs a turn, no more; on the last
-    turn it is over_turn, too, and keeps its error.
+    views: the images so far, original first; the crop of a successful zoom is appended.
+    turn_number: 1 for the first turn. max_images counts the original, too.
+    A refused call uses up one turn and the conversation continues. In the last turn it ends the
+    conversation as over_turn; the error is stored.
     """
-    kind, value = parse_turn(text)
-    turn = {"text": text}
+    # 1. An answer, or neither answer nor call, ends the conversation.
+    kind, content = parse_turn(text)
     if kind in ("answer", "void"):
-        return turn, kind, value
-    turn[kind] = value
-    if number >= max_turns or (kind == "zoom" and len(views) >= max_images):
-        return turn, "over_turn", None  # that turn keeps its refused zoom
+        return TurnResult({"text": text}, finish_reason=kind, prediction=content)
+
+    # 2. So does any call in the last turn, and a zoom at the image cap. The zoom is stored, but not
+    # carried out.
+    turn = {"text": text, kind: content}  # kind is "zoom" or "error"
+    is_last_turn = turn_number >= max_turns
+    needs_too_many_images = kind == "zoom" and len(views) >= max_images
+    if is_last_turn or needs_too_many_images:
+        return TurnResult(turn, finish_reason="over_turn", prediction=None)
+
+    # 3. Zoom. The tool may still refuse the call.
     if kind == "zoom":
         try:
-            views.append(zoom(views, value))
+            views.append(zoom(views, content))
         except ToolError as error:
             turn = {"text": text, "error": str(error)}
-    return turn, None, None
+    return TurnResult(turn, finish_reason=None, prediction=None)
 
 
 def replay(row, image):
-    """Views of a stored trajectory: [original, observation 1, ...]; crops follow from the zooms. A
-    zoom on the last turn was refused (turn or image cap). Raises InputError on an impossible zoom.
-    """
+    """Return the views of a stored trajectory: [original, observation 1, ...]. Raise InputError if
+    a zoom is impossible. (Crops are not stored: they follow from the image and the zooms.)"""
     views = [image]
-    for number, turn in enumerate(row["turns"][:-1], 1):
+    # A zoom in the last turn was not carried out.
+    for turn_number, turn in enumerate(row["turns"][:-1], start=1):
         if "zoom" in turn:
             try:
                 views.append(zoom(views, turn["zoom"]))
             except ToolError as error:
-                raise InputError(f"trajectory {row['id']}, turn {number}: {error}") from None
+                raise InputError(f"trajectory {row['id']}, turn {turn_number}: {error}") from None
     return views
 
 
-# ---- JSONL --------------------------------------------------------------------------------------
+# ---- JSONL: one row a line ----------------------------------------------------------------------
 
 
 def parse_json(text):
-    """json.loads of what must be JSON to others too. Raises ValueError, also for NaN, infinities
-    and halves of a surrogate pair."""
+    """Parse strict JSON. Raise ValueError also for NaN, infinities and half a surrogate pair."""
     try:
         value = json.loads(text)
         json_line(value).encode("utf-8")
@@ -362,15 +437,16 @@ def parse_json(text):
 
 
 def read_jsonl(path, check_row=None, hint=""):
-    """Rows of a JSONL file, a list of dicts. Raises InputError naming file:line for a bad row and,
-    for a missing file, saying what to do (hint: the command that makes it). check_row(row) may raise
-    InputError with what is wrong in the row."""
-    path, rows = Path(path), []
+    """Return the rows of a JSONL file, a list of dicts. check_row(row) may raise InputError with
+    what is wrong in a row. hint: the command that makes the file, told if it does not exist."""
+    path = Path(path)
     if not path.is_file():
-        wrong = "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {wrong}" + (f"; make it with: {hint}" if hint else ""))
+        problem = "is not a file" if path.exists() else "does not exist"
+        advice = f"; make it with: {hint}" if hint else ""
+        raise InputError(f"{path} {problem}{advice}")
+    rows = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
@@ -378,173 +454,214 @@ def read_jsonl(path, check_row=None, hint=""):
                 check(isinstance(row, dict), "a row must be a JSON object")
                 if check_row is not None:
                     check_row(row)
-            except ValueError as error:
-                raise InputError(f"{path}:{number}: {error}; mend or remove this line") from None
+            except ValueError as error:  # InputError is one
+                raise InputError(f"{path}:{line_number}: {error}; "
+                                 "fix or remove this line") from None
             rows.append(row)
     return rows
 
 
-def write_atomic(path, write, sync=True):
-    """Call write(file) on a temporary binary file beside `path`, flush it to disk, then put it in
-    place in one step. sync False does not flush: a kill does no harm, but a power failure could."""
+def write_atomic(path, write):
+    """Write a file in one step, so that a kill leaves the old file or the new one, never a part.
+    write(file) writes to a temporary binary file next to `path`, which is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    file_handle, temporary_path = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(file_handle, "wb") as file:
             write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.chmod(temporary_path, 0o644)  # mkstemp lets only its owner read it
+        os.replace(temporary_path, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(temporary_path).unlink(missing_ok=True)
         raise
 
 
 def json_line(row):
-    """One row as a line of strict JSON (NaN and infinities are refused)."""
+    """Return a row as a line of strict JSON. Raise ValueError for NaN and infinities."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_jsonl(path, rows):
-    """Write rows atomically: the file is either the old one or the complete new one."""
-    write_atomic(path, lambda file: file.writelines(json_line(row).encode("utf-8", "replace")
-                                                    for row in rows))
+    """Write rows to a JSONL file in one step, see write_atomic."""
+    def write_rows(file):
+        for row in rows:
+            file.write(json_line(row).encode("utf-8", "replace"))
+
+    write_atomic(path, write_rows)
 
 
 class Journal:
-    """Rows that long work appends to a file as they are finished, so that a kill loses none. rows:
-    what is there already, in this file and in `others`, those of other processes."""
+    """A JSONL file to which long work appends rows as they are finished, so that a kill loses none.
+    rows: what this file and those of other processes (other_paths) held when it was opened. There
+    is no lock: whoever has several threads needs one."""
 
-    def __init__(self, path, others=()):
-        self.path, self.rows = Path(path), []
-        for file in sorted({self.path, *others}):
-            # complete lines only: a kill may have cut the last
-            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-            try:
-                self.rows += [parse_json(line.decode("utf-8")) for line in lines]
-            except ValueError as error:
-                raise InputError(f"{file}: damaged ({error}); delete it") from None
+    def __init__(self, path, other_paths=()):
+        self.path = Path(path)
+        self.rows = []
+        for journal_path in sorted({self.path, *other_paths}):
+            if journal_path.exists():
+                self.rows += self.read_complete_lines(journal_path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8")
-        # without a line that was cut; in place, since another process may be writing too
+        # Remove a line that was cut short. In place, since another process may be writing, too.
         os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
+    def read_complete_lines(self, journal_path):
+        complete_lines = journal_path.read_bytes().split(b"\n")[:-1]
+        try:
+            return [parse_json(line.decode("utf-8")) for line in complete_lines]
+        except ValueError as error:
+            raise InputError(f"{journal_path}: damaged ({error}); delete it") from None
+
     def add(self, *rows):
-        self.file.writelines(map(json_line, rows))
+        for row in rows:
+            self.file.write(json_line(row))
         self.file.flush()
 
 
+# ---- Rows: questions and trajectories -----------------------------------------------------------
+# A question (the image's path is relative to the file's folder):
+#     {"id": "1", "image": "images/1.jpg", "question": "What digit ...?", "answer": "7"}
+# It may have "options" (a list of strings), "system" and "user" (instead of the prompts' texts).
+# A trajectory is a question with "turns". A turn of an imported conversation may have "learn"
+# (false keeps its text out of the loss) and "tool_message" (the tool's words after it).
+
+
 def check_question(row):
-    """Raises InputError unless `row` is a question whose image lies inside the data's folder."""
-    for key in ("id", "image", "question", "answer"):
-        check(isinstance(row.get(key), str) and row[key].strip(),
-             f"field '{key}' must be a non-empty string")
-    path, options, user = Path(row["image"]), row.get("options"), row.get("user")
-    check(not path.is_absolute() and ".." not in path.parts,
-         f"image path '{row['image']}' must stay inside the folder of this file")
+    """Raise InputError unless the row is a question whose image is inside the data's folder."""
+    for field in ("id", "image", "question", "answer"):
+        value = row.get(field)
+        check(isinstance(value, str) and value.strip(),
+              f"field '{field}' must be a non-empty string")
+    image_path = Path(row["image"])
+    check(not image_path.is_absolute() and ".." not in image_path.parts,
+          f"image path '{row['image']}' must stay inside the folder of this file")
+
+    options = row.get("options")
     if options is not None:
-        check(isinstance(options, list) and options and all(isinstance(o, str) for o in options),
-             "field 'options' must be a list of strings or absent")
-        check(option_index(row["answer"], options) is not None, f"the answer '{row['answer']}' is none "
-             "of the options, neither by letter nor by its words")
-    check(isinstance(row.get("system", ""), (str, type(None))),
-         "field 'system' must be a string or absent")
-    check(user is None or (isinstance(user, str) and user.count("<image>") == 1),
-         "field 'user' must be a string with <image> exactly once, or absent")
-    check(all(isinstance(row.get(key, ""), str) for key in ("source", "category", "cycle")),
-         "fields 'source', 'category' and 'cycle' must be strings or absent")
-    check(row.get("level") in (None, "easy", "medium", "hard"),
-         "field 'level' must be easy, medium, hard or absent")
+        is_filled_list = isinstance(options, list) and len(options) > 0
+        check(is_filled_list and all(isinstance(option, str) for option in options),
+              "field 'options' must be a list of strings or absent")
+        check(option_index(row["answer"], options) is not None,
+              f"the answer '{row['answer']}' is none of the options, neither by letter nor by its "
+              "words")
+
+    check(row.get("system") is None or isinstance(row["system"], str),
+          "field 'system' must be a string or absent")
+    if row.get("user") is not None:
+        check(isinstance(row["user"], str) and row["user"].count("<image>") == 1,
+              "field 'user' must be a string with <image> exactly once, or absent")
 
 
 def check_trajectory(row):
-    """Raises InputError unless `row` is a question with turns: texts, each with a zoom, an error,
-    or neither at the end."""
+    """Raise InputError unless the row is a question with turns that fit one another."""
     check_question(row)
-    turns, shown = row.get("turns"), 0
+    turns = row.get("turns")
     check(isinstance(turns, list) and turns, "field 'turns' must be a non-empty list")
-    for number, turn in enumerate(turns, 1):
-        at, last = f"turn {number}", number == len(turns)
-        check(isinstance(turn, dict) and isinstance(turn.get("text"), str),
-             f"{at} must be an object with a 'text'")
-        check(isinstance(turn.get("learn", True), bool),
-             f"{at}: 'learn' must be true, false or absent")
+    num_observations = 0
+    for turn_number, turn in enumerate(turns, start=1):
+        try:
+            check_turn(turn, num_observations, is_last=turn_number == len(turns))
+        except (InputError, ToolError) as error:
+            raise InputError(f"turn {turn_number}: {error}") from None
         if "zoom" in turn:
-            try:
-                _, source = validate_call(turn["zoom"])
-            except ToolError as error:
-                raise InputError(f"{at}: {error}") from None
-            check(last or source_index(source) <= shown, f"{at}: there is no {source} yet")
-            shown += 1
-        else:
-            check(isinstance(turn.get("error", ""), str), f"{at}: 'error' must be a string")
-            check(last or "error" in turn,
-                 f"{at} has neither 'zoom' nor 'error' and is not the last")
-        reply, images = turn.get("tool_message"), int("zoom" in turn)
-        if reply is not None:
-            check(not last and isinstance(reply, str) and reply.count("<image>") == images,
-                 f"{at}: 'reply' must be a string with <image> {images} times, and absent on the "
-                 "last turn")
+            num_observations += 1
+
+
+def check_turn(turn, num_observations, is_last):
+    """Raise InputError or ToolError unless the turn may come after so many observations."""
+    check(isinstance(turn, dict) and isinstance(turn.get("text"), str),
+          "it must be an object with a 'text'")
+    check(isinstance(turn.get("learn", True), bool), "'learn' must be true, false or absent")
+    # Every turn but the last has a zoom or an error. A zoom in the last turn was not carried out:
+    # its source need not exist.
+    if "zoom" in turn:
+        _, source = validate_call(turn["zoom"])
+        check(is_last or source_index(source) <= num_observations, f"there is no {source} yet")
+    else:
+        check(is_last or "error" in turn, "it has neither 'zoom' nor 'error' and is not the last")
+        check(isinstance(turn.get("error", ""), str), "'error' must be a string")
+    message = turn.get("tool_message")
+    if message is not None:
+        num_images = 1 if "zoom" in turn else 0
+        check(not is_last and isinstance(message, str) and message.count("<image>") == num_images,
+              f"'tool_message' must be a string with <image> {num_images} times, and absent on the "
+              "last turn")
 
 
 def without_layout(row):
-    """A question row as all but the scripted teacher may see it: without where things lie."""
-    return {k: v for k, v in row.items() if k not in ("objects", "wallpaper")}
+    """Return a question without the layout of its image, which only the scripted teacher sees."""
+    return {key: value for key, value in row.items() if key not in ("objects", "wallpaper")}
 
 
 def read_questions(path, hint="", check_row=check_question):
-    """Question rows of a file. Raises InputError as read_jsonl does, and for an id met twice."""
-    seen = set()
+    """Return the question rows of a file. Raise InputError as read_jsonl, and if an id repeats."""
+    known_ids = set()
 
-    def check_new(row):
+    def check_new_row(row):
         check_row(row)
-        check(row["id"] not in seen, f"id '{row['id']}' stands in an earlier line too")
-        seen.add(row["id"])
+        check(row["id"] not in known_ids, f"id '{row['id']}' is in an earlier line, too")
+        known_ids.add(row["id"])
 
-    return read_jsonl(path, check_new, hint)
+    return read_jsonl(path, check_new_row, hint)
 
 
 # ---- Answers ------------------------------------------------------------------------------------
 
+# An option's letter, and perhaps the option's words after it.
+BARE_LETTER = re.compile(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s*(.*))?", re.DOTALL)  # B  (B)  B. red
+BRACKETED_LETTER = re.compile(r"\s*\(([A-Za-z])\)\s*(.*)", re.DOTALL)            # (B) red
+
 
 def normalise(text):
-    """Lower case, Unicode forms folded, without articles, outer punctuation and extra spaces."""
+    """Return the text as answers are compared: lower case, Unicode forms folded, without articles,
+    outer punctuation and extra spaces. "The 'red' fox!" becomes "red fox"."""
     text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"\b(a|an|the)\s+(?=\W*\w)", " ", text)  # "the fox", but not in "vitamin A"
-    words = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+|[^\w\s+-]+(?!\w)", " ", text).split()
-    return " ".join(words) or text.strip()  # punctuation only ("?") is compared as it stands
+    # An article in front of a word: "the fox", but not in "vitamin A".
+    text = re.sub(r"\b(a|an|the)\s+(?=\W*\w)", " ", text)
+    # Punctuation before or after a word. Signs stay ("B+", "-5"), and so does the point of ".5".
+    text_words = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+|[^\w\s+-]+(?!\w)", " ", text).split()
+    return " ".join(text_words) or text.strip()  # punctuation only ("?") is compared as it is
 
 
 def option_index(text, options):
-    """Index of the option that `text` names by its words or by letter ("B", "(B)", "B. red"); None
-    if it names none, as a letter in front of other words than its option's does."""
-    words = [normalise(option) for option in options]
-    if normalise(text) in words:
-        return words.index(normalise(text))
-    match = re.fullmatch(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s*(.*))?", text, re.DOTALL) \
-        or re.fullmatch(r"\s*\(([A-Za-z])\)\s*(.*)", text, re.DOTALL)
-    if match is None:
+    """Return the index of the option that `text` names, or None if it names none. It may use the
+    option's words ("red") or letter ("B", "(B)", "B. red"), but not a letter with other words."""
+    # 1. The words of an option come first, even if they look like the letter of another one.
+    option_words = [normalise(option) for option in options]
+    if normalise(text) in option_words:
+        return option_words.index(normalise(text))
+
+    # 2. A letter, with nothing or the same option's words after it.
+    letter_match = BARE_LETTER.fullmatch(text)
+    if letter_match is None:
+        letter_match = BRACKETED_LETTER.fullmatch(text)
+    if letter_match is None:
         return None
-    index, rest = ord(match[1].upper()) - ord("A"), normalise(match[2] or "")
-    fits = index < len(options) and rest in ("", words[index])
-    return index if fits else None
+    letter_index = ord(letter_match[1].upper()) - ord("A")
+    words_after_letter = normalise(letter_match[2] or "")
+    if letter_index >= len(options) or words_after_letter not in ("", option_words[letter_index]):
+        return None
+    return letter_index
 
 
 def is_decided(prediction, options=None):
-    """Whether match_answer can tell right from wrong: there is no prediction, or it names one of
-    the options. Otherwise other words may mean the same, which only a judge can tell."""
-    return not prediction or bool(options and option_index(prediction, options) is not None)
+    """Return whether match_answer can decide if the prediction is correct. It can if there is no
+    prediction or if it names an option. Else only a judge can tell if other words mean the same."""
+    if not prediction:
+        return True
+    if not options:
+        return False
+    return option_index(prediction, options) is not None
 
 
 def match_answer(prediction, answer, options=None):
-    """Whether the prediction is the answer. With options: whether both name the same one, and what
-    names none is wrong. Without: whether their normalised words are the same."""
+    """Return whether the prediction is the answer. With options, both must name the same one;
+    without, their normalised words must be the same."""
     if prediction is None:
         return False
-    if options:
-        chosen = option_index(prediction, options)
-        return chosen is not None and chosen == option_index(answer, options)
-    return normalise(prediction) == normalise(answer)
+    if not options:
+        return normalise(prediction) == normalise(answer)
+    predicted_index = option_index(prediction, options)
+    return predicted_index is not None and predicted_index == option_index(answer, options)

@@ -1,17 +1,17 @@
-"""Benchmarks: this code against what a user would write with the library, on the same model,
-weights, questions and tokens.
+"""Compare this code with what a user would write with the library, on the same model, weights,
+questions and tokens.
 
-Each case alternates ours and the peer in one process and prints the median time of both and the
-median of the pairwise ratios (peer / ours: above 1 we are faster). Nothing is asserted: timings
-depend on the machine.
+Each case alternates ours and the peer in one process. It prints the median time of both and the
+median of the pairwise ratios (peer / ours: above 1 we are faster). Nothing is asserted, because
+timings depend on the machine.
 
     rollout     groups of conversations against a loop around `generate` on the whole conversation,
                 batched over all
     drafts      the same with drafts and without, and against `generate` with a static cache; and
-                drafts on a policy that is all chance, where they can only cost
+                drafts on a policy that writes at random, where they can only cost
     cached      the same against `generate` with its cache carried over turns, one conversation at
                 a time
-    prompt      what could be gained at most if a group read its prompt's keys and values only once
+    prompt      what could be saved at most if a group read its prompt's keys and values only once
     sft         one optimizer step against a padded batch with `labels`, torch's AdamW (and
                 DistributedDataParallel)
     grpo        one GRPO update against full logits over a padded batch, all conversations in it
@@ -20,19 +20,19 @@ depend on the machine.
     ddp         our data parallel against torch's around the same forward pass and update (under
                 torchrun)
     fsdp        our sharded optimizer against torch's fully_shard: time and memory (under torchrun)
-    rate        the update's FLOP/s beside the machine's own on matrices of the model's sizes
+    rate        the update's FLOP/s next to the machine's own on matrices of the model's sizes
     growth      cost of our rollouts as turns, conversations and pixels grow
     paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not
                 run
-    large       the same for one question on one GPU, run: the model of that size with random
-                weights, told what to write
+    large       the same for one question on one GPU, run: a model of that size with random weights
+                whose turns are scripted
 
-An engine that plays the same conversations again would know them by heart: drafts start from
-nothing in every timed run ("cold", as in a step of RL), or from other samples of these questions
-("warm").
+An engine that plays the same conversations again would draft all of them correctly. So its n-grams
+are empty at the start of every timed run ("cold", as in a step of RL), or come from other samples
+of these questions ("warm").
 
-Both sides of `rollout` and `cached` write the same tokens: ours are sampled, the peer's sampling is
-forced to them.
+Both sides of `rollout` and `cached` write the same tokens: ours are sampled, and the peer's
+sampling is forced to them.
 
 Commands:
     1 CPU, 1 GPU     python extras/benchmark.py          (checkpoints/sft, data/train.jsonl)
@@ -42,19 +42,18 @@ Commands:
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import json
 import math
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -68,598 +67,812 @@ import evaluate
 import rl
 import sft
 import tools
+from support.memory import LiveBytes
+from support.models import wide
 
-THREADS = torch.get_num_threads()
-from conftest import LiveBytes, wide  # noqa: E402
+# six turns, as in training
+LIMITS = evaluate.Limits(max_turns=6, max_images=6)
 
-torch.set_num_threads(THREADS)  # OMP_NUM_THREADS counts: conftest sets a number for tests
+
+# ---- Timing -------------------------------------------------------------------------------------
+
+
+def say(text):
+    """Print on rank 0."""
+    if sft.get_rank() == 0:
+        print(text, flush=True)
+
+
+def clock(function):
+    """Return the seconds that a call takes, until the device has finished."""
+    start_time = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start_time
 
 
 def alternate(title, ours, peer, repeats):
-    """Time both in turn, after one warm-up each, and print medians and the median of the pairwise
-    ratios."""
+    """Time both in turn, after one warm-up each. Print both medians and the median of the pairwise
+    ratios. With one repeat the warm-up is counted, too."""
     times = []
     for repeat in range(repeats + 1):
         pair = []
         for function in (ours, peer):
             sft.barrier()
             pair.append(clock(function))
-        times += [pair] if repeat or repeats == 1 else []
-    a, b = (statistics.median(t) for t in zip(*times))
-    ratio = statistics.median(p / o for o, p in times)
-    say(f"{title:60} ours {a:8.3f} s   peer {b:8.3f} s   ratio {ratio:6.2f}")
+        if repeat > 0 or repeats == 1:
+            times.append(pair)
+    our_median = statistics.median(our_time for our_time, _ in times)
+    peer_median = statistics.median(peer_time for _, peer_time in times)
+    ratio = statistics.median(peer_time / our_time for our_time, peer_time in times)
+    say(f"{title:60} ours {our_median:8.3f} s   peer {peer_median:8.3f} s   ratio {ratio:6.2f}")
 
 
-def clock(function):
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def alternate_all(title, sides, repeats):
+    """Time all of {name: function} in turn, after one warm-up each. Print the median time of each
+    and the median of its ratios to the first."""
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append([clock(function) for function in sides.values()])
+    rounds = rounds[1:]
+    for column, name in enumerate(sides):
+        times = [one_round[column] for one_round in rounds]
+        ratio = statistics.median(one_round[column] / one_round[0] for one_round in rounds)
+        say(f"{title:44} {name:20} {statistics.median(times):8.3f} s   ratio {ratio:6.2f}")
 
 
-def say(text):
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, flush=True)
+# ---- Data and models ----------------------------------------------------------------------------
 
 
-# -------------------------------------------------------------------------------------------------
-# Rollouts
-
-
-class Force(LogitsProcessor):
-    """Makes `generate` write given tokens: row i's next one is script[i][position]."""
-
-    def __init__(self, scripts, start, device):
-        longest = max(map(len, scripts))
-        self.start, self.script = start, torch.tensor(
-            [s + [s[-1]] * (longest - len(s)) for s in scripts], device=device)
-
-    def __call__(self, ids, scores):
-        at = min(ids.shape[1] - self.start, self.script.shape[1] - 1)
-        return scores.masked_fill(
-            torch.ones_like(scores, dtype=torch.bool).scatter(1, self.script[:, at:at + 1], False),
-            -1e30)
-
-
-def turns_of(rollout):
-    """[(start, end)] of the policy's turns in a rollout's ids."""
-    edges = [i for i in range(1, len(rollout.token_ids))
-             if rollout.loss_mask[i] != rollout.loss_mask[i - 1]] + [len(rollout.token_ids)]
-    return list(zip(edges[0::2], edges[1::2]))
-
-
-def shown_images(policy, rollout, end):
-    """The images among the first `end` ids of a rollout."""
-    left, images = sum(t == policy.image_token_id for t in rollout.token_ids[:end]), []
-    for image in rollout.images:
-        if left > 0:
-            images.append(image)
-            left -= policy.num_image_tokens(image[1])
-    return images
-
-
-def generate(policy, ids, scripts, images, **more):
-    """model.generate on left-padded conversations, forced to write `scripts`."""
-    longest, device = max(map(len, ids)), policy.device
-    pad = policy.tokenizer.pad_token_id
-    padded = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=device)  # (B, T)
-    attention = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids],
-                             device=device)  # (B, T)
-    pixels = {"pixel_values": torch.cat([p for p, _ in images]).to(device),
-              "image_grid_thw": torch.tensor([g for _, g in images],
-                                             device=device)} if images else {}
-    return policy.model.generate(
-        input_ids=padded, attention_mask=attention,
-        mm_token_type_ids=(padded == policy.image_token_id).long(), do_sample=True,
-        max_new_tokens=max(map(len, scripts)),
-        logits_processor=[Force(scripts, longest, device)], **pixels, **more)
-
-
-@torch.inference_mode()
-def play_with_generate(policy, rollouts, **more):
-    """The loop a user would write: every turn, `generate` on the whole conversations of all who
-    still play."""
-    for number in range(max(len(r.turns) for r in rollouts)):
-        playing = [(r, *turns_of(r)[number]) for r in rollouts if len(r.turns) > number]
-        ids, scripts = ([r.token_ids[:start] for r, start, _ in playing],
-                        [r.token_ids[start:end] for r, start, end in playing])
-        out = generate(policy, ids, scripts,
-                       [i for r, start, _ in playing for i in shown_images(policy, r, start)],
-                       **more)
-        texts = policy.tokenizer.batch_decode(out[:, max(map(len, ids)):])
-        views = [tools.parse_turn(text) for text in texts]
-        assert len(views) == len(playing)
-
-
-@torch.inference_mode()
-def play_with_cache(policy, rollouts, check=False):
-    """`generate` with its cache carried over turns, one conversation at a time. check: compare
-    every turn with `generate` on the whole conversation, greedily (position ids have to be given,
-    or it is silently wrong)."""
-    for r in rollouts:
-        cache, seen = None, 0
-        positions, _ = sft.mrope_positions(r.token_ids, [g for _, g in r.images], policy.image_token_id,
-                                     policy.merge_size)  # (3, T)
-        for start, end in turns_of(r):
-            images = shown_images(policy, r, start)
-            new, seen = images[seen:], len(images)
-            text = torch.arange(start)[None]                                # (1, T)
-            where = torch.cat([text, positions[:, :start]])[:, None]        # (4, 1, T)
-            pixels = {"pixel_values": torch.cat([p for p, _ in new]),
-                      "image_grid_thw": torch.tensor([g for _, g in new])} if new else {}
-            ids = torch.tensor([r.token_ids[:start]])
-            out = policy.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where,
-                past_key_values=cache, do_sample=not check, max_new_tokens=end - start,
-                logits_processor=[Force([r.token_ids[start:end]], start, policy.device)],
-                return_dict_in_generate=True, output_logits=check, **pixels)
-            cache = out.past_key_values
-            if check:
-                whole = policy.model.model(
-                    input_ids=torch.tensor([r.token_ids[:end - 1]]),
-                    position_ids=positions[:, None, :end - 1], use_cache=False,
-                    pixel_values=torch.cat([p for p, _ in images]),
-                    image_grid_thw=torch.tensor([g for _, g in images]))
-                full = policy.model.lm_head(whole.last_hidden_state[0, start - 1:])  # (n, V)
-                gap = (torch.cat(out.logits) - full).abs().max().item()
-                assert gap < 1e-3, f"the peer's cache is wrong: logits differ by {gap}"
-
-
-def load(args, library=False):
-    """The model of --model; library: as the library runs it, without our vision attention."""
-    _, _, device = sft.setup_distributed()
-    policy = sft.load_policy(args.model, device, hint="the README's main command")
+def load_policy(args, process, library=False):
+    """Return the policy of --model. library: with transformers' own attention, in the text and in
+    the vision tower."""
+    policy = sft.load_policy(args.model, process.device, hint="the README's main command")
     if library:
         policy.model.set_attn_implementation("sdpa")
     return policy
 
 
-def questions(args):
-    """This process's share of the questions."""
-    rank, world, _ = sft.setup_distributed()
-    return tools.read_jsonl(args.data, tools.check_question,
-                            "python build_data.py")[:args.groups][rank::world]
+def read_questions(args, process):
+    """Return this process's share of the first --groups questions."""
+    rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    return rows[:args.groups][process.rank::process.world_size]
 
 
-def case_rollout(args):
-    ours, peer, rows = load(args), load(args, library=True), questions(args)
-    engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    rollouts = [r.with_images(peer) for r in engine.run(rows, args.group_size, args.data.parent)]
-    tokens = sum(sum(r.loss_mask) for r in rollouts)
-    alternate(f"rollout: {len(rows)} x {args.group_size} a process, 6 turns, {tokens} tokens",
+def read_trajectories(args, process):
+    """Return this process's share of a batch of trajectories."""
+    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
+                            "python collect_coldstart.py")
+    return rows[:args.batch_size][process.rank::process.world_size]
+
+
+def encode_rows(policy, rows, args):
+    """Return the Sequences of trajectories."""
+    return [sft.encode(policy, row, args.trajectories.parent) for row in rows]
+
+
+def num_sampled_tokens(rollouts):
+    """Return how many tokens the policy wrote in these conversations."""
+    return sum(sum(rollout.loss_mask) for rollout in rollouts)
+
+
+# ---- The peer's rollouts ------------------------------------------------------------------------
+
+
+class ForceTokens(LogitsProcessor):
+    """Make `generate` write given tokens: the next token of row i is scripts[i][position]."""
+
+    def __init__(self, scripts, start, device):
+        longest = max(len(script) for script in scripts)
+        padded = [script + [script[-1]] * (longest - len(script)) for script in scripts]
+        self.start = start
+        self.scripts = torch.tensor(padded, device=device)                      # (B, T)
+
+    def __call__(self, input_ids, scores):
+        position = min(input_ids.shape[1] - self.start, self.scripts.shape[1] - 1)
+        token_ids = self.scripts[:, position:position + 1]                      # (B, 1)
+        is_other = torch.ones_like(scores, dtype=torch.bool).scatter(1, token_ids, False)
+        return scores.masked_fill(is_other, -1e30)
+
+
+def turn_spans(rollout):
+    """Return [(start, end)] of the policy's turns in a rollout's token_ids."""
+    edges = []
+    for index in range(1, len(rollout.token_ids)):
+        if rollout.loss_mask[index] != rollout.loss_mask[index - 1]:
+            edges.append(index)
+    edges.append(len(rollout.token_ids))
+    return list(zip(edges[0::2], edges[1::2]))
+
+
+def images_before(policy, rollout, end):
+    """Return the images among the first `end` tokens of a rollout."""
+    num_left = sum(token_id == policy.image_token_id for token_id in rollout.token_ids[:end])
+    images = []
+    for image in rollout.images:
+        if num_left > 0:
+            _, grid = image
+            images.append(image)
+            num_left -= policy.num_image_tokens(grid)
+    return images
+
+
+def image_inputs(images, device):
+    """Return the model's arguments for these images, {} if there are none."""
+    if not images:
+        return {}
+    return {"pixel_values": torch.cat([patches for patches, _ in images]).to(device),
+            "image_grid_thw": torch.tensor([grid for _, grid in images], device=device)}
+
+
+def generate(policy, prompts, scripts, images, **options):
+    """Call model.generate on left-padded conversations, forced to write `scripts`. prompts: token
+    ids; images: those of all conversations."""
+    longest = max(len(prompt) for prompt in prompts)
+    pad_id = policy.tokenizer.pad_token_id
+    padded = [[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    attention = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    input_ids = torch.tensor(padded, device=policy.device)                      # (B, T)
+    return policy.model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.tensor(attention, device=policy.device),           # (B, T)
+        mm_token_type_ids=(input_ids == policy.image_token_id).long(), do_sample=True,
+        max_new_tokens=max(len(script) for script in scripts),
+        logits_processor=[ForceTokens(scripts, longest, policy.device)],
+        **image_inputs(images, policy.device), **options)
+
+
+@torch.inference_mode()
+def play_with_generate(policy, rollouts, **options):
+    """Play as a user would: for every turn, call `generate` on the whole conversations of all who
+    still play."""
+    num_turns = max(len(rollout.turns) for rollout in rollouts)
+    for turn_index in range(num_turns):
+        prompts = []
+        scripts = []
+        images = []
+        for rollout in rollouts:
+            if len(rollout.turns) > turn_index:
+                start, end = turn_spans(rollout)[turn_index]
+                prompts.append(rollout.token_ids[:start])
+                scripts.append(rollout.token_ids[start:end])
+                images += images_before(policy, rollout, start)
+        output = generate(policy, prompts, scripts, images, **options)          # (B, T)
+        longest = max(len(prompt) for prompt in prompts)
+        texts = policy.tokenizer.batch_decode(output[:, longest:])
+        turns = [tools.parse_turn(text) for text in texts]
+        assert len(turns) == len(prompts)
+
+
+@torch.inference_mode()
+def play_with_cache(policy, rollouts, check=False):
+    """Play with `generate` and its cache carried over turns, one conversation at a time.
+
+    check: compare the logits of every turn with those of the whole conversation, greedily. Position
+    ids have to be given, or the peer is wrong without an error.
+    """
+    for rollout in rollouts:
+        cache = None
+        num_images = 0
+        positions, _ = sft.mrope_positions(
+            rollout.token_ids, [grid for _, grid in rollout.images], policy.image_token_id,
+            policy.merge_size)                                                  # (3, T)
+        for start, end in turn_spans(rollout):
+            images = images_before(policy, rollout, start)
+            text_positions = torch.arange(start)[None]                          # (1, T)
+            position_ids = torch.cat([text_positions, positions[:, :start]])[:, None]   # (4, 1, T)
+            input_ids = torch.tensor([rollout.token_ids[:start]])
+            force = ForceTokens([rollout.token_ids[start:end]], start, policy.device)
+            output = policy.model.generate(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
+                position_ids=position_ids, past_key_values=cache, do_sample=not check,
+                max_new_tokens=end - start, logits_processor=[force],
+                return_dict_in_generate=True, output_logits=check,
+                **image_inputs(images[num_images:], policy.device))
+            cache = output.past_key_values
+            num_images = len(images)
+            if check:
+                whole = policy.model.model(
+                    input_ids=torch.tensor([rollout.token_ids[:end - 1]]),
+                    position_ids=positions[:, None, :end - 1], use_cache=False,
+                    **image_inputs(images, policy.device))
+                logits = policy.model.lm_head(whole.last_hidden_state[0, start - 1:])   # (n, V)
+                gap = (torch.cat(output.logits) - logits).abs().max().item()
+                assert gap < 1e-3, f"the peer's cache is wrong: logits differ by {gap}"
+
+
+# ---- Cases: rollouts ----------------------------------------------------------------------------
+
+
+def play_cold(engine, rows, args):
+    """Play with an engine whose n-grams are empty."""
+    engine.begin_step(0)
+    return engine.run(rows, args.group_size, args.data.parent)
+
+
+def play_warm(engine, rows, args, proposer):
+    """Play with an engine that has these n-grams."""
+    engine.begin_step(0)
+    engine.proposer = copy.deepcopy(proposer)
+    return engine.run(rows, args.group_size, args.data.parent)
+
+
+def case_rollout(args, process):
+    ours = load_policy(args, process)
+    peer = load_policy(args, process, library=True)
+    rows = read_questions(args, process)
+    engine = evaluate.Engine(ours, LIMITS)
+    rollouts = [rollout.with_images(peer) for rollout in play_cold(engine, rows, args)]
+    alternate(f"rollout: {len(rows)} x {args.group_size} a process, 6 turns, "
+              f"{num_sampled_tokens(rollouts)} tokens",
               lambda: play_cold(engine, rows, args), lambda: play_with_generate(peer, rollouts),
               args.repeats)
 
 
-def play_cold(engine, rows, args):
-    engine.drafts = evaluate.NgramProposer()
-    return engine.run(rows, args.group_size, args.data.parent)
+def case_drafts(args, process):
+    ours = load_policy(args, process)
+    peer = load_policy(args, process, library=True)
+    rows = read_questions(args, process)
+    without_drafts = evaluate.Engine(ours, LIMITS, num_speculative_tokens=0)
+    with_drafts = evaluate.Engine(ours, LIMITS)
 
-
-def play_warm(engine, rows, args, known):
-    engine.drafts = copy.deepcopy(known)
-    return engine.run(rows, args.group_size, args.data.parent)
-
-
-def alternate_all(title, sides, repeats):
-    """Time all of {name: function} in turn, after one warm-up each. Prints the median time of each
-    and the median of its ratios to the first."""
-    times = [[clock(function) for function in sides.values()] for _ in range(repeats + 1)][1:]
-    for name, column in zip(sides, zip(*times)):
-        ratio = statistics.median(t / row[0] for t, row in zip(column, times))
-        say(f"{title:44} {name:20} {statistics.median(column):8.3f} s   ratio {ratio:6.2f}")
-
-
-def case_drafts(args):
-    ours, peer, rows = load(args), load(args, library=True), questions(args)
-    limits = evaluate.Limits(max_turns=6, max_images=6)
-    plain, drafted = evaluate.Engine(ours, limits, draft=0), evaluate.Engine(ours, limits)
-    other = evaluate.Engine(ours, limits, seed=1)
-    other.run(rows, args.group_size, args.data.parent)
-    rollouts = [r.with_images(peer) for r in plain.run(rows, args.group_size, args.data.parent)]
-    title = f"drafts: {len(rows)} x {args.group_size}, {sum(sum(r.loss_mask) for r in rollouts)} tokens"
-    sides = {"drafts, cold": lambda: play_cold(drafted, rows, args),
-             "drafts, warm": lambda: play_warm(drafted, rows, args, other.drafts),
-             "without": lambda: plain.run(rows, args.group_size, args.data.parent),
+    # 1. cold and warm n-grams, no drafts, and the peer
+    other_samples = evaluate.Engine(ours, LIMITS, seed=1)
+    other_samples.run(rows, args.group_size, args.data.parent)
+    rollouts = [rollout.with_images(peer) for rollout in play_cold(without_drafts, rows, args)]
+    sides = {"drafts, cold": lambda: play_cold(with_drafts, rows, args),
+             "drafts, warm": lambda: play_warm(with_drafts, rows, args, other_samples.proposer),
+             "without": lambda: play_cold(without_drafts, rows, args),
              "generate": lambda: play_with_generate(peer, rollouts)}
+    static = {"cache_implementation": "static", "disable_compile": True}
     try:
-        play_with_generate(peer, rollouts[:2], cache_implementation="static", disable_compile=True)
-        sides["generate, static"] = lambda: play_with_generate(
-            peer, rollouts, cache_implementation="static", disable_compile=True)
+        play_with_generate(peer, rollouts[:2], **static)
+        sides["generate, static"] = lambda: play_with_generate(peer, rollouts, **static)
     except Exception as error:  # depends on the library's version
         say("drafts: generate with a static cache does not run here: "
             f"{str(error).splitlines()[0][:80]}")
+    title = f"drafts: {len(rows)} x {args.group_size}, {num_sampled_tokens(rollouts)} tokens"
     alternate_all(title, sides, args.repeats)
-    for name, play in (("cold", sides["drafts, cold"]), ("warm", sides["drafts, warm"])):
-        drafted.counts.clear()
-        play()
-        say("drafts, {}: {tokens_per_pass:.2f} tokens per pass, "
-            "{draft_accepted:.0%} of drafted accepted".format(
-                name, **evaluate.drafting(drafted.counts)))
+    for name in ("drafts, cold", "drafts, warm"):
+        sides[name]()
+        statistics_of_drafts = evaluate.draft_statistics(with_drafts.counts)
+        say("{}: {mean_acceptance_length:.2f} tokens per forward pass, {acceptance_rate:.0%} of "
+            "draft tokens accepted".format(name, **statistics_of_drafts))
+
+    # 2. a policy whose logits are all about 0: it writes at random
     with torch.no_grad():
-        ours.model.model.language_model.norm.weight.mul_(0.01)  # all logits are about 0
-    drafted.counts.clear()
-    sides = {"drafts, cold": lambda: play_cold(drafted, rows[:4], args),
-             "without": lambda: plain.run(rows[:4], args.group_size, args.data.parent)}
-    alternate_all("drafts: a policy that is all chance", sides, args.repeats)
-    say("drafts, chance: {tokens_per_pass:.2f} tokens per pass".format(
-        **evaluate.drafting(drafted.counts)))
+        ours.model.model.language_model.norm.weight.mul_(0.01)
+    sides = {"drafts, cold": lambda: play_cold(with_drafts, rows[:4], args),
+             "without": lambda: play_cold(without_drafts, rows[:4], args)}
+    alternate_all("drafts: a policy that writes at random", sides, args.repeats)
+    say("drafts, at random: {mean_acceptance_length:.2f} tokens per forward pass".format(
+        **evaluate.draft_statistics(with_drafts.counts)))
 
 
-def case_cached(args):
-    """On two conversations a group, since the peer's time is proportional to their number."""
-    ours, peer, rows = load(args), load(args, library=True), questions(args)
-    engine = evaluate.Engine(ours, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    everything = engine.run(rows, args.group_size, args.data.parent)
-    some = [r.with_images(peer) for r in everything[::max(1, args.group_size // 2)]]
+def case_cached(args, process):
+    """Two conversations of each group, since the peer's time is proportional to their number. Ours
+    plays all, and is charged for these two."""
+    ours = load_policy(args, process)
+    peer = load_policy(args, process, library=True)
+    rows = read_questions(args, process)
+    engine = evaluate.Engine(ours, LIMITS)
+    all_rollouts = play_cold(engine, rows, args)
+    some = [rollout.with_images(peer) for rollout in all_rollouts[::max(1, args.group_size // 2)]]
     play_with_cache(peer, some[:4], check=True)
-    share = sum(sum(r.loss_mask) for r in some) / sum(sum(r.loss_mask) for r in everything)
-    start = time.perf_counter()
-    play_cold(engine, rows, args)
-    middle = time.perf_counter()
-    play_with_cache(peer, some)
-    ours_time, peer_time = (middle - start) * share, time.perf_counter() - middle
-    say(f"{f'cached: {len(some)} of {len(everything)} conversations (ours: their share)':60} "
-        f"ours {ours_time:8.3f} s   "
-        f"peer {peer_time:8.3f} s   ratio {peer_time / ours_time:6.2f}")
+    share = num_sampled_tokens(some) / num_sampled_tokens(all_rollouts)
+    our_time = share * clock(lambda: play_cold(engine, rows, args))
+    peer_time = clock(lambda: play_with_cache(peer, some))
+    title = f"cached: {len(some)} of {len(all_rollouts)} conversations (ours: their share)"
+    say(f"{title:60} ours {our_time:8.3f} s   peer {peer_time:8.3f} s   "
+        f"ratio {peer_time / our_time:6.2f}")
 
 
-def case_prompt(args):
-    """The attention calls of a run are recorded and played again: as they were, and without the
-    columns of the prompts, which all slots with the same question then read in one call. What
-    putting the two parts together costs is not counted."""
-    policy, rows, calls = load(args), questions(args), []
-    engine = evaluate.Engine(policy, evaluate.Limits(max_turns=6, max_images=6), slots=64)
-    attend = sft.attend_slots
+class AttentionCall(NamedTuple):
+    """One forward pass's attention, the same in all layers."""
+    plan: evaluate.CachePlan
+    query: torch.Tensor     # (1, H, N, D)
+    key_shape: torch.Size   # (num_slots, K, S, D)
 
-    def record(query, key, value, scaling, padded, back, spans):
-        if not calls or calls[-1][-1] is not spans:     # once for all layers
-            calls.append((query, key.shape, padded, back, spans))
-        return attend(query, key, value, scaling, padded, back, spans)
+    def without_prompts(self, prompt_length):
+        """Return the plan without the columns of the prompts, in the spans that are longer."""
+        spans = []
+        for span in self.plan.spans:
+            if span.mask is not None and span.length > prompt_length:
+                span = span._replace(length=span.length - prompt_length,
+                                     mask=span.mask[..., prompt_length:])
+            spans.append(span)
+        return replace(self.plan, spans=spans)
 
-    sft.attend_slots = record
-    rollouts = engine.run(rows, args.group_size, args.data.parent)
-    sft.attend_slots = attend
-    shared = min(r.loss_mask.index(True) for r in rollouts) - 1
-    keys = torch.randn(max((shape for _, shape, *_ in calls), key=lambda shape: shape[2]))
+
+def record_attention(engine, rows, args):
+    """Play, and return the rollouts and the AttentionCalls of all forward passes."""
+    calls = []
+    attend = evaluate.CachePlan.attend
+
+    def record(plan, query, key, value, scaling):
+        if not calls or calls[-1].plan is not plan:     # once for all layers
+            calls.append(AttentionCall(plan, query, key.shape))
+        return attend(plan, query, key, value, scaling)
+
+    evaluate.CachePlan.attend = record
+    try:
+        rollouts = play_cold(engine, rows, args)
+    finally:
+        evaluate.CachePlan.attend = attend
+    return rollouts, calls
+
+
+def case_prompt(args, process):
+    """Record the attention calls of a run and play them again: as they were, and without the
+    columns of the prompts, which all slots with the same question then read in one call. Combining
+    the two parts would cost more; that is not counted."""
+    policy = load_policy(args, process)
+    rows = read_questions(args, process)
+    engine = evaluate.Engine(policy, LIMITS)
+    rollouts, calls = record_attention(engine, rows, args)
+    prompt_length = min(rollout.loss_mask.index(True) for rollout in rollouts) - 1
+    longest = max((call.key_shape for call in calls), key=lambda shape: shape[2])
+    keys = torch.randn(longest)
+    prompt_keys = keys[:1, :, :prompt_length]                                   # (1, K, S, D)
 
     def as_it_was():
-        for query, _, padded, back, spans in calls:
-            attend(query, keys, keys, 1.0, padded, back, spans)
+        for call in calls:
+            call.plan.attend(call.query, keys, keys, 1.0)
 
     def prompts_once():
-        for query, shape, padded, back, spans in calls:
-            attend(query, keys, keys, 1.0, padded, back, [
-                (place, slots, length, mask) if mask is None or length <= shared else
-                (place, slots, length - shared, mask[..., shared:])
-                for place, slots, length, mask in spans])
-            for part in query.chunk(max(1, shape[0] // args.group_size), dim=2):   # a question's slots
-                part = part.unflatten(1, (shape[1], -1)).flatten(2, 3)  # (1, K, n * H / K, D)
+        for call in calls:
+            call.without_prompts(prompt_length).attend(call.query, keys, keys, 1.0)
+            num_slots, num_key_heads = call.key_shape[:2]
+            num_questions = max(1, num_slots // args.group_size)
+            for query in call.query.chunk(num_questions, dim=2):                # (1, H, n, D)
+                query = query.unflatten(1, (num_key_heads, -1))             # (1, K, H / K, n, D)
                 torch.nn.functional.scaled_dot_product_attention(
-                    part, keys[:1, :, :shared], keys[:1, :, :shared])
+                    query.flatten(2, 3), prompt_keys, prompt_keys)
 
-    layers = policy.model.config.text_config.num_hidden_layers
+    num_layers = policy.model.config.text_config.num_hidden_layers
     sides = {"whole run": lambda: play_cold(engine, rows, args),
-             f"attention x {layers}": lambda: [as_it_was() for _ in range(layers)],
-             "prompts once": lambda: [prompts_once() for _ in range(layers)]}
-    alternate_all(f"prompt: {shared} tokens, 6 turns", sides, args.repeats)
+             f"attention x {num_layers}": lambda: [as_it_was() for _ in range(num_layers)],
+             "prompts once": lambda: [prompts_once() for _ in range(num_layers)]}
+    alternate_all(f"prompt: {prompt_length} tokens, 6 turns", sides, args.repeats)
 
 
-# -------------------------------------------------------------------------------------------------
-# Updates
+# ---- Cases: updates -----------------------------------------------------------------------------
 
 
-def padded(policy, sequences):
-    """A right-padded batch as a data collator would make it: attention mask, labels, no
-    positions."""
+def padded_batch(policy, sequences):
+    """Return a right-padded batch as a data collator would make it: with an attention mask and
+    labels, without positions."""
     def pad(lists, value):
-        return torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+        tensors = [torch.tensor(items) for items in lists]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    ids, written = (pad([s.token_ids for s in sequences], policy.tokenizer.pad_token_id),
-                    pad([s.loss_mask for s in sequences], False))
-    batch = {"input_ids": ids,
-             "attention_mask": pad([[1] * len(s.token_ids) for s in sequences], 0),  # (B, T)
-             "mm_token_type_ids": (ids == policy.image_token_id).long(),
-             "labels": ids.masked_fill(~written, -100)}
+    input_ids = pad([sequence.token_ids for sequence in sequences],
+                    policy.tokenizer.pad_token_id)                              # (B, T)
+    loss_mask = pad([sequence.loss_mask for sequence in sequences], False)      # (B, T)
+    attention_mask = pad([[1] * len(sequence.token_ids) for sequence in sequences], 0)
     packed = sft.collate(policy, sequences)
-    batch |= {k: packed[k] for k in ("pixel_values", "image_grid_thw") if k in packed}
-    return {k: v.to(policy.device) for k, v in batch.items()}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask,
+             "mm_token_type_ids": (input_ids == policy.image_token_id).long(),
+             "labels": input_ids.masked_fill(~loss_mask, -100)}
+    for name in ("pixel_values", "image_grid_thw"):
+        if name in packed:
+            batch[name] = packed[name]
+    return {name: tensor.to(policy.device) for name, tensor in batch.items()}
 
 
-def peer_trainer(args):
-    """(policy, the module to call, optimizer) with torch's own AdamW and, on several processes,
-    DistributedDataParallel."""
-    policy = load(args, library=True)
+def training_settings(args, **changes):
+    """Return the flags that sft.train_step reads."""
+    settings = {"micro_batch_tokens": args.micro_batch_tokens, "max_grad_norm": 1.0,
+                "aggregation": "token", **changes}
+    return argparse.Namespace(**settings)
+
+
+def our_trainer(policy, weight_decay=0.0, shard=False):
+    """Return our optimizer for all parameters of a policy."""
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, freeze_vision=False), 1e-5,
+                              weight_decay, shard=shard)
+    policy.model.train()
+    return optimizer
+
+
+def peer_trainer(args, process):
+    """Return (policy, the module to call, optimizer) with torch's own AdamW and, on several
+    processes, DistributedDataParallel."""
+    policy = load_policy(args, process, library=True)
     policy.model.train()
     module = policy.model
-    if sft.world_size() > 1:
+    if process.world_size > 1:
         module = torch.nn.parallel.DistributedDataParallel(policy.model)
     return policy, module, torch.optim.AdamW(policy.model.parameters(), lr=1e-5)
 
 
-def case_sft(args):
-    rank, world, _ = sft.setup_distributed()
-    policy, (peer, module, peer_optimizer) = load(args), peer_trainer(args)
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch_size][rank::world]
-    sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.01)
-    policy.model.train()
-    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
-
-    def step_of_peer():
-        module(**padded(peer, sequences), use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
-        peer_optimizer.step()
-        peer_optimizer.zero_grad()
-
-    tokens = sum(len(s.token_ids) for s in sequences)
-    alternate(f"sft: {len(rows)} conversations a process, {tokens} tokens", lambda: sft.train_step(
-        policy, optimizer, sequences, 1e-5, settings), step_of_peer, args.repeats)
+def peer_step(model, optimizer):
+    """Take the peer's optimizer step."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def case_rate(args):
-    """How fast an update computes, beside the machine's rate on matrices of the model's own
-    sizes."""
-    policy = load(args)
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch_size]
-    sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.01)
-    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
-    policy.model.train()
+def case_sft(args, process):
+    policy = load_policy(args, process)
+    peer, module, peer_optimizer = peer_trainer(args, process)
+    sequences = encode_rows(policy, read_trajectories(args, process), args)
+    optimizer = our_trainer(policy, weight_decay=0.01)
+    settings = training_settings(args)
 
-    def step():
+    def our_step():
         sft.train_step(policy, optimizer, sequences, 1e-5, settings)
 
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops, seconds = (counter.get_total_flops(),
-                      statistics.median(clock(step) for _ in range(args.repeats + 1)))
-    work, time_of_matrices = 0, 0.0
-    for weight in (m.weight for m in policy.model.modules() if isinstance(m, torch.nn.Linear)):
-        x = torch.randn(args.micro_batch_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        with torch.no_grad():
-            time_of_matrices += min(clock(lambda: x @ weight.T) for _ in range(10))
-        work += 2 * args.micro_batch_tokens * weight.numel()
-    rate, plain = flops / seconds / 1e9, work / time_of_matrices / 1e9
-    say(f"rate: an update of {sum(len(s.token_ids) for s in sequences)} tokens: "
-        f"{flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
-        f"{rate:.0f} GFLOP/s, {rate / plain:.0%} of the {plain:.0f} GFLOP/s of plain products "
-        f"({args.micro_batch_tokens}, in) x (in, out) with the model's own matrices")
-
-
-def case_ddp(args):
-    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward
-    pass, and torch's AdamW."""
-    rank, world, _ = sft.setup_distributed()
-    if world == 1:
-        return say("ddp: needs torchrun --nproc_per_node=2")
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch_size][rank::world]
-    ours, peer = load(args), load(args)
-    sequences = [sft.encode(ours, row, args.trajectories.parent) for row in rows]
-    wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
-    optimizer = sft.Optimizer(sft.trainable_parameters(ours, False), 1e-5, 0.0)
-    settings = argparse.Namespace(tokens=args.micro_batch_tokens, max_norm=1.0)
-    adam = torch.optim.AdamW(sft.trainable_parameters(peer, False), 1e-5, fused=True)
-
     def step_of_peer():
-        micro = list(sft.micro_batches(sequences, args.micro_batch_tokens))
-        for i, part in enumerate(micro):
-            with wrapped.no_sync() if i + 1 < len(micro) else contextlib.nullcontext():
-                wrapped(sft.collate(peer, part)).backward()
-        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
+        module(**padded_batch(peer, sequences), use_cache=False).loss.backward()
+        peer_step(peer.model, peer_optimizer)
 
-    alternate(f"ddp: {len(rows)} conversations a process, {world} processes",
-              lambda: sft.train_step(ours, optimizer, sequences, 1e-5, settings), step_of_peer,
-              args.repeats)
-    measure_traffic(ours, optimizer, wrapped, peer, sequences[:1])
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    alternate(f"sft: {len(sequences)} conversations a process, {num_tokens} tokens",
+              our_step, step_of_peer, args.repeats)
 
 
-def case_fsdp(args):
-    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16
-    weights and float32 reduction: time, and the peak of living tensor storages during a step."""
-    rank, world, _ = sft.setup_distributed()
-    if world == 1:
-        return say("fsdp: needs torchrun --nproc_per_node=2")
-    rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
-                            "python collect_coldstart.py")[:args.batch_size][rank::world]
-    settings = argparse.Namespace(tokens=10**6, max_norm=1.0)
-    sides = []
-    for name in ("ours", "torch"):
-        with LiveBytes() as memory:
-            policy = sft.load_policy(args.model, "cpu", "bfloat16" if name == "ours" else "float32")
-            sequences = [sft.encode(policy, row, args.trajectories.parent) for row in rows]
-            if name == "ours":
-                optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.0, shard=True)
+def case_rate(args, process):
+    """How fast an update computes, next to the machine's rate on matrices of the model's own
+    sizes."""
+    policy = load_policy(args, process)
+    sequences = encode_rows(policy, read_trajectories(args, process), args)
+    optimizer = our_trainer(policy, weight_decay=0.01)
+    settings = training_settings(args)
 
-                def step(policy=policy, sequences=sequences, optimizer=optimizer):
-                    sft.train_step(policy, optimizer, sequences, 1e-5, settings)
-            else:
-                how = {"reshard_after_forward": False,
-                       "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-                policy.model.requires_grad_(True)
-                for layer in [*policy.model.model.language_model.layers,
-                              *policy.model.model.visual.blocks]:
-                    fully_shard(layer, **how)
-                module = Loss(policy)
-                fully_shard(module, **how)
-                adam = torch.optim.AdamW(module.parameters(), 1e-5, foreach=True)
+    def our_step():
+        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
 
-                def step(policy=policy, sequences=sequences, module=module, adam=adam):
-                    module(sft.collate(policy, sequences)).backward()
-                    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                    adam.step()
-                    adam.zero_grad()
-            step()
-            step()
-        sides.append((step, memory.peak))
-    alternate(f"fsdp: {len(rows)} conversations a process, {world} processes",
-              sides[0][0], sides[1][0], args.repeats)
-    say(f"fsdp: peak of living storages: ours {sides[0][1] / 2**20:.1f} MB   "
-        f"peer {sides[1][1] / 2**20:.1f} MB")
+    # 1. an update
+    with FlopCounterMode(display=False) as counter:
+        our_step()
+    flops = counter.get_total_flops()
+    seconds = statistics.median(clock(our_step) for _ in range(args.repeats + 1))
+
+    # 2. plain products with the model's matrices
+    product_flops = 0
+    product_seconds = 0.0
+    for module in policy.model.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = module.weight                                                  # (out, in)
+        x = torch.randn(args.micro_batch_tokens, weight.shape[1], dtype=weight.dtype,
+                        device=weight.device)
+        with torch.no_grad():
+            product_seconds += min(clock(lambda: x @ weight.T) for _ in range(10))
+        product_flops += 2 * args.micro_batch_tokens * weight.numel()
+
+    rate = flops / seconds / 1e9
+    product_rate = product_flops / product_seconds / 1e9
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    say(f"rate: an update of {num_tokens} tokens: {flops / 1e9:.0f} GFLOP in {seconds:.2f} s = "
+        f"{rate:.0f} GFLOP/s, {rate / product_rate:.0%} of the {product_rate:.0f} GFLOP/s of plain "
+        f"products ({args.micro_batch_tokens}, in) x (in, out) with the model's own matrices")
 
 
 class Loss(torch.nn.Module):
-    """The loss of an update as a module, which is what DistributedDataParallel wants."""
+    """The loss of an update as a module, which is what DistributedDataParallel needs."""
 
     def __init__(self, policy):
         super().__init__()
-        self.model, self.policy = policy.model, [policy]
+        self.model = policy.model
+        self.policy = [policy]      # in a list: it is not a submodule
 
     def forward(self, batch):
         return -sft.token_logprobs(self.policy[0], batch).sum()
 
 
-def measure_traffic(policy, optimizer, module, peer, sequences):
-    """Bytes of gradients that a process hands to all-reduce in one step, ours and torch DDP's."""
-    sent, reduce = {"ours": 0, "peer": 0}, torch.distributed.all_reduce
+def case_ddp(args, process):
+    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward
+    pass, and torch's AdamW."""
+    if process.world_size == 1:
+        say("ddp: needs torchrun --nproc_per_node=2")
+        return
+    ours = load_policy(args, process)
+    peer = load_policy(args, process)
+    sequences = encode_rows(ours, read_trajectories(args, process), args)
+    optimizer = our_trainer(ours)
+    settings = training_settings(args)
+    wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
+    adam = torch.optim.AdamW(sft.trainable_parameters(peer, freeze_vision=False), 1e-5, fused=True)
 
-    def counted(tensor, *rest, **more):
-        sent["ours"] += tensor.numel() * tensor.element_size()
-        return reduce(tensor, *rest, **more)
-
-    def hook(state, bucket):
-        sent["peer"] += bucket.buffer().numel() * bucket.buffer().element_size()
-        return reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
-
-    module.register_comm_hook(None, hook)
-    module(sft.collate(peer, sequences)).backward()
-    torch.distributed.all_reduce = counted
-    optimizer.backward([sft.collate(policy, sequences)], Loss(policy))
-    torch.distributed.all_reduce = reduce
-    say("gradient bytes handed to all-reduce per step: "
-        f"ours {sent['ours']:,}   peer {sent['peer']:,}")
-
-
-def case_grpo(args):
-    """One update on the same groups. The peer runs all conversations through the model, with logits
-    at every position."""
-    policy, (peer, module, peer_optimizer), rows = load(args), peer_trainer(args), questions(args)
-    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6), 64).run(
-        rows, args.group_size, args.data.parent)
-    parts = [rollouts[i:i + args.group_size] for i in range(0, len(rollouts), args.group_size)]
-    rewards = torch.tensor([[r.reward for r in part] for part in parts],
-                           dtype=torch.float64)  # (P, G)
-    settings = argparse.Namespace(
-        overturn_mask=True, mask_void=False, baseline="group", divisor="completed",
-        aggregation="response", max_new_tokens=96, max_turns=6, tokens=args.micro_batch_tokens, clip_low=0.2,
-        clip_high=0.3, clip_dual=0.0, max_norm=1.0, prompts_per_step=len(parts))
-    completed = torch.tensor([[rl.is_kept(r, settings) for r in part] for part in parts])
-    advantages = rl.group_advantages(rewards, completed)
-    for r, a in zip(rollouts, advantages.flatten().tolist()):
-        r.advantage = a
-    optimizer = sft.Optimizer(sft.trainable_parameters(policy, False), 1e-5, 0.0)
-    policy.model.train()
+    def our_step():
+        sft.train_step(ours, optimizer, sequences, 1e-5, settings)
 
     def step_of_peer():
-        flat, keep = advantages.flatten(), completed.flatten()
-        for at in range(0, len(rollouts), args.micro):
-            part = rollouts[at:at + args.micro]
-            batch = padded(peer, [r.with_images(peer) for r in part])
-            labels = batch.pop("labels")[:, 1:]  # (B, T - 1)
-            # (B, T - 1, V)
-            logprobs = module(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)
-            new = logprobs.gather(-1, labels.clamp(min=0)[:, :, None])[:, :, 0]
-            old = torch.zeros_like(new).masked_scatter(
-                labels >= 0, torch.tensor([x for r in part for x in r.logprobs]))
-            rl.grpo_loss(new, old, flat[at:at + args.micro].float(), labels >= 0,
-                         keep[at:at + args.micro],
-                         denominator=int(keep.sum()) or 1).backward()
-        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
-        peer_optimizer.step()
-        peer_optimizer.zero_grad()
+        micro_batches = list(sft.micro_batches(sequences, args.micro_batch_tokens))
+        for index, micro_batch in enumerate(micro_batches):
+            is_last = index + 1 == len(micro_batches)
+            with contextlib.nullcontext() if is_last else wrapped.no_sync():
+                wrapped(sft.collate(peer, micro_batch)).backward()
+        peer_step(wrapped, adam)
 
-    used = int((advantages != 0).sum())
-    alternate(f"grpo: {len(rollouts)} conversations, {used} with signal", lambda: rl.update_policy(
-        policy, optimizer, rollouts, settings, 1e-5), step_of_peer, args.repeats)
+    alternate(f"ddp: {len(sequences)} conversations a process, {process.world_size} processes",
+              our_step, step_of_peer, args.repeats)
+    measure_traffic(ours, optimizer, wrapped, peer, sequences[:1])
 
 
-def case_images(args, pixels=2_000_000):
+def measure_traffic(policy, optimizer, wrapped, peer, sequences):
+    """Print the bytes of gradients that a process hands to all-reduce in one step, ours and torch
+    DDP's."""
+    num_bytes = {"ours": 0, "peer": 0}
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        num_bytes["ours"] += tensor.numel() * tensor.element_size()
+        return all_reduce(tensor, *args, **kwargs)
+
+    def hook(state, bucket):
+        buffer = bucket.buffer()
+        num_bytes["peer"] += buffer.numel() * buffer.element_size()
+        return all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
+
+    wrapped.register_comm_hook(None, hook)
+    wrapped(sft.collate(peer, sequences)).backward()
+    torch.distributed.all_reduce = counted
+    optimizer.backward([sft.collate(policy, sequences)], Loss(policy))
+    torch.distributed.all_reduce = all_reduce
+    say("gradient bytes handed to all-reduce per step: "
+        f"ours {num_bytes['ours']:,}   peer {num_bytes['peer']:,}")
+
+
+def our_sharded_step(args, process):
+    """Return a function that takes one step with our sharded optimizer."""
+    policy = sft.load_policy(args.model, "cpu", "bfloat16")
+    sequences = encode_rows(policy, read_trajectories(args, process), args)
+    optimizer = our_trainer(policy, shard=True)
+    settings = training_settings(args, micro_batch_tokens=10**6)
+
+    def step():
+        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
+    return step
+
+
+def fully_sharded_step(args, process):
+    """Return a function that takes one step with torch's fully_shard."""
+    policy = sft.load_policy(args.model, "cpu", "float32")
+    sequences = encode_rows(policy, read_trajectories(args, process), args)
+    options = {"reshard_after_forward": False,
+               "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    policy.model.requires_grad_(True)
+    model = policy.model.model
+    for layer in [*model.language_model.layers, *model.visual.blocks]:
+        fully_shard(layer, **options)
+    module = Loss(policy)
+    fully_shard(module, **options)
+    adam = torch.optim.AdamW(module.parameters(), 1e-5, foreach=True)
+
+    def step():
+        module(sft.collate(policy, sequences)).backward()
+        peer_step(module, adam)
+    return step
+
+
+def case_fsdp(args, process):
+    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16
+    weights and float32 reduction: time, and the peak of living tensor storages during a step."""
+    if process.world_size == 1:
+        say("fsdp: needs torchrun --nproc_per_node=2")
+        return
+    steps = []
+    peaks = []
+    for make_step in (our_sharded_step, fully_sharded_step):
+        with LiveBytes() as memory:
+            step = make_step(args, process)
+            step()
+            step()
+        steps.append(step)
+        peaks.append(memory.peak)
+    num_rows = len(read_trajectories(args, process))
+    alternate(f"fsdp: {num_rows} conversations a process, {process.world_size} processes",
+              steps[0], steps[1], args.repeats)
+    say(f"fsdp: peak of living storages: ours {peaks[0] / 2**20:.1f} MB   "
+        f"peer {peaks[1] / 2**20:.1f} MB")
+
+
+def assign_advantages(rollouts, settings, group_size):
+    """Set the advantage of every rollout. Returns advantages and loss mask, (B,) each."""
+    num_groups = len(rollouts) // group_size
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    kept = torch.tensor([rl.is_kept(rollout, settings) for rollout in rollouts])
+    advantages = rl.group_advantages(rewards.view(num_groups, group_size),
+                                     kept.view(num_groups, group_size), settings.baseline).flatten()
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        rollout.advantage = advantage
+    return advantages, kept
+
+
+def case_grpo(args, process):
+    """One update on the same groups. The peer runs all conversations through the model, with logits
+    at every position."""
+    policy = load_policy(args, process)
+    peer, module, peer_optimizer = peer_trainer(args, process)
+    rows = read_questions(args, process)
+    rollouts = play_cold(evaluate.Engine(policy, LIMITS), rows, args)
+    settings = argparse.Namespace(
+        overturn_mask=True, mask_void=False, baseline="group", divisor="kept",
+        aggregation="response", max_new_tokens=LIMITS.max_new_tokens, max_turns=LIMITS.max_turns,
+        micro_batch_tokens=args.micro_batch_tokens, clip_low=0.2, clip_high=0.3, max_grad_norm=1.0,
+        prompts_per_step=len(rows))
+    advantages, kept = assign_advantages(rollouts, settings, args.group_size)
+    denominator = max(1, int(kept.sum()))
+    optimizer = our_trainer(policy)
+
+    def our_step():
+        rl.update_policy(policy, optimizer, rollouts, settings, 1e-5)
+
+    def step_of_peer():
+        for first in range(0, len(rollouts), args.micro_batch_size):
+            chosen = slice(first, first + args.micro_batch_size)
+            batch = padded_batch(peer, [rollout.with_images(peer) for rollout in rollouts[chosen]])
+            labels = batch.pop("labels")[:, 1:]                                 # (B, T - 1)
+            logits = module(**batch, use_cache=False).logits[:, :-1]            # (B, T - 1, V)
+            token_ids = labels.clamp(min=0)[:, :, None]                         # (B, T - 1, 1)
+            logprobs = logits.log_softmax(-1).gather(-1, token_ids)[:, :, 0]    # (B, T - 1)
+            recorded = []
+            for rollout in rollouts[chosen]:
+                recorded += rollout.logprobs
+            old_logprobs = torch.zeros_like(logprobs).masked_scatter(
+                labels >= 0, logprobs.new_tensor(recorded))
+            rl.grpo_loss(logprobs, old_logprobs, advantages[chosen].to(logprobs), labels >= 0,
+                         kept[chosen].to(policy.device), denominator=denominator).backward()
+        peer_step(peer.model, peer_optimizer)
+
+    num_with_signal = int((advantages != 0).sum())
+    alternate(f"grpo: {len(rollouts)} conversations, {num_with_signal} with signal",
+              our_step, step_of_peer, args.repeats)
+
+
+def draw_noise(path, size):
+    """Write a JPEG of noise, which takes as long to read as a photo."""
+    Image.effect_noise(size, 60).convert("RGB").save(path, quality=95)
+
+
+def time_updates(policy, rollouts, batches):
+    """Run forward and backward of one rollout per batch. Return (seconds, seconds in which the
+    model waits for a batch, seconds until the first one)."""
+    waited = []
+    start_time = time.perf_counter()
+    for rollout in rollouts:
+        before = time.perf_counter()
+        batch = next(batches)
+        waited.append(time.perf_counter() - before)
+        rl.compute_logprobs(policy, [rollout], batch)[0].sum().backward()
+    seconds = time.perf_counter() - start_time
+    policy.model.zero_grad()
+    return seconds, sum(waited), waited[0]      # nothing can hide the first
+
+
+def case_images(args, process, max_pixels=2_000_000):
     """One group whose image, and first crop, have two megapixels; a conversation per micro-batch.
     The peer opens the image once, and encodes it again for every conversation."""
-    policy = load(args)
-    policy.max_pixels, place = pixels, "noise.jpg"
-    zoom = json.dumps({"bbox_2d": [0.1, 0.1, 0.8, 0.8], "source": "original_image"})
-    turns = [{"text": f"<think></think><grounding>{zoom}</grounding>"},
-             {"text": "<answer>red</answer>"}]
-    row = {"id": "0", "image": place, "question": "Which colour?", "answer": "red"}
+    policy = load_policy(args, process)
+    policy.max_pixels = max_pixels
+    call = json.dumps({"bbox_2d": [0.1, 0.1, 0.8, 0.8], "source": "original_image"})
+    row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
     with tempfile.TemporaryDirectory() as folder:
-        Image.effect_noise((2000, 1500), 60).convert("RGB").save(Path(folder) / place, quality=95)
-        image = tools.open_image(Path(folder) / place)
-        turns[0], *_ = tools.take_turn([image], turns[0]["text"], 1, 6, 6)
+        # 1. a conversation with one zoom, --group_size times
+        draw_noise(Path(folder) / "noise.jpg", (2000, 1500))
+        image = tools.open_image(Path(folder) / "noise.jpg")
+        zoom_turn = tools.take_turn([image], f"<think></think><grounding>{call}</grounding>",
+                                    1, 6, 6).turn
+        turns = [zoom_turn, {"text": "<answer>red</answer>"}]
         sequence = sft.encode(policy, {**row, "turns": turns}, folder)
-        written = sum(sequence.loss_mask)
-        rollouts = [evaluate.Rollout(sequence.token_ids, sequence.loss_mask, row=row, root=folder, turns=turns,
-                                     logprobs=[-1.0] * written) for _ in range(args.group_size)]
-        alone = ([replace(r, images=policy.preprocess_images(tools.replay(r.to_row(), image)))]
-                 for r in rollouts)
-        sides = {"the peer": (sft.collate(policy, sequences) for sequences in alone),
+        rollouts = []
+        for _ in range(args.group_size):
+            rollouts.append(evaluate.Rollout(
+                token_ids=sequence.token_ids, loss_mask=sequence.loss_mask, row=row,
+                root=folder, turns=turns, logprobs=[-1.0] * sum(sequence.loss_mask)))
+
+        # 2. both ways to prepare the batches
+        def batches_of_peer():
+            for rollout in rollouts:
+                views = tools.replay(rollout.to_row(), image)
+                yield sft.collate(policy, [replace(rollout,
+                                                   images=policy.preprocess_images(views))])
+
+        sides = {"the peer": batches_of_peer(),
                  "ours": sft.prefetch(partial(rl.encode_rollouts, policy),
-                                       [[r] for r in rollouts])}
+                                      [[rollout] for rollout in rollouts])}
         policy.model.train()
         sft.trainable_parameters(policy, freeze_vision=True)
         for name, batches in sides.items():
-            waited, begin, ready = 0.0, time.perf_counter(), None
-            for r in rollouts:
-                start = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - start
-                ready = ready or waited     # the first batch has nothing to hide behind
-                rl.compute_logprobs(policy, [r], batch)[0].sum().backward()
-            policy.model.zero_grad()
-            say(f"images: {args.group_size} conversations of {len(sequence.token_ids)} tokens, {name}: "
-                f"{time.perf_counter() - begin:.2f} s, of which the model waits {waited:.2f} s "
-                f"({ready:.2f} s for the first)")
+            seconds, waited, first = time_updates(policy, rollouts, batches)
+            say(f"images: {args.group_size} conversations of {len(sequence.token_ids)} tokens, "
+                f"{name}: {seconds:.2f} s, of which the model waits {waited:.2f} s "
+                f"({first:.2f} s for the first)")
 
 
-# -------------------------------------------------------------------------------------------------
-# Growth
+# ---- Case: growth -------------------------------------------------------------------------------
 
 
-def case_growth(args):
-    policy, rows = load(args), tools.read_jsonl(
-        args.data, tools.check_question, "python build_data.py")
+def measure_growth(policy, rows, args, title, num_rollouts, max_turns, pixels_factor=1):
+    """Play num_rollouts conversations of up to max_turns turns, 16 for each question, and print
+    time and memory."""
+    policy.min_pixels = 6000 * pixels_factor
+    policy.max_pixels = 8000 * pixels_factor
+    engine = evaluate.Engine(policy, evaluate.Limits(max_turns, max_turns))
+    start_time = time.perf_counter()
+    rollouts = engine.run(rows[:num_rollouts // 16], 16, args.data.parent)
+    seconds = time.perf_counter() - start_time
+    num_tokens = num_sampled_tokens(rollouts)
+    cache = sum(tensor.nbytes for layer in engine.cache.layers for tensor in layer) / 2**20
+    # the process's memory is a high-water mark: hence cases come in rising order
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    say(f"growth: {title:24} {seconds:8.2f} s   {num_tokens:8d} tokens   "
+        f"{num_tokens / seconds:8.0f} tokens/s   "
+        f"KV cache {cache:6.1f} MB   peak memory of the process {peak:6.0f} MB")
 
-    def measure(title, count, turns, pixels=1):
-        policy.min_pixels, policy.max_pixels = 6000 * pixels, 8000 * pixels
-        engine = evaluate.Engine(policy, evaluate.Limits(turns, turns), slots=64)
-        start = time.perf_counter()
-        rollouts = engine.run(rows[:count // 16], 16, args.data.parent)
-        seconds, tokens = time.perf_counter() - start, sum(sum(r.loss_mask) for r in rollouts)
-        cache = sum(t.nbytes for layer in engine.cache.layers for t in layer) / 2**20
-        # a high-water mark: hence in rising order
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        say(f"growth: {title:24} {seconds:8.2f} s   {tokens:8d} tokens   "
-            f"{tokens / seconds:8.0f} tokens/s   "
-            f"KV cache {cache:6.1f} MB   peak memory of the process {peak:6.0f} MB")
 
+def case_growth(args, process):
+    policy = load_policy(args, process)
+    rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    measure = partial(measure_growth, policy, rows, args)
     measure("warm-up", 64, 6)
-    for count in (64, 256, 1024):
-        measure(f"{count} rollouts", count, 6)
-    for turns in (8, 16, 32):
-        measure(f"{turns} turns", 256, turns)
-    for pixels in (1, 2, 4):
-        measure(f"{pixels} x pixels", 256, 6, pixels)
+    for num_rollouts in (64, 256, 1024):
+        measure(f"{num_rollouts} rollouts", num_rollouts, 6)
+    for max_turns in (8, 16, 32):
+        measure(f"{max_turns} turns", 256, max_turns)
+    for pixels_factor in (1, 2, 4):
+        measure(f"{pixels_factor} x pixels", 256, 6, pixels_factor)
 
 
-# -------------------------------------------------------------------------------------------------
-# One RL step of Qwen2.5-VL-7B on 8 H100, on paper
+# ---- Case: one RL step of Qwen2.5-VL-7B on 8 H100, on paper --------------------------------------
 
 
-def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=1500, text=250,
-               slots=16):
+def count_stages(num_gpus, num_prompts, group_size, num_turns, turn_tokens, view_tokens,
+                 text_tokens, num_slots):
+    """Return {stage: (FLOPs, bytes of memory, bytes over links)} per GPU, and the number of
+    parameters; see case_paper."""
+    # 1. the model
+    L, D, ff, kv, vocab_size = 28, 3584, 18944, 4 * 128, 152064
+    L_v, D_v, ff_v, num_full_layers = 32, 1280, 3420, 4
+    N = L * (2 * D * D + 2 * D * kv + 3 * D * ff)
+    N_head = vocab_size * D
+    N_v = L_v * (4 * D_v**2 + 3 * D_v * ff_v) + (4 * D_v) * (4 * D_v + D)
+    num_params = N + 2 * N_head + N_v
+
+    def forward(t, c=0):
+        return 2 * N * t + 4 * L * D * t * (c + t / 2)
+
+    # 2. one GPU's share of the conversations
+    num_rollouts = num_prompts * group_size / num_gpus
+    num_prompts = num_prompts / num_gpus
+    T = text_tokens + num_turns * (view_tokens + turn_tokens)
+    P = 4 * view_tokens
+    image_flops = 2 * N_v * P + 4 * D_v * P**2 * num_full_layers
+    num_images = num_prompts + num_rollouts * (num_turns - 1)
+    num_sampled = num_rollouts * num_turns * turn_tokens
+    num_passes = num_sampled / num_slots
+    mean_length = T / 2     # while a conversation is played
+    observations = sum(forward(view_tokens, text_tokens + turn * (view_tokens + turn_tokens))
+                       for turn in range(1, num_turns))
+
+    # 3. the stages
+    stages = {
+        "rollout: images": (num_images * image_flops, num_images * P * 1176 * 2, 0),
+        "rollout: prefill": (
+            num_prompts * forward(text_tokens + view_tokens) + num_rollouts * observations,
+            num_passes / turn_tokens * 2 * N, 0),
+        "rollout: decode": (
+            num_sampled * (forward(1, mean_length) + 2 * N_head),
+            num_passes * (2 * (N + N_head) + num_slots * 4 * L * kv * mean_length), 0),
+        "update: images": (num_rollouts * num_turns * image_flops, 0, 0),
+        "update: text": (4 * num_rollouts * forward(T) + 4 * 2 * N_head * num_sampled, 0, 0),
+        "gradients and AdamW": (0, num_params * (2 + 2 + 16 + 16) / num_gpus,
+                                2 * 2 * num_params * (num_gpus - 1) / num_gpus)}
+    return stages, num_params, T
+
+
+def case_paper(args, process, num_gpus=8, num_prompts=32, group_size=16, num_turns=4,
+               turn_tokens=250, view_tokens=1500, text_tokens=250, num_slots=16):
     """FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table. Nothing
     is run.
 
-    A conversation has T = text + turns (view + written) tokens: `view` image tokens and `written`
-    sampled ones a turn. With N parameters in L text layers of width D:
-        forward of t tokens behind c others     2 N t + 4 L D t (c + t / 2)
+    A conversation has T = text + turns (view + sampled) tokens: `view` image tokens and `sampled`
+    tokens a turn. With N parameters in L text layers of width D:
+        forward of t tokens after c others      2 N t + 4 L D t (c + t / 2)
                                                 matrices, causal attention
         vision tower, P = 4 view patches        2 N_v P + 4 D_v P^2 per full-attention layer
                                                 (windows are negligible)
@@ -667,134 +880,140 @@ def case_paper(args, gpus=8, prompts=32, group=16, turns=4, written=250, view=15
                                                 + slots * 2 * 2 * L * kv * mean length
         update                                  4 forwards (forward, recomputation, backward twice)
                                                 of the text, 1 of the frozen tower; head at
-                                                `written` tokens
+                                                the sampled tokens
     Seconds: FLOPs at 40% of 989 TFLOP/s (bf16), memory at 60% of 3.35 TB/s, links at 60% of
     450 GB/s.
     """
-    L, D, ff, kv, vocabulary = 28, 3584, 18944, 4 * 128, 152064
-    layers_v, D_v, ff_v, full_v = 32, 1280, 3420, 4
-    N = L * (2 * D * D + 2 * D * kv + 3 * D * ff)
-    N_head, N_v = (vocabulary * D,
-                   layers_v * (4 * D_v**2 + 3 * D_v * ff_v) + (4 * D_v) * (4 * D_v + D))
-    total = N + 2 * N_head + N_v
-    mine, P, T = prompts * group / gpus, 4 * view, text + turns * (view + written)
-
-    def forward(t, c=0):
-        return 2 * N * t + 4 * L * D * t * (c + t / 2)
-
-    vision = 2 * N_v * P + 4 * D_v * P**2 * full_v                          # per image
-    images, steps = prompts / gpus + mine * (turns - 1), mine / slots * turns * written
-    middle = T / 2  # mean length while a conversation is played
-    stages = {
-        "rollout: images": (images * vision, images * P * 1176 * 2, 0),
-        "rollout: prefill": (
-            prompts / gpus * forward(text + view) + mine * sum(
-                forward(view, text + turn * (view + written)) for turn in range(1, turns)),
-            steps / written * 2 * N, 0),
-        "rollout: decode": (mine * turns * written * (forward(1, middle) + 2 * N_head),
-                            steps * (2 * (N + N_head) + slots * 4 * L * kv * middle), 0),
-        "update: images": (mine * turns * vision, 0, 0),
-        "update: text": (mine * (4 * forward(T) + 4 * 2 * N_head * turns * written), 0, 0),
-        "gradients and AdamW": (0, total * (2 + 2 + 16 + 16) / gpus,
-                                2 * 2 * total * (gpus - 1) / gpus)}
-    say(f"{gpus} x H100, {prompts} x {group} conversations of {turns} turns and {T} tokens, "
-        f"{slots} slots, {total / 1e9:.2f} billion parameters; per GPU:\n\n"
+    stages, num_params, num_tokens = count_stages(
+        num_gpus, num_prompts, group_size, num_turns, turn_tokens, view_tokens, text_tokens,
+        num_slots)
+    say(f"{num_gpus} x H100, {num_prompts} x {group_size} conversations of {num_turns} turns and "
+        f"{num_tokens} tokens, {num_slots} slots, {num_params / 1e9:.2f} billion parameters; per "
+        "GPU:\n\n"
         "| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
-    seconds = 0
+    total_seconds = 0
     for name, (flops, memory, link) in stages.items():
-        needed = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
-        seconds += needed
+        seconds = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
+        total_seconds += seconds
         say(f"| {name} | {flops / 1e15:.2f} | {memory / 1e12:.2f} | {link / 1e9:.1f} | "
-            f"{needed:.1f} |")
-    say(f"| total | | | | {seconds:.1f} |")
+            f"{seconds:.1f} |")
+    say(f"| total | | | | {total_seconds:.1f} |")
 
 
-# -------------------------------------------------------------------------------------------------
-# The same, run
+# ---- Case: the same, run ------------------------------------------------------------------------
 
 
-class Told(evaluate.Engine):
-    """Every turn of every conversation is the same script, at the cost of sampling it. Keeps the
-    seconds of every step that only decodes, and of every one that feeds images, in lists."""
+class ScriptedEngine(evaluate.Engine):
+    """An engine in which every turn of every conversation is the same script, at the cost of
+    sampling it. It keeps the seconds of every step that only decodes, and of every step that feeds
+    images."""
+
+    def __init__(self, policy, limits, max_num_seqs, script, **options):
+        super().__init__(policy, limits, max_num_seqs, **options)
+        self.script = script
+        self.decoding_steps = []
+        self.image_steps = []
 
     def step(self):
-        self.fed_images = False
-        seconds = clock(super().step)       # its draw waits for the device
-        (self.feeding if self.fed_images else self.decoding).append(seconds)
+        times = self.image_steps if self.slots_to_feed_images() else self.decoding_steps
+        times.append(clock(super().step))
 
-    def forward(self, slots, pieces, images, draws=None):
-        self.fed_images = any(images)
-        return super().forward(slots, pieces, images, draws)
-
-    def draw(self, logprobs, numbers):
-        _, scores = super().draw(logprobs, numbers)
-        told = []
-        for r, n in zip(self.slots, numbers):
-            at = len(r.token_ids) - r.turn_start
-            told += self.script[at:at + len(n)]
-        return told, scores
+    def accept(self, rollout, draft, sampled_ids, sampled_logprobs, next_position):
+        first = len(rollout.token_ids) - rollout.turn_start
+        scripted_ids = self.script[first:first + len(sampled_ids)]
+        return super().accept(rollout, draft, scripted_ids, sampled_logprobs, next_position)
 
 
-def large_policy(layers):
-    """Qwen2.5-VL-7B with random weights on the GPU, in bfloat16, with the tiny model's words.
-    layers: of its text and of its vision tower, or None for all."""
-    _, tokenizer, processor = build_data.build_tiny([json.dumps(tools.PROMPTS)], 0)
-    device = sft.setup_distributed()[2]
-    model = wide("Qwen2.5-VL-7B", tokenizer, device, layers)
-    return sft.make_policy(model, tokenizer, processor, device, max_pixels=1500 * 28**2)
+class RepeatingProposer(evaluate.NgramProposer):
+    """Always propose the same token."""
+
+    def __init__(self, token_id):
+        super().__init__()
+        self.token_id = token_id
+
+    def propose(self, token_ids, max_tokens, min_probability=0.5):
+        return [self.token_id] * max_tokens
 
 
-def peak():
-    """Most GB that were allocated on the GPU since the last call."""
+def large_policy(num_layers, device):
+    """Return a Qwen2.5-VL-7B with random weights in bfloat16 and the tiny model's words.
+    num_layers: of its text and of its vision tower, or None for all."""
+    _, tokenizer, image_processor = build_data.build_tiny([json.dumps(tools.PROMPTS)], 0)
+    model = wide("Qwen2.5-VL-7B", tokenizer, device, num_layers)
+    return sft.make_policy(model, tokenizer, image_processor, device, max_pixels=1500 * 28**2)
+
+
+def peak_gigabytes():
+    """Return the most GB that were allocated on the GPU since the last call."""
     if not torch.cuda.is_available():
         return math.nan
-    most = torch.cuda.max_memory_allocated() / 1e9
+    peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
-    return most
+    return peak
 
 
-def case_large(args, group=16, turns=4, written=250):
-    """The rollouts and the update of one question as in `paper`. Its optimizer is left out: on one
-    GPU it has no room."""
+def play_scripted(policy, row, folder, script, filler_id, limits, num_rollouts, num_draft_tokens):
+    """Play one question with scripted turns, print the times, and return the rollouts."""
+    engine = ScriptedEngine(policy, limits, num_rollouts, script,
+                            num_speculative_tokens=num_draft_tokens)
+    engine.proposer = RepeatingProposer(filler_id)
+    rollouts = engine.run([row], num_rollouts, folder)
+    drafted = engine.counts["draft_tokens"] / engine.counts["sequence_passes"]
+    say(f"large: {num_rollouts} conversations of {limits.max_turns} turns and "
+        f"{len(rollouts[0].token_ids)} tokens, {drafted:.1f} draft tokens a pass: "
+        f"{len(engine.decoding_steps)} steps that only decode, "
+        f"{1000 * statistics.median(engine.decoding_steps):.1f} ms each; "
+        f"{len(engine.image_steps)} that feed images, {sum(engine.image_steps):.1f} s in all; "
+        f"at most {peak_gigabytes():.1f} GB")
+    return rollouts
+
+
+def case_large(args, process, group_size=16, num_turns=4, turn_tokens=250):
+    """The rollouts and the update of one question as in `paper`. Its optimizer is left out, because
+    it does not fit on one GPU."""
     if not args.layers and not torch.cuda.is_available():
-        return say("large: needs a GPU with 80 GB (or --layers 2)")
-    policy = large_policy(args.layers)
+        say("large: needs a GPU with 80 GB (or --layers 2)")
+        return
+    policy = large_policy(args.layers, process.device)
     sft.trainable_parameters(policy, freeze_vision=True)
-    call = policy.encode_text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}'
-                       "</grounding>") + [policy.im_end_id]
-    script = policy.encode_text("a") * (written - len(call)) + call
+    # a turn: "a a a ... a" and a call
+    filler_ids = policy.encode_text("a")
+    call_ids = policy.encode_text('<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], '
+                                  '"source": "original_image"}</grounding>') + [policy.im_end_id]
+    script = filler_ids * (turn_tokens - len(call_ids)) + call_ids
     with tempfile.TemporaryDirectory() as folder:
-        Image.effect_noise((4000, 2700), 60).convert("RGB").save(f"{folder}/noise.jpg")
+        draw_noise(f"{folder}/noise.jpg", (4000, 2700))
         row = {"id": "0", "image": "noise.jpg", "question": "Which colour?", "answer": "red"}
+
+        # 1. rollouts; the first run is the warm-up
         longest = []
-        for slots, draft, most in ((group, 4, 1), (group, 0, turns), (group, 4, turns),
-                                   (4 * group, 0, 1), (4 * group, 4, 1)):   # the first warms up
-            engine = Told(policy, evaluate.Limits(most, turns, written, 8192), slots, draft=draft)
-            engine.script, engine.decoding, engine.feeding = script, [], []
-            if draft:
-                engine.drafts.after = lambda ids, most: policy.encode_text("a") * most
-            rollouts = engine.run([row], slots, folder)
-            drafted = engine.counts["drafted"] / engine.counts["passes"]
-            say(f"large: {slots} conversations of {most} turns and {len(rollouts[0].ids)} tokens, "
-                f"{drafted:.1f} drafted a pass: {len(engine.decoding)} steps that only decode, "
-                f"{1000 * statistics.median(engine.decoding):.1f} ms each; {len(engine.feeding)} "
-                f"that feed images, {sum(engine.feeding):.1f} s in all; at most {peak():.1f} GB")
-            longest = rollouts if most == turns else longest
-        engine.cache = None
+        for num_rollouts, num_draft_tokens, max_turns in (
+                (group_size, 4, 1), (group_size, 0, num_turns), (group_size, 4, num_turns),
+                (4 * group_size, 0, 1), (4 * group_size, 4, 1)):
+            limits = evaluate.Limits(max_turns, num_turns, turn_tokens, 8192)
+            rollouts = play_scripted(policy, row, folder, script, filler_ids[0], limits,
+                                     num_rollouts, num_draft_tokens)
+            if max_turns == num_turns:
+                longest = rollouts
+
+        # 2. forward and backward
         sft.enable_gradient_checkpointing(policy.model)
         policy.model.train()
 
-        def update(r):
-            new, _, mask = rl.compute_logprobs(policy, [r], rl.encode_rollouts(policy, [r]))
-            new[mask].sum().backward()
+        def update(rollout):
+            batch = rl.encode_rollouts(policy, [rollout])
+            logprobs, _, mask = rl.compute_logprobs(policy, [rollout], batch)
+            logprobs[mask].sum().backward()
 
-        seconds = [clock(lambda: update(r)) for r in longest[:4]]
-        say(f"large: forward and backward of one conversation after the other "
-            f"{statistics.median(seconds):.2f} s each, images read meanwhile included; "
-            f"{group * statistics.median(seconds):.1f} s for all; at most {peak():.1f} GB")
+        seconds = statistics.median(clock(lambda: update(rollout)) for rollout in longest[:4])
+        say(f"large: forward and backward of one conversation after the other {seconds:.2f} s "
+            f"each, including the reading of images; {group_size * seconds:.1f} s for all; at most "
+            f"{peak_gigabytes():.1f} GB")
     say("\ncounted:")
-    case_paper(args, 1, 1, group, turns, written)
+    case_paper(args, process, 1, 1, group_size, num_turns, turn_tokens)
 
+
+# ---- The command --------------------------------------------------------------------------------
 
 CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
          "prompt": case_prompt, "sft": case_sft, "grpo": case_grpo, "images": case_images,
@@ -802,28 +1021,36 @@ CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
          "paper": case_paper, "large": case_large}
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Ours against what a user would write.")
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[],
-                        help="which cases (default: all)")
-    parser.add_argument("--model", default="checkpoints/sft", help="folder of the model")
-    parser.add_argument("--data", type=Path, default=Path("data/train.jsonl"),
-                        help="questions for rollouts")
-    parser.add_argument("--trajectories", type=Path, default=Path("data/coldstart.jsonl"),
-                        help="conversations for sft")
-    parser.add_argument("--groups", type=int, default=16, help="questions")
-    parser.add_argument("--group_size", type=int, default=16, help="conversations per question")
-    parser.add_argument("--batch_size", type=int, default=16, help="conversations in an sft step")
-    parser.add_argument("--micro", type=int, default=16,
-                        help="conversations per forward pass of the grpo peer")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048,
-                        help="padded tokens per forward pass of ours")
-    parser.add_argument("--layers", type=int,
-                        help="layers of the model of `large` and of its tower (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Compare this code with what a user would write with the library.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("cases", nargs="*", metavar="CASE", help=f"which of {', '.join(CASES)}; none: all")
+    add("--model", default="checkpoints/sft", help="folder of the model")
+    add("--data", type=Path, default=Path("data/train.jsonl"), help="questions for rollouts")
+    add("--trajectories", type=Path, default=Path("data/coldstart.jsonl"),
+        help="conversations for sft")
+    add("--groups", type=int, default=16, help="questions")
+    add("--group_size", type=int, default=16, help="conversations per question")
+    add("--batch_size", type=int, default=16, help="conversations in an sft step")
+    add("--micro_batch_size", type=int, default=16,
+        help="conversations per forward pass of the grpo peer")
+    add("--micro_batch_tokens", type=int, default=2048, help="tokens per forward pass of ours")
+    add("--layers", type=int, help="layers of the model of `large`, and of its tower; none: all")
+    add("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
+    for name in args.cases:
+        tools.check(name in CASES, f"there is no case {name}: choose from {', '.join(CASES)}")
+    tools.check_number_flags(args)
+    return args
+
+
+def main():
+    args = parse_args()
+    process = sft.setup_distributed()
     for name in args.cases or CASES:
-        CASES[name](args)
+        CASES[name](args, process)
     sft.close_distributed()
 
 

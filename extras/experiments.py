@@ -1,7 +1,9 @@
-"""Tables and chart of docs/experiments.md, from the raw figures of every run that has been made.
+"""Print the tables and draw the chart of docs/experiments.md, from the figures of every run made
+so far.
 
-Runs take minutes each and their results are large, so what the tables need of each is kept as one
-line of extras/experiments.jsonl: rerun a row, and compare. Add finished runs, and print everything:
+A run takes minutes and its results are large, so one line of extras/experiments.jsonl keeps the
+figures that the tables need. To reproduce a row, run it again and compare. Add finished runs, and
+print everything:
 
     python extras/experiments.py results/*.seed*
     python extras/experiments.py --chart docs/mask.png      # needs matplotlib
@@ -10,118 +12,159 @@ line of extras/experiments.jsonl: rerun a row, and compare. Add finished runs, a
 import argparse
 import collections
 import statistics
-import sys
 from pathlib import Path
 
-import root  # noqa: F401
+import root
 import evaluate
-from extras import failures, report
 import tools
 from build_data import LEVELS
+from extras import failures, report
 
-FIGURES = root.ROOT / "docs" / "experiments.jsonl"
+FIGURES = root.ROOT / "extras" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
 SHARES = ["incorrect", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
-# rows of the chart: over turns, and over b
+# the chart's two panels: accuracy over turns, and over the baseline b
 CURVES = {"tight": "masked, b = 0.5", "tight_completed": "masked, b = precision of the completed",
           "tight_group": "masked, b = the group's success rate", "tight_no_mask": "not masked"}
 BASELINES = {"tight_0": 0, "tight_017": 0.17, "tight": 0.5, "tight_085": 0.85, "tight_1": 1}
 
 
+# ---- One run ------------------------------------------------------------------------------------
+
+
+def measure_shares(rows):
+    """Return {kind: share} for SHARES, about the conversations of one level. "guess, shape" and
+    "guess, digit" are shares of the questions about a shape or a digit."""
+    def count(rows, source_ending):
+        return sum(row["source"].endswith(source_ending) for row in rows)
+
+    guesses = [row for row in rows if "Guess" in row["turns"][-1]["text"]]
+    incorrect = [row for row in rows if row["finish_reason"] == "answer" and row["reward"] == 0]
+    unfinished = [row for row in rows if row["finish_reason"].startswith("over_")]
+    void = [row for row in rows if row["finish_reason"] == "void"]
+    hint_first = [row for row in rows if failures.plan_of(row) == failures.PLANS[0]]
+    return {"incorrect": len(incorrect) / len(rows),
+            "unfinished": len(unfinished) / len(rows),
+            "void": len(void) / len(rows),
+            "guess": len(guesses) / len(rows),
+            "guess, shape": count(guesses, "shape") / count(rows, "shape"),
+            "guess, digit": count(guesses, "digit") / count(rows, "digit"),
+            "hint first": len(hint_first) / len(rows)}
+
+
 def measure(folder):
-    """One run, evaluated at results/NAME.seedN and trained at checkpoints/NAME.seedN, as a row of
-    extras/experiments.jsonl. Shares are of all conversations, levels weighing the same."""
+    """Return the row of extras/experiments.jsonl about one run, which was evaluated into
+    results/NAME.seedN and trained in checkpoints/NAME.seedN. Levels have the same weight."""
     name, _, seed = folder.name.rpartition(".seed")
     table = report.read_table(folder)
     steps = tools.read_jsonl(Path("checkpoints") / folder.name / "metrics.jsonl")
-    shares = collections.defaultdict(list)
-    for level in LEVELS:
-        rows = tools.read_jsonl(folder / f"{level}.jsonl")
-        guesses = [row for row in rows if "Guess" in row["turns"][-1]["text"]]
-        found = {"incorrect": [r for r in rows if r["finish_reason"] == "answer" and r["reward"] == 0],
-                 "unfinished": [r for r in rows if r["finish_reason"].startswith("over_")],
-                 "void": [r for r in rows if r["finish_reason"] == "void"], "guess": guesses,
-                 "hint first": [r for r in rows if failures.plan_of(r) == failures.PLANS[0]]}
-        for kind, part in found.items():
-            shares[kind].append(len(part) / len(rows))
-        for kind in ("shape", "digit"):
-            asked = sum(row["source"].endswith(kind) for row in rows)
-            guessed = sum(row["source"].endswith(kind) for row in guesses)
-            shares[f"guess, {kind}"].append(guessed / asked)
+    level_shares = [measure_shares(tools.read_jsonl(folder / f"{level}.jsonl")) for level in LEVELS]
+    mean_shares = {}
+    for kind in SHARES:
+        values = [shares[kind] for shares in level_shares]
+        mean_shares[kind] = round(statistics.fmean(values), 4)
+    accuracy = {}
+    for level in [*LEVELS, "mean"]:
+        accuracy[level] = {budget: round(table[level]["accuracy"][budget], 4) for budget in BUDGETS}
+    mean_turns = statistics.fmean(table[level]["mean_turns_correct"] or 0 for level in LEVELS)
     return {"run": name, "seed": int(seed),
-            "tokens": sum(s["num_sampled_tokens"] for s in steps),
-            "accuracy": {level: {T: round(table[level]["accuracy"][T], 4) for T in BUDGETS}
-                         for level in [*LEVELS, "mean"]},
-            "turns": round(statistics.fmean(table[level]["mean_turns_correct"] or 0
-                                            for level in LEVELS), 2),
-            "shares": {kind: round(statistics.fmean(shares[kind]), 4) for kind in SHARES}}
+            "num_sampled_tokens": sum(step["num_sampled_tokens"] for step in steps),
+            "accuracy": accuracy, "mean_turns_correct": round(mean_turns, 2),
+            "shares": mean_shares}
 
 
-def shown(values, scale=100):
-    """Mean ± half of its 95% interval over seeds; the mean alone of one seed."""
-    mean, half = report.over_seeds(values)
-    return f"{scale * mean:.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
+# ---- Tables and chart ---------------------------------------------------------------------------
+
+
+def format_seeds(values, scale=100):
+    """Return the mean ± half of its 95% interval over seeds. One seed: the mean alone."""
+    return report.format_figure(report.over_seeds(values), scale)
 
 
 def print_tables(runs):
-    """runs: {name: its rows, one a seed}. Accuracy by level over turns; shares at 32 turns."""
+    """Print accuracy by level over turns, and shares at 32 turns. runs: {name: its rows, one for
+    each seed}."""
     for level in ("mean", "hard"):
-        evaluate.print_rows([level, "seeds", *(f"T={T}" for T in BUDGETS)], [
-            [f"`{name}`", str(len(rows)),
-             *(shown([row["accuracy"][level][T] for row in rows]) for T in BUDGETS)]
-            for name, rows in runs.items()])
+        table = []
+        for name, rows in runs.items():
+            cells = [format_seeds([row["accuracy"][level][budget] for row in rows])
+                     for budget in BUDGETS]
+            table.append([f"`{name}`", str(len(rows)), *cells])
+        evaluate.print_rows([level, "seeds", *(f"T={budget}" for budget in BUDGETS)], table)
         print()
+    table = []
+    for name, rows in runs.items():
+        cells = [format_seeds([row["shares"][kind] for row in rows]) for kind in SHARES]
+        turns = format_seeds([row["mean_turns_correct"] for row in rows], 1)
+        thousand_tokens = format_seeds([row["num_sampled_tokens"] for row in rows], 0.001)
+        table.append([f"`{name}`", *cells, turns, thousand_tokens])
     evaluate.print_rows(["shares at 32 turns", *SHARES, "turns of correct ones",
-                         "1,000 tokens sampled in RL"], [
-        [f"`{name}`", *(shown([row["shares"][kind] for row in rows]) for kind in SHARES),
-         shown([row["turns"] for row in rows], 1), shown([row["tokens"] for row in rows], 0.001)]
-        for name, rows in runs.items()])
+                         "1,000 tokens sampled in RL"], table)
+
+
+def draw_line(axes, xs, seeds, label):
+    """Draw one line with 95% intervals. seeds: for every x the values of all seeds."""
+    figures = [report.over_seeds(values) for values in seeds]
+    axes.errorbar(xs, [100 * mean for mean, _ in figures],
+                  [100 * (half or 0) for _, half in figures],
+                  marker="o", markersize=4, capsize=3, label=label)
 
 
 def draw(runs, path):
-    """Accuracy, the mean of levels with its 95% interval over seeds: over turns, for some ways to
-    treat what is unfinished; and at 6 and at 32 turns over b."""
+    """Draw the mean accuracy of the levels with its 95% interval over seeds: over turns, for some
+    ways to treat unfinished conversations; and at 6 and at 32 turns over the baseline b."""
     from matplotlib.figure import Figure
 
-    def line(axes, xs, values, label):
-        means, halves = zip(*map(report.over_seeds, values))
-        axes.errorbar(xs, [100 * mean for mean in means], [100 * (half or 0) for half in halves],
-                      marker="o", markersize=4, capsize=3, label=label)
-
-    def values(name, T):
-        return [row["accuracy"]["mean"][T] for row in runs[name]]
+    def accuracies(name, budget):
+        return [row["accuracy"]["mean"][budget] for row in runs[name]]
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    over_turns, over_baseline = figure.subplots(1, 2)
+
+    # 1. over turns
+    turns = [int(budget) for budget in BUDGETS]
     for name, label in CURVES.items():
         if name in runs:
-            line(left, [int(T) for T in BUDGETS], [values(name, T) for T in BUDGETS], label)
-    left.set_xscale("log", base=2)
-    left.set_xticks([int(T) for T in BUDGETS], BUDGETS, minor=False)
-    left.set(xlabel="turns allowed at test time", title="RL with at most 4 turns")
-    known = {name: b for name, b in BASELINES.items() if name in runs}
-    for T in ("6", "32"):
-        line(right, list(known.values()), [values(name, T) for name in known], f"{T} turns")
-    right.set(xlabel="b, paid for an unfinished conversation", title="the same, over b")
-    for axes in (left, right):
+            draw_line(over_turns, turns, [accuracies(name, budget) for budget in BUDGETS], label)
+    over_turns.set_xscale("log", base=2)
+    over_turns.set_xticks(turns, BUDGETS, minor=False)
+    over_turns.set(xlabel="turns allowed at test time", title="RL with at most 4 turns")
+
+    # 2. over the baseline
+    names = [name for name in BASELINES if name in runs]
+    for budget in ("6", "32"):
+        draw_line(over_baseline, [BASELINES[name] for name in names],
+                  [accuracies(name, budget) for name in names], f"{budget} turns")
+    over_baseline.set(xlabel="baseline b, paid for an unfinished conversation",
+                      title="the same, over b")
+
+    for axes in (over_turns, over_baseline):
         axes.set(ylim=(0, 100), ylabel="accuracy, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    tools.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    report.save_chart(figure, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tables of the experiments.")
+    parser = argparse.ArgumentParser(description="Print the tables of docs/experiments.md.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="folders NAME.seedN to add")
-    parser.add_argument("--chart", type=Path, help="draw accuracy over turns and b into this PNG")
+    parser.add_argument("--chart", type=Path, help="draw accuracy over turns and over the baseline "
+                        "into this PNG or SVG, with matplotlib")
     args = parser.parse_args()
-    rows = {(row["run"], row["seed"]): row
-            for row in (tools.read_jsonl(FIGURES) if FIGURES.exists() else [])}
+    report.check_chart(args.chart)
+
+    # 1. all rows, with new runs added; a folder without table.json is still running
+    rows = {}
+    if FIGURES.exists():
+        rows = {(row["run"], row["seed"]): row for row in tools.read_jsonl(FIGURES)}
     for folder in args.results:
-        if (folder / "table.json").exists():    # else it is still running
+        if (folder / "table.json").exists():
             row = measure(folder)
             rows[row["run"], row["seed"]] = row
     tools.write_jsonl(FIGURES, rows.values())
+
+    # 2. by run
     runs = collections.defaultdict(list)
     for row in rows.values():
         runs[row["run"]].append(row)

@@ -1,7 +1,28 @@
-"""Published data sets."""
+"""Published data sets: import them, keep the questions of a suitable difficulty, score HR-Bench.
+
+build_data.py imports this file when --import or --filter is given. Nothing is downloaded: download
+a data set first, for example with `hf download REPOSITORY --repo-type dataset --local-dir FOLDER`.
+
+What differs from the published data:
+1. Options are texts that the question lists once, as (A), (B), ...
+2. Of a cold-start conversation only the original image is stored: crops follow from its zooms.
+3. An image is named after its content, and stored once for all rows that share it.
+4. A row that cannot be used is skipped and counted.
+
+Commands (all of this is CPU work):
+    python build_data.py --import visualprobe --source downloads
+    python build_data.py --import vstar --source downloads/vstar_bench
+    python build_data.py --import hrbench --source downloads/HR-Bench
+    python build_data.py --import mme_realworld --source downloads/MME-RealWorld
+    python build_data.py --import deepeyes --source downloads/DeepEyes-Datasets-47k
+    python build_data.py --import mini_o3_coldstart --source downloads/coldstart
+    python build_data.py --filter results/rates/train.rates.jsonl --source data/train.jsonl \\
+                         --pass_rate_range 0.1 0.9
+"""
 
 import ast
 import base64
+import collections
 import csv
 import hashlib
 import io
@@ -10,10 +31,11 @@ import json
 import math
 import os
 import re
+import statistics
 import string
 import warnings
-from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,17 +43,20 @@ from PIL import Image
 import tools
 from tools import check
 
+# ---- Reading files of records -------------------------------------------------------------------
 
-def parsed(text):
+
+def parse_json_or_none(text):
+    """Return the value of a JSON text, None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-
 def read_rows(path, columns):
-    """Rows of a file, one by one: memory does not grow with them, except for .json."""
+    """Yield the rows of a file, whatever they are. One row at a time is in memory, except for .json
+    files."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
         # page by page, not a whole row group at once
@@ -42,76 +67,81 @@ def read_rows(path, columns):
             except UnicodeDecodeError:
                 yield None
         return
-    # what is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others
+    # A byte that is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a cell may hold an image
             yield from csv.DictReader(file, delimiter="\t", strict=True)
         elif path.suffix == ".jsonl":
-            yield from (parsed(line) for line in file if line.strip())
+            for line in file:
+                if line.strip():
+                    yield parse_json_or_none(line)
         else:
-            rows = parsed(file.read())
-            yield from rows if isinstance(rows, list) else [rows]
+            content = parse_json_or_none(file.read())
+            yield from content if isinstance(content, list) else [content]
 
 
-
-def records(path, columns=None):
-    """Yield ("file:row", row as a dict, or None if it is not readable) of a .jsonl, .json, .tsv or
-    .parquet file. columns: the only ones to read of a .parquet file. Raises InputError if a file is
-    broken as a whole."""
+def read_records(path, columns=None):
+    """Yield ("file:row", record) of a .jsonl, .json, .tsv or .parquet file. A record is a dict, or
+    None if the row is not readable. columns: the only ones that are read from a .parquet file.
+    Raise InputError if a file is broken as a whole."""
+    row_number = 0
     try:
-        number = 0
-        for number, row in enumerate(read_rows(path, columns), 1):
-            yield f"{path.name}:{number}", row if isinstance(row, dict) else None
-        if number == 0:
+        for row_number, row in enumerate(read_rows(path, columns), 1):
+            yield f"{path.name}:{row_number}", row if isinstance(row, dict) else None
+        if row_number == 0:
             yield f"{path.name}:1", None  # so that a file without rows is counted
     except ImportError:
-        message = "reading .parquet files needs pyarrow: pip install pyarrow"
-        raise tools.InputError(message) from None
+        raise tools.InputError(
+            "reading .parquet files needs pyarrow: pip install pyarrow") from None
     except (ValueError, OSError, csv.Error) as error:
-        message = f"{path}: cannot be read to its end ({error}); download it again"
-        raise tools.InputError(message) from None
+        raise tools.InputError(
+            f"{path}: cannot be read to its end ({error}); download it again") from None
 
 
+# ---- Fields of a record -------------------------------------------------------------------------
 
-def text_of(record, key):
-    """A field that must be there: its text."""
+
+def required_text(record, key):
+    """Return the text of a field. Raise InputError if there is none."""
     value = record.get(key) if isinstance(record, dict) else None
-    value = str(value) if type(value) is int else value  # not True, which is an int too
+    if type(value) is int:  # not True, which is an int, too
+        value = str(value)
     check(isinstance(value, str) and value.strip(), f"field '{key}' is missing or not text")
     return value.strip()
 
 
-
-def only_image(record):
+def single_image(record):
+    """Return the only image of a record."""
     images = record.get("images")
     check(isinstance(images, list) and len(images) == 1, "not exactly one image")
     return images[0]
 
 
-
-def inside(root, base, name):
-    """Bytes of the file that an untrusted name means in folder `base`, if it lies in the folder
-    `root`, also behind links."""
+def read_image_file(root, folder, name):
+    """Return the bytes of the file `name` in `folder`. The name is not trusted: raise InputError if
+    it leads out of the folder `root`, also by links."""
     check(isinstance(name, str) and name, "image is missing")
-    path = base / name
-    there = os.path.isfile(path)  # unlike Path.is_file, False for a name that no file can have
-    straight = not Path(name).is_absolute() and ".." not in Path(name).parts
-    check(straight and (not there or path.resolve().is_relative_to(root.resolve())),
-         "image path leaves the folder of the data")
-    check(there, "image is missing")
+    path = folder / name
+    is_file = os.path.isfile(path)  # unlike Path.is_file, False for a name that no file can have
+    leaves_folder = Path(name).is_absolute() or ".." in Path(name).parts
+    if is_file and not path.resolve().is_relative_to(root.resolve()):
+        leaves_folder = True
+    check(not leaves_folder, "image path leaves the folder of the data")
+    check(is_file, "image is missing")
     return path.read_bytes()
-
 
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 
 
+def decode_image(stored_image):
+    """Return (bytes, file suffix, PIL image as every later stage will see it).
 
-def load(image):
-    """(bytes, suffix, PIL image as every later stage will see it) of an image file, given as bytes,
-    base64 text or {"bytes": either}. Images so large that PIL only warns are refused too."""
-    data = image.get("bytes") if isinstance(image, dict) else image
+    stored_image: the content of an image file as bytes or base64 text, or {"bytes": either}. Raise
+    InputError if it cannot be decoded, or is so large that PIL would warn.
+    """
+    data = stored_image.get("bytes") if isinstance(stored_image, dict) else stored_image
     check(isinstance(data, (bytes, str)) and data, "image is missing")
     try:
         if isinstance(data, str):
@@ -126,315 +156,465 @@ def load(image):
         raise tools.InputError("image cannot be decoded") from None
 
 
+def strip_letters(options):
+    """Return ["red", "blue"] for ["(A) red", "(B) blue"], or for the text of such a list."""
+    if isinstance(options, str) and len(options) < 100_000:
+        try:
+            options = ast.literal_eval(options.strip())  # reads constants and runs nothing
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options = []
+    if not isinstance(options, list):
+        options = []
+    letters = []
+    texts = []
+    for option in options:
+        match = re.fullmatch(r"\(?([A-Z])[).:]\s*(.*\S)\s*", str(option), re.DOTALL)
+        letters.append(match and match[1])
+        texts.append(match and match[2])
+    check(letters and letters == list(string.ascii_uppercase[:len(letters)]),
+          "options are not a list of (A), (B), ... in this order")
+    return texts
 
-def unlettered(options):
-    """["(A) red", "(B) blue"], or the text of such a list, -> ["red", "blue"]."""
-    try:  # literal_eval reads constants and runs nothing
-        if isinstance(options, str) and len(options) < 100_000:
-            options = ast.literal_eval(options.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass  # a text is no list
-    options = options if isinstance(options, list) else []
-    found = [re.fullmatch(r"\(?([A-Z])[).:]\s*(.*\S)\s*", str(o), re.DOTALL) for o in options]
-    letters = list(string.ascii_uppercase[:len(found)])
-    check(found and [m and m[1] for m in found] == letters,
-         "options are not a list of (A), (B), ... in this order")
-    return [m[2] for m in found]
 
-
-
-def conversation(record):
-    """A cold-start row's texts [system, user, reply, user, reply, ...], hashes up to each reply."""
+def parse_conversation(record):
+    """Return the texts [system, user, reply, user, reply, ...] of a cold-start record, and a hash
+    of the conversation up to each reply. Equal hashes mean equal beginnings of one rollout."""
     try:
-        said = [(m["from"], m["value"]) for m in json.loads(record["conversations"])]
+        messages = [(message["from"], message["value"])
+                    for message in json.loads(record["conversations"])]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise tools.InputError("conversations is not a JSON list of messages") from None
-    if said and said[0][0] != "system":
-        said.insert(0, ("system", ""))
-    roles, texts = [role for role, _ in said], [text for _, text in said]
-    check(len(said) > 2 and roles[1:] == ["human", "gpt"] * (len(said) // 2)
-         and all(isinstance(text, str) for text in texts),
-         "conversation is not texts by system, human, gpt, ..., gpt in turn")
-    rollout = repr([record.get("sample_index"), record.get("rollout_index")])
-    parts = [rollout, *map(json.dumps, texts)]
-    return texts, [hashlib.sha256("".join(parts[:end]).encode()).hexdigest()
-                   for end in range(4, len(parts) + 1, 2)]
+    if messages and messages[0][0] != "system":
+        messages.insert(0, ("system", ""))
+    roles = [role for role, _ in messages]
+    texts = [text for _, text in messages]
+    has_pairs = len(messages) > 2 and roles[1:] == ["human", "gpt"] * (len(messages) // 2)
+    check(has_pairs and all(isinstance(text, str) for text in texts),
+          "conversation is not texts by system, human, gpt, ..., gpt in turn")
+    rollout_name = repr([record.get("sample_index"), record.get("rollout_index")])
+    parts = [rollout_name, *map(json.dumps, texts)]
+    hashes = []
+    for end in range(4, len(parts) + 1, 2):  # parts: rollout, system, user, reply, user, reply, ...
+        hashes.append(hashlib.sha256("".join(parts[:end]).encode()).hexdigest())
+    return texts, hashes
 
 
-
-def visualprobe(record, path, stem, root, known):
-    folder = path.absolute().parent.parent  # the path of an image begins with its data set's folder
-    row = {"id": text_of(record, "doc_id"), "image": inside(root, folder, only_image(record)),
-           "question": text_of(record, "problem").replace("<image>", "", 1).strip(),
-           "answer": text_of(record, "solution"), "source": text_of(record, "data_source")}
-    return {**row, "level": stem} if stem in ("easy", "medium", "hard") else row
+# ---- One function for each data set: record -> Draft --------------------------------------------
 
 
+class Origin(NamedTuple):
+    """Where a record was read."""
+    path: Path           # its file
+    root: Path           # the folder of the data set, which images must not leave
+    split: str           # the file that is written is called split.jsonl
+    first_pass: set      # what a first pass over all files has found
 
-def vstar(record, path, stem, root, known):
-    """A row of the table, or the JSON beside an image. known: the files in which the right option
-    always comes first, as it does in every JSON; there the options are shuffled."""
-    if path.suffix == ".json":
-        pictures = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png", ".webp"))
-        image = next((picture.name for picture in pictures if picture.is_file()), None)
-        name, category, label = f"{path.parent.name}/{path.stem}", path.parent.name, "A"
-        question, options = text_of(record, "question"), record.get("options")
+
+class Draft(NamedTuple):
+    """What a record becomes, before its image is decoded. finish_row makes a row of it."""
+    row: dict                           # all fields but "image" and what follows from those below
+    image: object                       # see decode_image
+    label: str | None = None            # options: the letter of the right one of row["options"]
+    shuffle: bool = False               # options: are they to be shuffled?
+    conversation: list | None = None    # cold start: texts, see parse_conversation
+    observations: list | None = None    # cold start: the stored images of observations
+
+
+def visualprobe(record, origin):
+    """Make a draft of a row of train.json or val.json. Image paths begin with the folder's name."""
+    folder = origin.path.absolute().parent.parent
+    row = {"id": required_text(record, "doc_id")}
+    image = read_image_file(origin.root, folder, single_image(record))
+    row["question"] = required_text(record, "problem").replace("<image>", "", 1).strip()
+    row["answer"] = required_text(record, "solution")
+    row["source"] = required_text(record, "data_source")
+    if origin.split in ("easy", "medium", "hard"):
+        row["level"] = origin.split
+    return Draft(row, image)
+
+
+def vstar(record, origin):
+    """Make a draft of a row of the table, or of the JSON file next to an image.
+
+    The first pass finds the files in which the right option always comes first, as it does in every
+    JSON file. There the options are shuffled.
+    """
+    if origin.path.suffix == ".json":
+        candidates = [origin.path.with_suffix(suffix)
+                      for suffix in (".jpg", ".jpeg", ".png", ".webp")]
+        image_name = next((path.name for path in candidates if path.is_file()), None)
+        category = origin.path.parent.name
+        row_id = f"{category}/{origin.path.stem}"
+        label = "A"
+        question = required_text(record, "question")
+        options = record.get("options")
     else:
-        image, category = text_of(record, "image"), text_of(record, "category")
-        name, label = str(Path(image).with_suffix("")), text_of(record, "label")
-        question, *options = re.split(r"\n(?=\([A-Z]\))", text_of(record, "text"))
-        # what follows the options (answer with the letter) goes: the prompts say how to answer
-        options = unlettered([option.splitlines()[0] for option in options])
-    return {"id": name, "image": inside(root, path.parent, image), "question": question,
-            "options": options, "right": label, "shuffle": path in known, "source": "vstar",
-            "category": category}
+        image_name = required_text(record, "image")
+        category = required_text(record, "category")
+        row_id = str(Path(image_name).with_suffix(""))
+        label = required_text(record, "label")
+        question, *option_texts = re.split(r"\n(?=\([A-Z]\))", required_text(record, "text"))
+        # The sentence after the options is dropped: the prompts say how to answer.
+        options = strip_letters([text.splitlines()[0] for text in option_texts])
+    image = read_image_file(origin.root, origin.path.parent, image_name)
+    row = {"id": row_id, "question": question, "options": options, "source": "vstar",
+           "category": category}
+    return Draft(row, image, label, shuffle=origin.path in origin.first_pass)
 
 
-
-def hrbench(record, path, stem, root, known):
-    return {"id": f"hrbench_{stem}_{text_of(record, 'index')}", "image": record.get("image"),
-            "question": text_of(record, "question"),
-            "options": [text_of(record, letter) for letter in "ABCD"],
-            "right": text_of(record, "answer"), "source": f"hrbench_{stem}",
-            "category": text_of(record, "category"), "cycle": text_of(record, "cycle_category")}
-
-
-
-def mme_realworld(record, path, stem, root, known):
-    return {"id": text_of(record, "index"), "image": record.get("image"),
-            "question": text_of(record, "question"),
-            "options": unlettered(record.get("multi-choice options")),
-            "right": text_of(record, "answer"), "source": f"mme_realworld_{stem}",
-            "category": text_of(record, "category")}
+def hrbench(record, origin):
+    """Make a draft of a row of HR-Bench. Each question comes in four cycles, with its options in
+    another order."""
+    row = {"id": f"hrbench_{origin.split}_{required_text(record, 'index')}",
+           "question": required_text(record, "question"),
+           "options": [required_text(record, letter) for letter in "ABCD"]}
+    label = required_text(record, "answer")
+    row["source"] = f"hrbench_{origin.split}"
+    row["category"] = required_text(record, "category")
+    row["cycle"] = required_text(record, "cycle_category")
+    return Draft(row, record.get("image"), label)
 
 
+def mme_realworld(record, origin):
+    """Make a draft of a row of MME-RealWorld, whose options are a list that was printed."""
+    row = {"id": required_text(record, "index"), "question": required_text(record, "question"),
+           "options": strip_letters(record.get("multi-choice options"))}
+    label = required_text(record, "answer")
+    row["source"] = f"mme_realworld_{origin.split}"
+    row["category"] = required_text(record, "category")
+    return Draft(row, record.get("image"), label)
 
-def deepeyes(record, path, stem, root, known):
-    info, kind = record.get("extra_info"), text_of(record, "data_source")
-    name = f"{path.stem}_{kind}_{text_of(info, 'index')}"  # it counts within a file and a kind
-    return {"id": name, "image": only_image(record),
-            "question": text_of(info, "question").replace("<image>", "", 1).strip(),
-            "answer": text_of(record.get("reward_model"), "ground_truth"),
-            "source": f"deepeyes_{kind}"}
+
+def deepeyes(record, origin):
+    """Make a draft of a row of DeepEyes. Its index counts within a file and a kind of data."""
+    details = record.get("extra_info")
+    data_source = required_text(record, "data_source")
+    row = {"id": f"{origin.path.stem}_{data_source}_{required_text(details, 'index')}"}
+    image = single_image(record)
+    row["question"] = required_text(details, "question").replace("<image>", "", 1).strip()
+    row["answer"] = required_text(record.get("reward_model"), "ground_truth")
+    row["source"] = f"deepeyes_{data_source}"
+    return Draft(row, image)
 
 
-
-def mini_o3_coldstart(record, path, stem, root, known):
-    """Rows are the beginnings of conversations, one per reply: only the longest stays."""
-    texts, digests = conversation(record)
-    check(digests[-1] not in known, "the beginning of a longer conversation, merged into it")
-    sample, rollout = text_of(record, "sample_index"), text_of(record, "rollout_index")
+def mini_o3_coldstart(record, origin):
+    """Make a draft of a conversation. There is a row for each of its replies, with the conversation
+    up to this reply: all but the longest are skipped, which the first pass has found."""
+    texts, hashes = parse_conversation(record)
+    check(hashes[-1] not in origin.first_pass,
+          "the beginning of a longer conversation, merged into it")
+    sample = required_text(record, "sample_index")
+    rollout = required_text(record, "rollout_index")
     images = record.get("images")
     check(images and isinstance(images, list), "image is missing")
-    # a hash, since conversations of one rollout that are not another's beginning are all kept
-    return {"id": f"mini_o3_{sample}_{rollout}_{digests[-1][:8]}",
-            "image": images[0], "conversation": texts, "seen": images[1:],
-            "source": str(record.get("data_source") or "mini_o3_coldstart")}
+    # A rollout may have several conversations, none the beginning of another: the hash differs.
+    row = {"id": f"mini_o3_{sample}_{rollout}_{hashes[-1][:8]}",
+           "source": str(record.get("data_source") or "mini_o3_coldstart")}
+    return Draft(row, images[0], conversation=texts, observations=images[1:])
 
 
+def files_with_label_a(paths):
+    """Return the files in which every label is A, or in which there is no label."""
+    found_files = set()
+    for path in paths:
+        records = (record for _, record in read_records(path) if record)
+        if all(record.get("label", "A") == "A" for record in records):
+            found_files.add(path)
+    return found_files
 
-def always_a(files):
-    """First pass over V*: the files in which every label is A, or there is none."""
-    return {path for path in files
-            if all(record.get("label", "A") == "A" for _, record in records(path) if record)}
 
-
-
-def going_on(files):
-    """First pass over the cold start's texts: hashes of all beginnings that go on in some row."""
-    found, columns = set(), ["conversations", "sample_index", "rollout_index"]
-    for path in tools.progress_bar(files, desc="beginnings", unit=" files"):
-        for _, record in records(path, columns):
+def hashes_of_beginnings(paths):
+    """Return the hashes of all beginnings of conversations that continue in some row. Reads no
+    image."""
+    found_hashes = set()
+    for path in tools.progress_bar(paths, desc="beginnings", unit=" files"):
+        for _, record in read_records(path, ["conversations", "sample_index", "rollout_index"]):
             try:
-                found.update(conversation(record or {})[1][:-1])
+                _, hashes = parse_conversation(record or {})
+                found_hashes.update(hashes[:-1])
             except ValueError:
                 pass  # counted when it is read again
-    return found
+    return found_hashes
 
 
+class Importer(NamedTuple):
+    make_draft: Callable                 # (record, Origin) -> Draft
+    patterns: list                       # of "folder/file" in lower case, the first that fits any
+    default_split: str | None            # if the pattern has no group "split" or it is empty
+    expected: str                        # for the error: which files there should be
+    first_pass: Callable | None = None   # all files -> Origin.first_pass
 
-# name: (what a record becomes; which files: {pattern of "folder/name" in lower case: stem of what
-# is written, if the pattern's group finds none}, the first that fits any; what the error says)
+
 TABLE = r"[^/]*\.(?:tsv|parquet)$"
-
-
-
 IMPORTERS = {
-    "visualprobe": (visualprobe, {r"^(?:visualprobe_)?(.+)/(?:train|val)\.json$": None},
-                    "folders such as VisualProbe_Hard with train.json or val.json and data/*.jpg"),
-    "vstar": (vstar, {r"/test_questions\.jsonl$": "test", r"\.json$": "test"},
-              "test_questions.jsonl, or folders of images with a JSON file beside each"),
-    "hrbench": (hrbench, {"(4k|8k)" + TABLE: None}, "hr_bench_4k or _8k as .tsv or .parquet"),
-    "mme_realworld": (mme_realworld, {r"mme[^/]?realworld(?:[^/](lite|cn)\b)?" + TABLE: "test"},
-                      "MME-RealWorld, -Lite or -CN as .tsv or .parquet"),
-    "deepeyes": (deepeyes, {r"\.parquet$": "train"}, "the .parquet files of DeepEyes-Datasets-47k"),
-    "mini_o3_coldstart": (mini_o3_coldstart, {r"\.parquet$": "coldstart"},
-                          "the .parquet files of the Mini-o3 cold start"),
+    "visualprobe": Importer(
+        visualprobe, [r"^(?:visualprobe_)?(?P<split>.+)/(?:train|val)\.json$"], None,
+        "folders such as VisualProbe_Hard with train.json or val.json and data/*.jpg"),
+    "vstar": Importer(
+        vstar, [r"/test_questions\.jsonl$", r"\.json$"], "test",
+        "test_questions.jsonl, or folders of images with a JSON file next to each",
+        files_with_label_a),
+    "hrbench": Importer(
+        hrbench, ["(?P<split>4k|8k)" + TABLE], None, "hr_bench_4k or _8k as .tsv or .parquet"),
+    "mme_realworld": Importer(
+        mme_realworld, [r"mme[^/]?realworld(?:[^/](?P<split>lite|cn)\b)?" + TABLE], "test",
+        "MME-RealWorld, -Lite or -CN as .tsv or .parquet"),
+    "deepeyes": Importer(
+        deepeyes, [r"\.parquet$"], "train", "the .parquet files of DeepEyes-Datasets-47k"),
+    "mini_o3_coldstart": Importer(
+        mini_o3_coldstart, [r"\.parquet$"], "coldstart",
+        "the .parquet files of the Mini-o3 cold start", hashes_of_beginnings),
 }
 
 
-
-FIRST_PASS = {"vstar": always_a, "mini_o3_coldstart": going_on}
-
+# ---- From drafts to rows ------------------------------------------------------------------------
 
 
-def add_options(row, seed):
-    """List the options in the question, put the answer in the place of "right"."""
-    options, label, shuffle = row["options"], row.pop("right").upper(), row.pop("shuffle", False)
+def multiple_choice(row, label, shuffle, seed):
+    """Return the fields "options", "question", which lists them, and "answer". label: the letter of
+    the right option. The order of shuffled options depends on the seed and on the row's id only."""
+    options = row["options"]
     check(isinstance(options, list) and options
-         and all(isinstance(option, str) and option.strip() for option in options),
-         "options are missing or not texts")
+          and all(isinstance(option, str) and option.strip() for option in options),
+          "options are missing or not texts")
     letters = list(string.ascii_uppercase[:len(options)])
-    check(label in letters, "the label is not the letter of an option")
-    right = letters.index(label)
-    if shuffle:  # by the seed and the id, whatever the other rows are
-        key = hashlib.sha256(row["id"].encode("utf-8", "replace")).digest()[:8]
-        rng = np.random.default_rng([seed, int.from_bytes(key, "big")])
+    check(label.upper() in letters, "the label is not the letter of an option")
+    answer_index = letters.index(label.upper())
+    if shuffle:
+        digest = hashlib.sha256(row["id"].encode("utf-8", "replace")).digest()[:8]
+        rng = np.random.default_rng([seed, int.from_bytes(digest, "big")])
         order = rng.permutation(len(options)).tolist()
-        options, right = [options[i] for i in order], order.index(right)
-    row["options"] = options = [option.strip() for option in options]
-    listed = [f"({letter}) {option}" for letter, option in zip(letters, options)]
-    row["question"] = "\n".join([row["question"], *listed])
-    alike = sum(tools.match_answer(option, options[right], options) for option in options)
-    row["answer"] = options[right] if alike == 1 else f"({letters[right]})"
-    check(tools.match_answer(listed[right], row["answer"], options),
-         "the right option cannot be told from another one")
+        options = [options[index] for index in order]
+        answer_index = order.index(answer_index)
+    options = [option.strip() for option in options]
+    listed_options = [f"({letter}) {option}" for letter, option in zip(letters, options)]
+    # The answer is the option's text, or its letter if several options read alike.
+    answer = options[answer_index]
+    num_alike = sum(tools.match_answer(option, answer, options) for option in options)
+    if num_alike != 1:
+        answer = f"({letters[answer_index]})"
+    check(tools.match_answer(listed_options[answer_index], answer, options),
+          "the right option cannot be told from another one")
+    return {"options": options, "question": "\n".join([row["question"], *listed_options]),
+            "answer": answer}
 
 
-
-def add_turns(row, image):
-    """Turn a conversation into a trajectory's fields. Replays the zooms on the image; returns how
-    many stored observations have another shape than our crops."""
-    (system, user, *texts), seen = row.pop("conversation"), row.pop("seen")
-    views, turns = [image], []
-    for text, reply in itertools.zip_longest(texts[::2], texts[1::2]):
-        turn, finish, prediction = tools.take_turn(views, text, 1, math.inf, math.inf)
+def trajectory_fields(conversation, observations, image):
+    """Return the fields of a trajectory, and how many stored observations have another shape than
+    our crops. The zooms are replayed on the image."""
+    system, user, *texts = conversation
+    views = [image]
+    turns = []
+    for text, tool_message in itertools.zip_longest(texts[::2], texts[1::2]):
+        turn, finish_reason, prediction = tools.take_turn(views, text, 1, math.inf, math.inf)
         turns.append(turn)
-        if reply is None:
+        if tool_message is None:
             break
-        check(finish != "answer", "the conversation goes on after an answer")
+        check(finish_reason != "answer", "the conversation continues after an answer")
         if "zoom" not in turn:
-            turn["error"] = reply
-        turn["tool_message"] = reply
-    # that each zoom, and nothing else, is shown an image is left to check_trajectory
-    check(finish == "answer" and prediction, "no final answer")
-    check(len(seen) == len(views) - 1, "images and observations differ in number")
-    # kept conversations are correct and there is no column with the truth: what was answered is it
-    row |= {"question": user.replace("<image>", "").strip(), "answer": prediction, "system": system,
-            "user": user, "turns": turns, "finish_reason": "answer", "prediction": prediction,
-            "reward": 1.0, "teacher": "mini_o3"}
-    return sum(not same_shape(stored, view.size) for stored, view in zip(seen, views[1:]))
+            turn["error"] = tool_message
+        turn["tool_message"] = tool_message
+    # check_trajectory checks that an image follows each zoom and nothing else.
+    check(finish_reason == "answer" and prediction, "no final answer")
+    check(len(observations) == len(views) - 1, "images and observations differ in number")
+    num_differing = 0
+    for observation, view in zip(observations, views[1:]):
+        if not has_same_shape(observation, view.size):
+            num_differing += 1
+    # The data has no column with the true answer, but only correct conversations were published.
+    fields = {"question": user.replace("<image>", "").strip(), "answer": prediction,
+              "system": system, "user": user, "turns": turns, "finish_reason": "answer",
+              "prediction": prediction, "reward": 1.0, "teacher": "mini_o3"}
+    return fields, num_differing
 
 
-
-def same_shape(stored, size):
-    """Whether a stored observation has our crop's aspect ratio, to first order: its sides may have
-    been rounded to multiples of 28 for the model, the crop's edges by up to two pixels in all."""
+def has_same_shape(stored_image, crop_size):
+    """Return whether a stored observation has the aspect ratio of our crop, to first order. Its
+    sides may have been rounded to multiples of 28 for the model, the crop's edges by two pixels."""
     try:
-        w, h = load(stored)[-1].size
+        _, _, image = decode_image(stored_image)
     except ValueError:
         return False
-    ratio = w * size[1] / (h * size[0])
-    return max(ratio, 1 / ratio) <= 1 + 28 / min(w, h) + 2 / min(size)
+    ratio = image.width * crop_size[1] / (image.height * crop_size[0])
+    tolerance = 28 / min(image.size) + 2 / min(crop_size)
+    return max(ratio, 1 / ratio) <= 1 + tolerance
 
 
-
-def complete(row, out, seed):
-    """Make a row of what a record became, in place, and store its image, once for all rows that
-    share it. Returns the number of observations that differ. Raises ValueError if it is no use."""
-    data, suffix, image = load(row["image"])
-    row["image"] = f"images/{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
-    if "options" in row:
-        add_options(row, seed)
-    differing = add_turns(row, image) if "conversation" in row else 0
+def finish_row(draft, out, seed):
+    """Return a draft's row, and how many of its observations differ in shape. The image is stored,
+    once for all rows that share it. Raise ValueError if the row cannot be used."""
+    data, suffix, image = decode_image(draft.image)
+    image_path = f"images/{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
+    row = {"id": draft.row["id"], "image": image_path, **draft.row}
+    num_differing = 0
+    if draft.label is not None:
+        row |= multiple_choice(row, draft.label, draft.shuffle, seed)
+    if draft.conversation is not None:
+        fields, num_differing = trajectory_fields(draft.conversation, draft.observations, image)
+        row |= fields
     tools.json_line(row).encode()  # half a surrogate pair raises UnicodeEncodeError
-    (tools.check_trajectory if "turns" in row else tools.check_question)(row)
-    if not (out / row["image"]).exists():
-        tools.write_atomic(out / row["image"], lambda file: file.write(data), sync=False)
-    return differing
+    if "turns" in row:
+        tools.check_trajectory(row)
+    else:
+        tools.check_question(row)
+    if not (out / image_path).exists():
+        tools.write_atomic(out / image_path, lambda file: file.write(data))
+    return row, num_differing
 
 
+# ---- Importing ----------------------------------------------------------------------------------
 
-def import_rows(make, files, path, seed):
-    """Yield the rows of one output file, then print what was read, written and skipped. make:
-    (record, its file) -> what it becomes."""
-    ids, notes = set(), {}  # notes: {what: [how often, the first place]}
-    found = tools.progress_bar(((file, *row) for file in files for row in records(file)),
-                           desc=path.stem, unit=" rows")
-    for read, (file, place, record) in enumerate(found, 1):
+
+def read_all_records(origins):
+    """Yield (origin, "file:row", record) of several files."""
+    for origin in origins:
+        for location, record in read_records(origin.path):
+            yield origin, location, record
+
+
+def import_rows(make_draft, origins, out_path, seed):
+    """Yield the rows of one output file, then print what was read, written and skipped. Only ids
+    stay in memory. Raise InputError if there is no row."""
+    ids = set()
+    counts = collections.Counter()   # {note: how often},
+    first_locations = {}             # {note: "file:row" of the first time}
+    num_read = 0
+    records = tools.progress_bar(read_all_records(origins), desc=out_path.stem, unit=" rows")
+    for origin, location, record in records:
+        num_read += 1
         try:
             check(record is not None, "not a readable row")
-            row = make(record, file)
-            check(row["id"] not in ids, "id stands in an earlier row too")
-            differing = complete(row, path.parent, seed)
+            draft = make_draft(record, origin)
+            check(draft.row["id"] not in ids, "id is in an earlier row, too")
+            row, num_differing = finish_row(draft, out_path.parent, seed)
         except ValueError as error:
             reason = "text is not UTF-8" if isinstance(error, UnicodeError) else error
-            notes.setdefault(f"skipped: {reason}", [0, place])[0] += 1
+            counts[f"skipped: {reason}"] += 1
+            first_locations.setdefault(f"skipped: {reason}", location)
             continue
-        if differing:
-            what = "stored observations differ in shape from our crops; their rows are kept"
-            notes.setdefault(what, [0, place])[0] += differing
+        if num_differing:
+            note = "stored observations differ in shape from our crops; their rows are kept"
+            counts[note] += num_differing
+            first_locations.setdefault(note, location)
         ids.add(row["id"])
         yield row
-    print(f"{path}: {read} rows read, {len(ids)} written")
-    for what, (number, place) in notes.items():
-        print(f"    {number} {what} (first: {place})")
-    check(ids, f"{path} is not written, since no row can be used; the reasons stand above")
-    os.sync()  # the images, before the rows that name them
+    print(f"{out_path}: {num_read} rows read, {len(ids)} written")
+    for note, count in counts.items():
+        print(f"    {count} {note} (first: {first_locations[note]})")
+    check(ids, f"{out_path} is not written, since no row can be used; the reasons are above")
 
 
-
-def import_data(name, source, out, seed):
-    """Write the rows of a published data set, one file per stem."""
-    check(name in IMPORTERS, f"--import {name}: known are {', '.join(IMPORTERS)}")
-    make, patterns, expected = IMPORTERS[name]
-    root = source if source.is_dir() else source.parent
+def find_files(importer, source):
+    """Return {split: files} of a data set in a folder, or of one file."""
     paths = sorted(source.rglob("*")) if source.is_dir() else [source]
-    found = {}  # {stem of what is written: the files that it is made from}
-    for pattern, stem in patterns.items():
-        if found:
-            break  # the earlier pattern fits
+    for pattern in importer.patterns:
+        files_of_split = collections.defaultdict(list)
         for path in paths:
             match = re.search(pattern, f"{path.absolute().parent.name}/{path.name}".lower())
             if match and path.is_file():
-                found.setdefault(next(filter(None, match.groups()), stem), []).append(path)
-    check(found, f"{source}: nothing to import; {name} expects {expected}")
-    known = FIRST_PASS[name](sum(found.values(), [])) if name in FIRST_PASS else None
-    for stem, files in sorted(found.items()):
-        of_stem = partial(make, stem=stem, root=root, known=known)
-        path = out / f"{stem}.jsonl"
-        tools.write_jsonl(path, import_rows(of_stem, files, path, seed))
+                split = match.groupdict().get("split") or importer.default_split
+                files_of_split[split].append(path)
+        if files_of_split:
+            return files_of_split
+    return {}
 
 
+def import_data(name, source, out, seed):
+    """Write the rows of a published data set, one file for each split. Raise InputError for an
+    unknown name, and if there is nothing to import."""
+    check(name in IMPORTERS, f"--import {name}: known are {', '.join(IMPORTERS)}")
+    importer = IMPORTERS[name]
+    root = source if source.is_dir() else source.parent
+    files_of_split = find_files(importer, source)
+    check(files_of_split, f"{source}: nothing to import; {name} expects {importer.expected}")
+    first_pass = set()
+    if importer.first_pass is not None:
+        first_pass = importer.first_pass(list(itertools.chain(*files_of_split.values())))
+    for split, paths in sorted(files_of_split.items()):
+        origins = [Origin(path, root, split, first_pass) for path in paths]
+        out_path = out / f"{split}.jsonl"
+        tools.write_jsonl(out_path, import_rows(importer.make_draft, origins, out_path, seed))
 
-def filter_questions(rates, source, low, high):
-    """Write the questions of `source` whose pass rate lies in [low, high] beside it, each with its
-    "pass_rate". rates: files of {"id", "pass_rate"} rows. Raises InputError.
 
-    At a rate of 0.1 or 0.9, 16 rollouts of a question all agree, and so teach GRPO nothing, in 19
-    of 100 cases; beyond that it is soon most cases."""
-    known = {}
+# ---- Questions of a suitable difficulty ---------------------------------------------------------
+
+
+def read_pass_rates(paths):
+    """Return {id: pass rate} of files with rows {"id", "pass_rate"}. Raise InputError for another
+    row, and if an id has two rates."""
+    rates = {}
 
     def check_rate(row):
-        name, rate = row.get("id"), row.get("pass_rate")
-        check(isinstance(name, str) and type(rate) in (int, float) and 0 <= rate <= 1,
-             "a row of rates has an 'id' and a 'pass_rate' from 0 to 1")
-        before = known.setdefault(name, rate)
-        check(before == rate,
-             f"id '{name}' has another pass_rate, {before}, in an earlier line or file")
+        row_id = row.get("id")
+        rate = row.get("pass_rate")
+        check(isinstance(row_id, str) and type(rate) in (int, float) and 0 <= rate <= 1,
+              "a row of rates has an 'id' and a 'pass_rate' from 0 to 1")
+        earlier_rate = rates.setdefault(row_id, rate)
+        check(earlier_rate == rate, f"id '{row_id}' has another pass_rate, {earlier_rate}, in an "
+              "earlier line or file")
 
-    for path in rates:
+    for path in paths:
         tools.read_jsonl(path, check_rate, hint="python evaluate.py")
-    rows = tools.read_questions(source, hint="python build_data.py")
-    rated = [{**row, "pass_rate": known.pop(row["id"])} for row in rows if row["id"] in known]
-    below = sum(row["pass_rate"] < low for row in rated)
-    above = sum(row["pass_rate"] > high for row in rated)
-    kept = [row for row in rated if low <= row["pass_rate"] <= high]
-    out = source.with_name(f"{source.stem}_filtered.jsonl")
-    print(f"{out}: {len(kept)} questions kept with a pass rate from {low} to {high}, left out: "
-          f"{below} below, {above} above, {len(rows) - len(rated)} without a rate; {len(known)} "
-          "rates belong to no question")
-    check(kept, f"no question of {source} is left: widen --keep or evaluate these questions; "
-               "nothing written")
-    tools.write_jsonl(out, kept)
+    return rates
 
+
+def filter_questions(rate_files, source, lowest, highest):
+    """Write the questions of the file `source` with a pass rate in [lowest, highest] to a file next
+    to it, each with its "pass_rate". Raise InputError if there is none.
+
+    With a pass rate of 0.1 or 0.9, all 16 rollouts of a question agree with probability 0.19 (no
+    advantage, nothing learned). Closer to 0 or 1 this soon happens in most groups.
+    """
+    rates = read_pass_rates(rate_files)
+    rows = tools.read_questions(source, hint="python build_data.py")
+    kept_rows = []
+    num_below = 0
+    num_above = 0
+    num_unrated = 0
+    for row in rows:
+        if row["id"] not in rates:
+            num_unrated += 1
+            continue
+        rate = rates.pop(row["id"])
+        if rate < lowest:
+            num_below += 1
+        elif rate > highest:
+            num_above += 1
+        else:
+            kept_rows.append({**row, "pass_rate": rate})
+    out_path = source.with_name(f"{source.stem}_filtered.jsonl")
+    print(f"{out_path}: {len(kept_rows)} questions kept with a pass rate from {lowest} to "
+          f"{highest}, left out: {num_below} below, {num_above} above, {num_unrated} without a "
+          f"rate; {len(rates)} rates belong to no question")
+    check(kept_rows, f"no question of {source} is left: widen --pass_rate_range or evaluate these "
+          "questions; nothing written")
+    tools.write_jsonl(out_path, kept_rows)
+
+
+# ---- Scoring HR-Bench ---------------------------------------------------------------------------
+
+
+def means_by_field(rows, accuracy_of_question, field):
+    """Return the mean accuracy of the rows that share a value of this field, for each value."""
+    accuracies = collections.defaultdict(list)
+    for row in rows:
+        accuracies[row.get(field)].append(accuracy_of_question[row["id"]])
+    return [statistics.fmean(group) for group in accuracies.values()]
+
+
+def avg_at_k_over_cycles(rows, accuracy_of_question):
+    """Return (mean, standard error) of a benchmark that asks each question in several cycles, with
+    the options in another order, as the authors of HR-Bench score it.
+
+    rows: trajectory rows. accuracy_of_question: {id: accuracy} of the scored ones. The score is the
+    mean over cycles of the mean accuracy in a cycle. For the error, all forms of a question, which
+    share an image, count as one.
+    """
+    rows_of_id = {row["id"]: row for row in rows if row["id"] in accuracy_of_question}
+    questions = list(rows_of_id.values())
+    mean = statistics.fmean(means_by_field(questions, accuracy_of_question, "cycle"))
+    image_means = means_by_field(questions, accuracy_of_question, "image")
+    error = 0.0
+    if len(image_means) > 1:
+        error = statistics.stdev(image_means) / math.sqrt(len(image_means))
+    return mean, error

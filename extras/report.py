@@ -1,12 +1,12 @@
-"""What evaluations have left, to look at: tables over seeds, one page, a chart, a picture.
+"""Look at evaluations: tables over seeds, one page, a chart, a picture.
 
     python extras/report.py results/rl results/sft --curves checkpoints/rl/metrics.jsonl
     python extras/report.py results/sft results/rl --chart docs/turns.png     # needs matplotlib
     python extras/report.py results/rl --picture docs/trajectory.png
 
-The page, results/report.html, needs no network: tables, accuracy over turns, training curves, and
-every trajectory with its numbered zooms, crops and thoughts. Runs called NAME.seed0, NAME.seed1,
-... are one experiment, shown as one line with its 95% interval over seeds.
+The page, results/report.html, needs no network. It has tables, accuracy over turns, training
+curves, and every trajectory with its numbered zooms, crops and thoughts. Runs called NAME.seed0,
+NAME.seed1, ... are one experiment. They are shown as one line with its 95% interval over seeds.
 """
 
 import argparse
@@ -16,56 +16,69 @@ import json
 import math
 import re
 import statistics
-import sys
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import root  # noqa: F401
+import root
 import evaluate
 import tools
+from extras.served import data_url
 
-# -------------------------------------------------------------------------------------------------
-# Tables: runs that differ in the seed only are one experiment
+# ---- Tables: runs that differ in the seed only are one experiment -------------------------------
 
-# Published figures in %: Avg@32 on VisualProbe and V*, Avg@8 on HR-Bench, Avg@1 on MME-RealWorld
+# Published figures in %: Avg@32 on VisualProbe and V*, Avg@8 on HR-Bench, Avg@1 on MME-RealWorld.
+# The names are the "source" of imported rows.
 BENCHMARKS = ["visual_probe_hard", "visual_probe_medium", "visual_probe_easy", "vstar",
-              "hrbench_4k", "hrbench_8k", "mme_realworld_test"]     # "source" of imported rows
+              "hrbench_4k", "hrbench_8k", "mme_realworld_test"]
 PUBLISHED = {"GPT-4o": (11.2, 15.4, 47.5, 65.2, 62.0, 58.3, 45.2),
              "Qwen2.5-VL-7B-Instruct": (23.9, 26.0, 39.1, 75.5, 68.2, 62.7, 57.3),
              "Pixel Reasoner 7B": (28.8, 29.6, 58.4, 86.3, 74.0, 66.9, 64.4),
              "DeepEyes 7B": (35.1, 29.8, 60.1, 83.3, 73.2, 69.5, 64.0),
              "Mini-o3 7B": (48.0, 50.4, 67.0, 88.2, 77.5, 73.3, 65.5)}
 
-# Student's t by degrees of freedom; beyond ten the last one, which is a little wide
+# Student's t for 95% by degrees of freedom, 1 to 10. Beyond ten the last one is used, which makes
+# the interval a little wider than it is.
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
 
 def over_seeds(values, error=None):
-    """(mean, half of its 95% interval) of one figure over seeds: t s / sqrt(n), s the unbiased
-    deviation between seeds. Of a single run: 1.96 standard errors over questions, where there is
-    one (error), else None."""
-    n = len(values)
-    if n > 1:
-        mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        return mean, T95[min(n - 1, len(T95)) - 1] * deviation / math.sqrt(n)
-    return values[0], None if error is None else 1.96 * error
+    """Return (mean, half of its 95% interval) of one figure over seeds.
+
+    Several seeds: t s / sqrt(n), where s is the unbiased deviation between seeds. One seed: 1.96
+    times `error`, the standard error over questions; half is None if there is no error either.
+    """
+    num_seeds = len(values)
+    if num_seeds > 1:
+        t = T95[min(num_seeds - 1, len(T95)) - 1]
+        half = t * statistics.stdev(values) / math.sqrt(num_seeds)
+        return statistics.fmean(values), half
+    if error is None:
+        return values[0], None
+    return values[0], 1.96 * error
+
+
+def check_level(level_table):
+    """Raise ValueError, LookupError or TypeError unless one level of a table.json is usable."""
+    accuracy = level_table["accuracy"]
+    errors = level_table["standard_error"]
+    mean_turns = level_table.get("mean_turns_correct") or 0
+    budgets = {str(int(budget)) for budget in accuracy}
+    possible = all(0 <= figure <= 1 for figure in [*accuracy.values(), *errors.values()])
+    complete = bool(accuracy) and accuracy.keys() == errors.keys() == budgets
+    if not (possible and complete and 0 <= mean_turns < 1e9):
+        raise ValueError("a figure is missing or not possible")
 
 
 def read_table(folder):
-    """The table.json of an evaluation. Raises InputError if it is missing or something else."""
+    """Return the table.json of an evaluation. Raise InputError if it is missing or damaged."""
     path = folder / "table.json"
     tools.check(path.is_file(), f"{folder} has no table.json: evaluate into it first")
     try:
         table = tools.parse_json(path.read_text(encoding="utf-8"))
-        for part in table.values():
-            accuracy, errors, turns = (part["accuracy"], part["standard_error"],
-                                       part.get("mean_turns_correct") or 0)
-            right = all(0 <= figure <= 1 for figure in [*accuracy.values(), *errors.values()])
-            if not (right and accuracy.keys() == errors.keys() == {str(int(T)) for T in accuracy}
-                    and accuracy and 0 <= turns < 1e9):
-                raise ValueError("a figure is missing or not possible")
+        for level_table in table.values():
+            check_level(level_table)
         if not table:
             raise ValueError("there is no accuracy in it")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -75,247 +88,344 @@ def read_table(folder):
 
 
 def by_name(pairs):
-    """[(folder, thing)] -> {folder's name: thing}. Raises InputError if two share a name."""
-    found = {}
-    for folder, thing in pairs:
+    """Return {name of the folder: value} for pairs (folder, value). Raise InputError if two folders
+    have the same name."""
+    named = {}
+    for folder, value in pairs:
         name = folder.absolute().name
-        tools.check(name not in found, f"two runs are called {name}: rename one, or NAME.seed0, "
-                   "NAME.seed1 if only seeds differ")
-        found[name] = thing
-    return found
+        tools.check(name not in named, f"two runs are called {name}: rename one, or NAME.seed0, "
+                    "NAME.seed1 if only seeds differ")
+        named[name] = value
+    return named
 
 
-def compare(tables):
-    """{run: table.json}, seeds put together: {level: {experiment: {"seeds": count, "accuracy": {T:
-    (mean, half)}, "turns": (mean, half) or None}}}. A seed without any correct conversation has no
-    turns. Raises InputError if the seeds of an experiment were not evaluated alike, or if a run is
-    called like an experiment."""
+def group_seeds(tables):
+    """Return {experiment: {run: table}} for {run: table}. NAME.seedN is a run of NAME."""
     experiments = collections.defaultdict(dict)
     for run, table in tables.items():
         name = re.sub(r"\.seed[0-9]+$", "", run)
         tools.check(name == run or name not in tables, f"{run} would be a seed of {name}, which is "
-                   "there as a run of its own: rename one")
+                    "there as a run of its own: rename one")
         experiments[name][run] = table
+    return experiments
+
+
+def measured_alike(table):
+    """Return what must be equal in all seeds of an experiment: levels, budgets, questions and
+    samples."""
+    return {level: (list(level_table["accuracy"]), level_table.get("questions"),
+                    level_table.get("samples")) for level, level_table in table.items()}
+
+
+def compare(tables):
+    """Return the figures of all experiments at every level, over seeds.
+
+    tables: {run: table.json}. Result: {level: {experiment: {"seeds": count, "accuracy": {budget:
+    (mean, half)}, "turns": (mean, half) or None}}}. A seed without any correct conversation has no
+    turns. Raise InputError if the seeds of an experiment were not evaluated alike, or if a run has
+    the name of an experiment.
+    """
     levels = collections.defaultdict(dict)
-    for name, seeds in experiments.items():
-        measured = {run: {level: (list(part["accuracy"]), part.get("questions"),
-                                  part.get("samples")) for level, part in table.items()}
-                    for run, table in seeds.items()}
+    for name, seeds in group_seeds(tables).items():
+        # 1. all seeds must have been evaluated like the first one
         first, *others = seeds
         for other in others:
-            tools.check(measured[first] == measured[other], f"{first} and {other} are seeds of one "
-                       "experiment, but their levels, budgets, questions or samples differ: "
-                       "evaluate them alike, or rename one")
-        for level, part in seeds[first].items():
-            parts = [table[level] for table in seeds.values()]
-            turns = [p["mean_turns_correct"] for p in parts if p.get("mean_turns_correct")]
-            levels[level][name] = {
-                "seeds": len(parts), "turns": over_seeds(turns) if turns else None,
-                "accuracy": {T: over_seeds([p["accuracy"][T] for p in parts], error)
-                             for T, error in part["standard_error"].items()}}
+            tools.check(measured_alike(seeds[first]) == measured_alike(seeds[other]),
+                        f"{first} and {other} are seeds of one experiment, but their levels, "
+                        "budgets, questions or samples differ: evaluate them alike, or rename one")
+        # 2. mean and interval of every figure
+        for level, first_table in seeds[first].items():
+            level_tables = [table[level] for table in seeds.values()]
+            accuracy = {}
+            for budget, error in first_table["standard_error"].items():
+                values = [level_table["accuracy"][budget] for level_table in level_tables]
+                accuracy[budget] = over_seeds(values, error)
+            turns = [level_table["mean_turns_correct"] for level_table in level_tables
+                     if level_table.get("mean_turns_correct")]
+            levels[level][name] = {"seeds": len(seeds), "accuracy": accuracy,
+                                   "turns": over_seeds(turns) if turns else None}
     return levels
 
 
+def format_figure(figure, scale=1):
+    """Return "mean ± half" of a pair (mean, half), "mean" if half is None, "" for None."""
+    if figure is None:
+        return ""
+    mean, half = figure
+    if half is None:
+        return f"{scale * mean:.1f}"
+    return f"{scale * mean:.1f} ± {scale * half:.1f}"
+
+
 def comparison(level, experiments):
-    """A table of texts, its head first, of all experiments at one level, in %, 95% intervals."""
-    def shown(figure, scale=1):
-        mean, half = figure or (None, None)
-        text = "" if mean is None else f"{scale * mean:.1f}"
-        return text + ("" if half is None else f" ± {scale * half:.1f}")
-
-    budgets = sorted({int(T) for found in experiments.values() for T in found["accuracy"]})
-    rows = [[name, str(found["seeds"]),
-             *(shown(found["accuracy"].get(str(T)), 100) for T in budgets), shown(found["turns"])]
-            for name, found in experiments.items()]
-    return [[level, "seeds", *(f"T={T}" for T in budgets), "turns (correct)"], *rows]
-
-
-# -------------------------------------------------------------------------------------------------
-# The page
+    """Return a table of texts with all experiments at one level, its head first. Accuracy is in %,
+    with 95% intervals."""
+    budgets = set()
+    for figures in experiments.values():
+        budgets.update(int(budget) for budget in figures["accuracy"])
+    budgets = sorted(budgets)
+    rows = [[level, "seeds", *(f"T={budget}" for budget in budgets), "turns (correct)"]]
+    for name, figures in experiments.items():
+        cells = [format_figure(figures["accuracy"].get(str(budget)), 100) for budget in budgets]
+        rows.append([name, str(figures["seeds"]), *cells, format_figure(figures["turns"])])
+    return rows
 
 
-def print_published(evaluated):
-    """Every run, at its largest budget, beside what was published, where a level's questions are of
-    a benchmark with published figures. evaluated: {run: table}."""
-    ours = {run: {part.get("benchmark"): part["accuracy"][max(part["accuracy"], key=int)]
-                  for part in table.values()} for run, table in evaluated.items()}
-    columns = [i for i, benchmark in enumerate(BENCHMARKS)
-               if any(benchmark in found for found in ours.values())]
-    if columns:
-        rows = [[f"{model}, published", *(str(figures[i]) for i in columns)]
-                for model, figures in PUBLISHED.items()]
-        for run, found in ours.items():
-            cells = (found.get(BENCHMARKS[i]) for i in columns)
-            rows.append([f"{run}, here", *("" if c is None else f"{100 * c:.1f}" for c in cells)])
-        print()
-        evaluate.print_rows(["%", *(BENCHMARKS[i] for i in columns)], rows)
+def print_published(tables):
+    """Print every run next to the published figures, at its largest budget. Only levels are shown
+    whose questions are those of a benchmark. tables: {run: table.json}."""
+    ours = {}       # {run: {benchmark: accuracy}}
+    for run, table in tables.items():
+        ours[run] = {}
+        for level_table in table.values():
+            largest = max(level_table["accuracy"], key=int)
+            ours[run][level_table.get("benchmark")] = level_table["accuracy"][largest]
+    columns = [index for index, benchmark in enumerate(BENCHMARKS)
+               if any(benchmark in figures for figures in ours.values())]
+    if not columns:
+        return
+    rows = [[f"{model}, published", *(str(figures[index]) for index in columns)]
+            for model, figures in PUBLISHED.items()]
+    for run, figures in ours.items():
+        accuracies = [figures.get(BENCHMARKS[index]) for index in columns]
+        cells = ["" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in accuracies]
+        rows.append([f"{run}, here", *cells])
+    print()
+    evaluate.print_rows(["%", *(BENCHMARKS[index] for index in columns)], rows)
+
+
+# ---- The page -----------------------------------------------------------------------------------
 
 
 def check_step(row):
+    """Raise InputError unless a row of metrics.jsonl has its step."""
     tools.check(isinstance(row.get("step"), int), "field 'step' must be a whole number, as in the "
-               "metrics.jsonl of a training stage")
+                "metrics.jsonl of a training stage")
 
 
-def check_played(row):
-    silent = row.get("turns") == []     # a server may have said nothing
-    (tools.check_question if silent else tools.check_trajectory)(row)
+def check_evaluated(row):
+    """Raise InputError unless a row is an evaluated trajectory. One without turns is allowed: a
+    server may have given no reply."""
+    if row.get("turns") == []:
+        tools.check_question(row)
+    else:
+        tools.check_trajectory(row)
     tools.check(row.get("reward") in (None, 0, 1), "field 'reward' must be 0, 1 or null")
 
 
 def read_trajectories(folders, tables, data):
-    """What was played in evaluations, {run: folder} with {run: table.json}: {run: [row]}, where a
-    row also has its level, "file", and the path of its image, "picture". data: the question files,
-    beside which images lie. Raises InputError where something is missing."""
-    roots, runs = {file.stem: file.parent for file in data}, {}
+    """Return the trajectories of evaluations, {run: [row]}. Raise InputError where something is
+    missing.
+
+    folders: {run: folder}; tables: {run: table.json}; data: the question files, next to which the
+    images are. A row gets two more fields: its "level", and "image_path".
+    """
+    image_folders = {file.stem: file.parent for file in data}
+    runs = {}
     for run, folder in folders.items():
         runs[run] = []
-        for level in [level for level in tables[run] if level != "mean"]:
-            tools.check(level in roots, f"{folder} has a level '{level}', but --data names no file "
-                       f"{level}.jsonl for its images")
-            rows = tools.read_jsonl(folder / f"{level}.jsonl", check_played)
-            samples = tables[run][level].get("samples")
-            tools.check(len(rows) == samples, f"{folder}/{level}.jsonl has {len(rows)} rows, but "
-                       f"table.json is about {samples} samples: evaluate into it again")
-            runs[run] += [{**row, "file": level, "picture": str(roots[level] / row["image"])}
-                          for row in rows]
+        for level, level_table in tables[run].items():
+            if level == "mean":
+                continue
+            tools.check(level in image_folders, f"{folder} has a level '{level}', but --data names "
+                        f"no file {level}.jsonl for its images")
+            rows = tools.read_jsonl(folder / f"{level}.jsonl", check_evaluated)
+            num_samples = level_table.get("samples")
+            tools.check(len(rows) == num_samples, f"{folder}/{level}.jsonl has {len(rows)} rows, "
+                        f"but table.json is about {num_samples} samples: evaluate into it again")
+            for row in rows:
+                image_path = str(image_folders[level] / row["image"])
+                runs[run].append({**row, "level": level, "image_path": image_path})
     return runs
 
 
+SHOWN_FIELDS = ("question", "answer", "prediction", "finish_reason", "reward", "turns", "level",
+                "image_path")
+
+
 def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
-    """One page that holds everything, its images in at most image_bytes each."""
-    pictures = dict.fromkeys(row["picture"] for rows in runs.values() for row in rows)
-    images = {picture: tools.data_url(tools.open_image(picture), image_bytes)
-              for picture in tools.progress_bar(pictures, desc="images")}
-    kept = ("question", "answer", "prediction", "finish_reason", "reward", "turns", "file", "picture")
-    shown = [{"name": run, "rows": [{key: row.get(key) for key in kept} for row in rows]}
-             for run, rows in runs.items()]
-    data = json.dumps({"levels": levels, "tables": tables, "curves": curves, "runs": shown,
+    """Write one page that holds everything, its images in at most image_bytes each."""
+    # 1. every image once, however many trajectories are about it
+    image_paths = {}
+    for rows in runs.values():
+        image_paths.update(dict.fromkeys(row["image_path"] for row in rows))
+    images = {image_path: data_url(tools.open_image(image_path), image_bytes)
+              for image_path in tools.progress_bar(image_paths, desc="images")}
+    # 2. all data as JSON inside the page; no tag in a model's text may end the script
+    shown_runs = []
+    for run, rows in runs.items():
+        shown_rows = [{field: row.get(field) for field in SHOWN_FIELDS} for row in rows]
+        shown_runs.append({"name": run, "rows": shown_rows})
+    data = json.dumps({"levels": levels, "tables": tables, "curves": curves, "runs": shown_runs,
                        "images": images})
     page = (root.ROOT / "docs" / "report.html").read_text(encoding="utf-8")
-    page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))   # no tag ends the script
+    page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))
     tools.write_atomic(path, lambda file: file.write(page.encode()))
-    print(f"\n{path}: {len(runs)} runs, {sum(map(len, runs.values()))} trajectories, "
+    num_trajectories = sum(len(rows) for rows in runs.values())
+    print(f"\n{path}: {len(runs)} runs, {num_trajectories} trajectories, "
           f"{len(images)} images, {len(page) / 1e6:.1f} MB")
 
 
-# -------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures -----------------------------------------------------------------------------------
+
+
+def check_chart(path):
+    """Raise InputError unless a chart can be drawn into this file. None: no chart is asked for."""
+    if path is not None:
+        tools.check(importlib.util.find_spec("matplotlib"),
+                    "--chart needs matplotlib: pip install matplotlib")
+        tools.check(path.suffix.lower() in (".png", ".svg"),
+                    f"--chart {path} must end in .png or .svg")
+
+
+def save_chart(figure, path):
+    """Write a figure of matplotlib as PNG or SVG."""
+    kind = path.suffix[1:].lower()
+    tools.write_atomic(path, lambda file: figure.savefig(file, format=kind, dpi=110))
+    print(f"drew {path}")
 
 
 def draw_accuracy(levels, path):
-    """Accuracy over turns with 95% intervals, one panel per level, as a picture (matplotlib)."""
+    """Draw accuracy over turns with 95% intervals, one panel per level (needs matplotlib)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 5 * len(levels), 4), layout="constrained")
     panels = figure.subplots(1, len(levels), squeeze=False)[0]
     for axes, (level, experiments) in zip(panels, levels.items()):
-        for i, (name, found) in enumerate(experiments.items()):
-            budgets = [int(T) for T in found["accuracy"]]
-            means, halves = zip(*found["accuracy"].values())
-            axes.errorbar(budgets, [100 * m for m in means], [100 * (h or 0) for h in halves],
-                          label=name, marker="o", markersize=4, capsize=3,
-                          linestyle="-" if i < 10 else "--")   # the ten colours come again
+        for index, (name, figures) in enumerate(experiments.items()):
+            budgets = [int(budget) for budget in figures["accuracy"]]
+            means = [100 * mean for mean, _ in figures["accuracy"].values()]
+            halves = [100 * (half or 0) for _, half in figures["accuracy"].values()]
+            # after ten lines the colours repeat
+            axes.errorbar(budgets, means, halves, label=name, marker="o", markersize=4, capsize=3,
+                          linestyle="-" if index < 10 else "--")
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, budgets, minor=False)
         axes.set(title=level, ylim=(0, 100), ylabel="accuracy, %",
                  xlabel="turns allowed at test time")
         axes.grid(alpha=0.3)
         axes.legend()
-    kind = path.suffix[1:].lower()
-    tools.write_atomic(path, lambda file: figure.savefig(file, format=kind, dpi=110))
-    print(f"drew {path}")
+    save_chart(figure, path)
+
+
+def box_in_original(outer, bbox):
+    """Return the box in the original of `bbox`, which is relative to the view with box `outer`."""
+    left, top, right, bottom = outer
+    x0, y0, x1, y1 = bbox
+    width = right - left
+    height = bottom - top
+    return left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height
+
+
+def draw_box(draw, box, number, scene_size, font):
+    """Draw a zoom's box and its number into the scene."""
+    # boxes of neighbouring numbers have other insets, so that equal boxes can be told apart
+    inset = 2 + 2 * ((number + 1) % 3)
+    left, top, right, bottom = (round(value * side) for value, side in zip(box, scene_size * 2))
+    draw.rectangle((left + inset, top + inset, right - inset, bottom - inset),
+                   outline=(255, 0, 120), width=2)
+    draw.text((left + inset + 4, top + inset + 2), str(number), "white", font, stroke_width=2,
+              stroke_fill="black")
 
 
 def draw_trajectory(row, path, side=560, size=110, pad=10):
-    """PNG of one trajectory: the image with numbered boxes, then each turn's view with its text.
-    Boxes of nested zooms are drawn where they lie in the original."""
-    image = tools.open_image(row["picture"])
-    views, boxes, tiles = tools.replay(row, image), [(0.0, 0.0, 1.0, 1.0)], []
+    """Draw one trajectory as PNG: on the left the image with numbered boxes, on the right each
+    turn's view with its text. Boxes of nested zooms are drawn where they are in the original."""
+    image = tools.open_image(row["image_path"])
+    views = tools.replay(row, image)
     font = ImageFont.load_default(size=15)
+
+    # 1. the scene with the boxes; a tile (view or None, text) for every turn
     scene = image.resize((side, round(side * image.height / image.width)))
-    draw, seen = ImageDraw.Draw(scene), image
-    for number, turn in enumerate(row["turns"], 1):
-        text = f"turn {number}  {turn['text']}"
-        tiles.append((seen, textwrap.fill(text, 78, break_on_hyphens=False)))
-        seen = None
-        if "zoom" in turn and number < len(row["turns"]):
-            a, b, c, d = boxes[tools.source_index(turn["zoom"]["source"])]
-            x0, y0, x1, y1 = turn["zoom"]["bbox_2d"]
-            box = a + x0 * (c - a), b + y0 * (d - b), a + x1 * (c - a), b + y1 * (d - b)
-            boxes.append(box)
-            inset = 2 + 2 * (len(boxes) % 3)    # so that equal boxes can be told apart
-            left, top, right, bottom = (round(v * s) for v, s in zip(box, scene.size * 2))
-            draw.rectangle((left + inset, top + inset, right - inset, bottom - inset),
-                           outline=(255, 0, 120), width=2)
-            draw.text((left + inset + 4, top + inset + 2), str(len(boxes) - 1), "white", font,
-                      stroke_width=2, stroke_fill="black")
-            seen = views[len(boxes) - 1]
-    facts = "\n".join(textwrap.wrap(row["question"], 75) + [
-        f"answer: {row['answer']}   prediction: {row['prediction']}   finish: {row['finish']}"])
-    heights = [max(size, draw.textbbox((0, 0), text, font)[3]) + pad for _, text in tiles]
-    tall = max(scene.height + draw.textbbox((0, 0), facts, font)[3] + pad, sum(heights))
-    sheet = Image.new("RGB", (2 * side + size + 4 * pad, tall + 2 * pad), "white")
+    draw = ImageDraw.Draw(scene)
+    boxes = [(0.0, 0.0, 1.0, 1.0)]
+    tiles = []
+    view = image
+    for turn_number, turn in enumerate(row["turns"], 1):
+        text = f"turn {turn_number}  {turn['text']}"
+        tiles.append((view, textwrap.fill(text, 78, break_on_hyphens=False)))
+        view = None
+        if "zoom" in turn and turn_number < len(row["turns"]):
+            outer = boxes[tools.source_index(turn["zoom"]["source"])]
+            boxes.append(box_in_original(outer, turn["zoom"]["bbox_2d"]))
+            draw_box(draw, boxes[-1], len(boxes) - 1, scene.size, font)
+            view = views[len(boxes) - 1]
+
+    # 2. how much room they need
+    caption = "\n".join(textwrap.wrap(row["question"], 75) + [
+        f"answer: {row['answer']}   prediction: {row['prediction']}   "
+        f"finish: {row['finish_reason']}"])
+    caption_height = draw.textbbox((0, 0), caption, font)[3]
+    tile_heights = [max(size, draw.textbbox((0, 0), text, font)[3]) + pad for _, text in tiles]
+    height = max(scene.height + caption_height + pad, sum(tile_heights))
+
+    # 3. put them onto one sheet
+    sheet = Image.new("RGB", (2 * side + size + 4 * pad, height + 2 * pad), "white")
+    draw = ImageDraw.Draw(sheet)
     sheet.paste(scene, (pad, pad))
-    draw, y = ImageDraw.Draw(sheet), pad
-    draw.text((pad, scene.height + 2 * pad), facts, "black", font)
-    for (seen, text), height in zip(tiles, heights):
-        if seen is not None:
-            sheet.paste(ImageOps.contain(seen, (size, size)), (side + 2 * pad, y))
+    draw.text((pad, scene.height + 2 * pad), caption, "black", font)
+    y = pad
+    for (view, text), tile_height in zip(tiles, tile_heights):
+        if view is not None:
+            sheet.paste(ImageOps.contain(view, (size, size)), (side + 2 * pad, y))
         draw.text((side + size + 3 * pad, y), text, "black", font)
-        y += height
+        y += tile_height
     tools.write_atomic(path, lambda file: sheet.save(file, "PNG"))
 
 
-def draw_one(rows, path):
-    """A picture of a correct trajectory of five to seven turns."""
-    fits = [row for row in rows if row["reward"] == 1 and 5 <= len(row["turns"]) <= 7]
-    if fits:
-        draw_trajectory(fits[len(fits) // 2], path)
-    print(f"drew {path}" if fits else "no correct trajectory of five to seven turns to draw")
+def draw_correct_trajectory(rows, path):
+    """Draw a correct trajectory of five to seven turns, if there is one."""
+    candidates = [row for row in rows if row["reward"] == 1 and 5 <= len(row["turns"]) <= 7]
+    if candidates:
+        draw_trajectory(candidates[len(candidates) // 2], path)
+        print(f"drew {path}")
+    else:
+        print("no correct trajectory of five to seven turns to draw")
 
 
-# -------------------------------------------------------------------------------------------------
+# ---- The command --------------------------------------------------------------------------------
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Tables, a page and pictures of evaluations.")
+    parser = argparse.ArgumentParser(description="Tables, a page and pictures of evaluations.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders written by evaluate.py; NAME.seed0, "
         "NAME.seed1, ... are one experiment")
-    add("--data", type=Path, nargs="+", help="their question files, beside which images lie",
+    add("--data", type=Path, nargs="+", help="their question files, next to which the images are",
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     add("--curves", type=Path, nargs="+", default=[], metavar="METRICS",
         help="metrics.jsonl files of training, for the page")
     add("--out", type=Path, default=Path("results/report.html"), help="the page")
-    add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG (matplotlib)")
+    add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib")
     add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG")
     args = parser.parse_args()
-    tools.check(not args.chart or importlib.util.find_spec("matplotlib"),
-               "--chart needs matplotlib: pip install matplotlib")
-    tools.check(not args.chart or args.chart.suffix.lower() in (".png", ".svg"),
-               f"--chart {args.chart} must end in .png or .svg")
+    check_chart(args.chart)
     return args
 
 
 def main():
     args = parse_args()
+    # 1. read and compare
     folders = by_name((folder, folder) for folder in args.runs)
-    evaluated = {run: read_table(folder) for run, folder in folders.items()}
+    tables = {run: read_table(folder) for run, folder in folders.items()}
     curves = by_name((file.absolute().parent, tools.read_jsonl(file, check_step))
                      for file in args.curves)
-    levels = compare(evaluated)
-    tables = {level: comparison(level, experiments) for level, experiments in levels.items()}
+    levels = compare(tables)
+    comparisons = {level: comparison(level, experiments) for level, experiments in levels.items()}
+    # 2. print
     print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
-    for head, *rows in tables.values():
+    for head, *rows in comparisons.values():
         print()
         evaluate.print_rows(head, rows)
-    print_published(evaluated)
-    runs = read_trajectories(folders, evaluated, args.data)
-    write_page(args.out, levels, tables, curves, runs)
+    print_published(tables)
+    # 3. write and draw
+    runs = read_trajectories(folders, tables, args.data)
+    write_page(args.out, levels, comparisons, curves, runs)
     if args.chart:
         draw_accuracy(levels, args.chart)
     if args.picture:
-        draw_one(next(iter(runs.values())), args.picture)
+        draw_correct_trajectory(next(iter(runs.values())), args.picture)
 
 
 if __name__ == "__main__":

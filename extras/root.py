@@ -1,5 +1,6 @@
-"""The one place that touches sys.path. A script in extras/ imports this first: then it finds the
-six files, the other extras, and what the tests support it with."""
+"""The one place that touches sys.path. A script in extras/ imports this first. After that it can
+import the six files, the other scripts (from extras import report), and the tests' support
+(from support.memory import LiveBytes)."""
 
 import sys
 from pathlib import Path

@@ -17,7 +17,8 @@ import evaluate
 import rl
 import sft
 import tools
-from conftest import ROOT, run_script, wide
+from support.launch import ROOT, run_script
+from support.models import wide
 from extras.plan import phases, plan_memory
 from test_rl import update_args
 from test_sft import largest_difference, weights

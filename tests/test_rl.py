@@ -3,6 +3,7 @@ float64 autograd, and real runs on one and two processes."""
 
 import argparse
 import copy
+import doctest
 import json
 import math
 import threading
@@ -13,103 +14,137 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extras import crash
 import evaluate
 import rl
 import sft
 import tools
-from conftest import ChatServer, Forked, run_script
+from extras import crash
+from support.launch import Forked, run_script
+from support.servers import ChatServer
 
-T, F = True, False
+
+def masks(*texts):
+    """Return a bool tensor with a row per text, True where it has a 1."""
+    return torch.tensor([[letter == "1" for letter in text] for text in texts])
 
 
-def test_group_advantages_by_hand():
-    """r = (1, 0, 0, 0): mean 1/4, unbiased std 1/2. Without the two unfinished: r = (1, 0),
-    mean 1/2, std sqrt(1/2). With 1/2 in their place: r = (1, 0, 1/2, 1/2), std sqrt(1/6); b = 1/2
-    whatever the mean is. With 0: b = 0."""
-    rewards, completed = (torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64),
-                          torch.tensor([[T, T, F, F]]))
-    inside = rl.group_advantages(rewards, completed, eps=0.0)
-    assert torch.allclose(inside, torch.tensor([[1.5, -0.5, 0, 0]], dtype=torch.float64),
-                          atol=1e-12)
-    outside = rl.group_advantages(rewards, completed, baseline="completed", eps=0.0)
-    assert torch.allclose(outside, torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0]],
-                                                dtype=torch.float64), atol=1e-12)
-    half = rl.group_advantages(rewards, completed, baseline=0.5, eps=0.0)
-    assert torch.allclose(half, torch.tensor([[1.5**0.5, -(1.5**0.5), 0, 0]],
-                                             dtype=torch.float64), atol=1e-12)
-    zero = rl.group_advantages(rewards, completed, baseline=0.0, eps=0.0)
-    assert torch.allclose(zero, torch.tensor([[2.0, 0, 0, 0]], dtype=torch.float64), atol=1e-12)
+def test_the_examples_in_docstrings_print_what_they_say():
+    results = doctest.testmod(rl)
+    assert results.attempted >= 5 and results.failed == 0
+
+
+# ---- Advantages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rewards, kept, baseline, eps, expected", [
+    # mean 1/4, unbiased deviation 1/2
+    pytest.param([1, 0, 0, 0], "1100", "group", 0.0, [1.5, -0.5, 0, 0], id="group"),
+    # without the two unfinished ones: r = (1, 0), mean 1/2, deviation sqrt(1/2)
+    pytest.param([1, 0, 0, 0], "1100", "completed", 0.0, [0.5**0.5, -(0.5**0.5), 0, 0],
+                 id="completed"),
+    # r = (1, 0, 1/2, 1/2), deviation sqrt(1/6); b = 1/2 whatever the mean is
+    pytest.param([1, 0, 0, 0], "1100", 0.5, 0.0, [1.5**0.5, -(1.5**0.5), 0, 0], id="number"),
+    # b = 0; r = (1, 0, 0, 0), deviation 1/2
+    pytest.param([1, 0, 0, 0], "1100", 0.0, 0.0, [2, 0, 0, 0], id="number-0"),
     # eps is added to the deviation: (1 - 1/4) / (1/2 + 1/2)
-    damped = rl.group_advantages(rewards, completed, eps=0.5)
-    assert torch.allclose(damped, torch.tensor([[0.75, -0.25, 0, 0]], dtype=torch.float64),
-                          atol=1e-12)
-    ones, done = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[T, T, F, F]])
-    # a value below 1: right ones still gain
-    paid = rl.group_advantages(ones * done, done, baseline=0.9, eps=0.0)
-    assert torch.allclose(paid, torch.tensor([[3**0.5, 3**0.5, 0, 0]], dtype=torch.float64),
-                          atol=1e-12)
-    # a negative value: (1, -1/2) has mean 1/4 and deviation sqrt(9/8); 3/2 over that is sqrt(2)
-    fined = rl.group_advantages(torch.tensor([[1.0, 0]], dtype=torch.float64),
-                                torch.tensor([[T, F]]), baseline=-0.5, eps=0.0)
-    assert torch.allclose(fined, torch.tensor([[2**0.5, 0]], dtype=torch.float64), atol=1e-12)
+    pytest.param([1, 0, 0, 0], "1100", "group", 0.5, [0.75, -0.25, 0, 0], id="eps"),
+    # a number below 1: right answers still gain. r = (1, 1, 0.9, 0.9), deviation 0.1 / sqrt(3)
+    pytest.param([1, 1, 0, 0], "1100", 0.9, 0.0, [3**0.5, 3**0.5, 0, 0], id="all-kept-are-right"),
+    # r = (1, -1/2): mean 1/4, deviation sqrt(9/8); 3/2 over that is sqrt(2)
+    pytest.param([1, 0], "10", -0.5, 0.0, [2**0.5, 0], id="negative-number"),
+])
+def test_group_advantages_by_hand(rewards, kept, baseline, eps, expected):
+    advantages = rl.group_advantages(torch.tensor([rewards], dtype=torch.float64), masks(kept),
+                                     baseline, eps=eps)
+    assert advantages[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_baseline_has_no_default():
+    with pytest.raises(TypeError):
+        rl.group_advantages(torch.zeros(1, 2), masks("11"))
 
 
 def test_groups_do_not_know_of_each_other():
     """Three groups at once: (1, 0, 0, 0) and (1, 1, 1, 0), whose deviations are 1/2 and 1/2, means
     1/4 and 3/4; and one with a reward that is not a number, which teaches nothing. With b = 1/2 a
-    group without a right answer still learns that its wrong one is worse than going on."""
+    group without a right answer still learns that its wrong one is worse than searching on."""
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [math.nan, 1, 0, 0]])
-    found = rl.group_advantages(rewards, torch.ones(3, 4, dtype=torch.bool), eps=0.0)
-    assert found.tolist() == [[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5], [0, 0, 0, 0]]
-    found = rl.group_advantages(torch.zeros(2, 4), torch.tensor([[T, F, F, F], [T, T, T, F]]),
-                                baseline=0.5, eps=0.0)
+    advantages = rl.group_advantages(rewards, masks("1111", "1111", "1111"), "group", eps=0.0)
+    assert advantages.tolist() == [[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5], [0, 0, 0, 0]]
+    advantages = rl.group_advantages(torch.zeros(2, 4), masks("1000", "1110"), 0.5, eps=0.0)
     # (0, 1/2, 1/2, 1/2) and (0, 0, 0, 1/2) have deviation 1/4
-    assert found.tolist() == [[-2, 0, 0, 0], [-2, -2, -2, 0]]
+    assert advantages.tolist() == [[-2, 0, 0, 0], [-2, -2, -2, 0]]
 
 
-@pytest.mark.parametrize("rewards, completed", [
-    ([1.0, 1, 1, 1], [T, T, T, T]), ([0.0, 0, 0, 0], [T, F, T, F]), ([1.0], [T]),
-    ([0.0, 0, 0], [F, F, F])])
-@pytest.mark.parametrize("unfinished_accuracy", ["group", "completed"])
-def test_no_spread_means_no_advantage_and_never_nan(rewards, completed, value):
-    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
-                              baseline=value)
-    assert torch.equal(out, torch.zeros_like(out))
+@pytest.mark.parametrize("rewards, kept", [
+    pytest.param([1.0, 1, 1, 1], "1111", id="all-right"),
+    pytest.param([0.0, 0, 0, 0], "1010", id="none-right"),
+    pytest.param([1.0], "1", id="one-alone"),
+    pytest.param([0.0, 0, 0], "000", id="none-kept")])
+@pytest.mark.parametrize("baseline", ["group", "completed"])
+def test_no_spread_means_no_advantage_and_never_nan(rewards, kept, baseline):
+    advantages = rl.group_advantages(torch.tensor([rewards]), masks(kept), baseline)
+    assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-@pytest.mark.parametrize("rewards, completed, value", [
-    ([1.0, 1, 1], [T, T, T], 0.5), ([0.0, 0, 0], [F, F, F], 0.5),
-    ([1.0, 0, 1], [T, F, T], 1.0), ([1.0], [T], 0.5)])
-def test_a_number_needs_a_spread_too(rewards, completed, value):
-    """s is of the rewards with b in the place of unfinished ones: all right, none completed, all
-    worth the same, one alone."""
-    out = rl.group_advantages(torch.tensor([rewards]), torch.tensor([completed]),
-                              baseline=value)
-    assert torch.equal(out, torch.zeros_like(out))
+@pytest.mark.parametrize("rewards, kept, baseline", [
+    pytest.param([1.0, 1, 1], "111", 0.5, id="all-right"),
+    pytest.param([0.0, 0, 0], "000", 0.5, id="none-kept"),
+    pytest.param([1.0, 0, 1], "101", 1.0, id="all-worth-the-same"),
+    pytest.param([1.0], "1", 0.5, id="one-alone")])
+def test_a_number_needs_a_spread_too(rewards, kept, baseline):
+    """s is of the rewards in which b replaces those of unfinished ones."""
+    advantages = rl.group_advantages(torch.tensor([rewards]), masks(kept), baseline)
+    assert torch.equal(advantages, torch.zeros_like(advantages))
+
+
+def test_one_completed_response_outside_the_baseline_has_no_advantage():
+    rewards = torch.tensor([[1.0, 0, 0]])
+    kept = masks("100")
+    assert rl.group_advantages(rewards, kept, "completed").abs().sum() == 0
+    assert rl.group_advantages(rewards, kept, "group")[0, 0] > 0
+
+
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.5, 1.0, -0.5])
+def test_masked_responses_never_carry_advantage(baseline):
+    torch.manual_seed(0)
+    kept = torch.rand(50, 6) < 0.5
+    rewards = (torch.rand(50, 6) < 0.5).double() * kept
+    assert (rl.group_advantages(rewards, kept, baseline)[~kept] == 0).all()
+
+
+# ---- What the mask pays -------------------------------------------------------------------------
 
 
 class Tree:
-    """A small world for softmax policies: at each of `turns` turns answer (right with odds that the
-    choice decides) or go on; who has not answered at the end is unfinished. Choices of a turn:
-    guess (0.2), look closer and claim (0.6), go on."""
+    """A small world for softmax policies. At each of three turns the policy guesses, looks closer
+    and claims, or continues. A guess and a claim are right with a probability that the turn
+    decides. Who has not answered at the end is unfinished."""
 
-    def __init__(self, seed, turns=3):
-        g = torch.Generator().manual_seed(seed)
-        self.logits = torch.randn(turns, 3, generator=g, dtype=torch.float64).requires_grad_(True)
-        self.odds = torch.rand(turns, 2, generator=g, dtype=torch.float64)
+    def __init__(self, seed, num_turns=3):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(num_turns, 3, generator=generator, dtype=torch.float64)
+        self.logits = logits.requires_grad_(True)
+        self.p_right = torch.rand(num_turns, 2, generator=generator, dtype=torch.float64)
 
     def outcomes(self):
-        """All conversations: (log-prob, reward, completed), a right and a wrong one for each
+        """Return all conversations as (log-prob, reward, kept), a right and a wrong one for each
         answer."""
-        logp, alive, found = self.logits.log_softmax(-1), 0.0, []
-        for turn in range(len(logp)):
+        logprobs = self.logits.log_softmax(-1)
+        logprob_so_far = 0.0
+        outcomes = []
+        for turn in range(len(logprobs)):
             for choice in range(2):
                 for reward in (1.0, 0.0):
-                    chance = self.odds[turn, choice] if reward else 1 - self.odds[turn, choice]
-                    found.append((alive + logp[turn, choice] + chance.log(), reward, True))
-            alive = alive + logp[turn, 2]
-        return [*found, (alive, 0.0, False)]
+                    p_right = self.p_right[turn, choice]
+                    p_reward = p_right if reward else 1 - p_right
+                    logprob = logprob_so_far + logprobs[turn, choice] + p_reward.log()
+                    outcomes.append((logprob, reward, True))
+            logprob_so_far = logprob_so_far + logprobs[turn, 2]
+        return [*outcomes, (logprob_so_far, 0.0, False)]
+
+    def gradient(self, expression):
+        return torch.autograd.grad(expression, self.logits, retain_graph=True)[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,113 +154,105 @@ def test_masking_pays_the_baseline_for_an_unfinished_conversation(seed, b):
     enumeration of all conversations, the right-hand side by autograd. Without the mask (all M = 1)
     it is grad P(correct), whatever b is."""
     tree = Tree(seed)
-    paths = tree.outcomes()
-    assert sum(logp.exp() for logp, _, _ in paths).item() == pytest.approx(1.0, abs=1e-12)
-    surrogate = sum(logp.exp().detach() * done * (r - b) * logp for logp, r, done in paths)
-    left, = torch.autograd.grad(surrogate, tree.logits, retain_graph=True)
-    value = sum(logp.exp() * (r if done else b) for logp, r, done in paths)
-    right, = torch.autograd.grad(value, tree.logits, retain_graph=True)
-    assert torch.allclose(left, right, atol=1e-14, rtol=0) and left.abs().sum() > 1e-3
-    unmasked, = torch.autograd.grad(
-        sum(logp.exp().detach() * (r - b) * logp for logp, r, _ in paths), tree.logits,
-        retain_graph=True)
-    correct, = torch.autograd.grad(sum(logp.exp() * r for logp, r, _ in paths), tree.logits)
+    outcomes = tree.outcomes()
+    assert sum(logp.exp() for logp, _, _ in outcomes).item() == pytest.approx(1.0, abs=1e-12)
+    masked = tree.gradient(
+        sum(logp.exp().detach() * kept * (r - b) * logp for logp, r, kept in outcomes))
+    paid = tree.gradient(sum(logp.exp() * (r if kept else b) for logp, r, kept in outcomes))
+    assert torch.allclose(masked, paid, atol=1e-14, rtol=0) and masked.abs().sum() > 1e-3
+    unmasked = tree.gradient(sum(logp.exp().detach() * (r - b) * logp for logp, r, _ in outcomes))
+    correct = tree.gradient(sum(logp.exp() * r for logp, r, _ in outcomes))
     assert torch.allclose(unmasked, correct, atol=1e-14, rtol=0)
     if b:
-        assert (left - unmasked).abs().max() > 1e-5
+        assert (masked - unmasked).abs().max() > 1e-5
 
 
 def test_the_advantages_of_many_groups_follow_that_gradient():
     """The same through group_advantages: 20,000 groups of 16 sampled conversations of one tree,
     b = 0.4 (a number): the mean of A' (s + eps) grad log pi is the gradient of
     P(correct) + 0.4 P(unfinished), within four standard errors."""
-    tree, g = Tree(1), torch.Generator().manual_seed(0)
-    paths = tree.outcomes()
-    grads = torch.stack([torch.autograd.grad(logp, tree.logits, retain_graph=True)[0].flatten()
-                         for logp, _, _ in paths])                                   # (N, 9)
-    picked = torch.multinomial(torch.stack([logp.exp().detach() for logp, _, _ in paths]).float(),
-                               20000 * 16, True, generator=g)
-    rewards = torch.tensor([r for _, r, _ in paths],
-                           dtype=torch.float64)[picked].view(-1, 16)                 # (P, G)
-    completed = torch.tensor([done for *_, done in paths])[picked].view(-1, 16)      # (P, G)
-    spread = torch.where(completed, rewards, 0.4).std(1, keepdim=True)               # (P, 1)
-    scaled = rl.group_advantages(rewards, completed, baseline=0.4,
-                                 eps=0.0) * spread                                   # (P, G)
-    each = (scaled.view(-1, 1) * grads[picked]).view(-1, 16, 9).mean(1)              # (P, 9)
-    value = sum(logp.exp() * (r if done else 0.4) for logp, r, done in paths)
-    expected = torch.autograd.grad(value, tree.logits)[0].flatten()
-    error = each.std(0) / len(each) ** 0.5
-    assert (((each.mean(0) - expected).abs() < 4 * error + 1e-12).all()
-            and (expected.abs() > 8 * error).any())
+    tree = Tree(1)
+    outcomes = tree.outcomes()
+    gradients = torch.stack([tree.gradient(logp).flatten() for logp, _, _ in outcomes])     # (N, 9)
+    probabilities = torch.stack([logp.exp().detach() for logp, _, _ in outcomes]).float()   # (N,)
+    picked = torch.multinomial(probabilities, 20000 * 16, True,
+                               generator=torch.Generator().manual_seed(0))
+    all_rewards = torch.tensor([r for _, r, _ in outcomes], dtype=torch.float64)
+    rewards = all_rewards[picked].view(-1, 16)                                              # (P, G)
+    kept = torch.tensor([kept for _, _, kept in outcomes])[picked].view(-1, 16)             # (P, G)
+    spread = torch.where(kept, rewards, 0.4).std(1, keepdim=True)                           # (P, 1)
+    scaled = rl.group_advantages(rewards, kept, 0.4, eps=0.0) * spread                      # (P, G)
+    estimates = (scaled.view(-1, 1) * gradients[picked]).view(-1, 16, 9).mean(1)            # (P, 9)
+    expected = tree.gradient(
+        sum(logp.exp() * (r if kept else 0.4) for logp, r, kept in outcomes)).flatten()
+    error = estimates.std(0) / len(estimates) ** 0.5
+    assert ((estimates.mean(0) - expected).abs() < 4 * error + 1e-12).all()
+    assert (expected.abs() > 8 * error).any()
 
 
-def test_one_completed_response_outside_the_baseline_has_no_advantage():
-    args = torch.tensor([[1.0, 0, 0]]), torch.tensor([[T, F, F]])
-    assert rl.group_advantages(*args, baseline="completed").abs().sum() == 0
-    assert rl.group_advantages(*args)[0, 0] > 0
+# ---- The loss -----------------------------------------------------------------------------------
 
 
-def test_incomplete_responses_never_carry_advantage():
-    torch.manual_seed(0)
-    completed = torch.rand(50, 6) < 0.5
-    rewards = (torch.rand(50, 6) < 0.5).double() * completed
-    for value in ("group", "completed", 0.0, 0.5, 1.0, -0.5):
-        assert (rl.group_advantages(rewards, completed,
-                                    baseline=value)[~completed] == 0).all()
-
-
-def test_grpo_loss_by_hand():
-    """Three responses of 2, 1 and 2 tokens; the last ran out of turns.
-
-    Ratios (2, 1), (0.5), (1, 1); A = (1, -1, 0). Clipped at 0.8 and 1.3: first min(2, 1.3) = 1.3
-    and 1, mean 1.15; second min(-0.5, -0.8) = -0.8. J = (1.15 - 0.8) / 2 over the completed, / 3
-    over all; tokens: (2.3 - 0.8) / 3 or / 5; constant with 10 tokens: 1.5 / 20 or / 30.
-    """
-    old = torch.zeros(3, 2, dtype=torch.float64)
+def worked_batch():
+    """Return three responses of 2, 1 and 2 tokens, the last one masked: ratios (2, 1), (0.5) and
+    (1, 1); A' = (1, -1, 0)."""
     new = torch.tensor([[math.log(2), 0.0], [math.log(0.5), 7.0], [0.0, 0.0]], dtype=torch.float64)
-    args = (new, old, torch.tensor([1.0, -1, 0], dtype=torch.float64),
-            torch.tensor([[T, T], [T, F], [T, T]]), torch.tensor([T, T, F]))
-    expected = {("response", "completed"): 0.35 / 2, ("response", "all"): 0.35 / 3,
-                ("token", "completed"): 1.5 / 3, ("token", "all"): 1.5 / 5,
-                ("constant", "completed"): 1.5 / 20, ("constant", "all"): 1.5 / 30}
-    for (aggregation, divisor), value in expected.items():
-        loss = rl.grpo_loss(*args, aggregation=aggregation, divisor=divisor, max_tokens=10)
-        assert loss.item() == pytest.approx(-value, abs=1e-12)
-    assert rl.grpo_loss(*args, denominator=7).item() == pytest.approx(-0.35 / 7)
-    # clip 0.4 / 0.5: 1.5 and 1, mean 1.25; min(-0.5, -0.6) = -0.6
-    loss = rl.grpo_loss(*args, clip_low=0.4, clip_high=0.5)
-    assert loss.item() == pytest.approx(-(1.25 - 0.6) / 2)
-    # a response of which nothing was sampled adds nothing, but is counted
-    none = torch.zeros(1, 2)
-    more = [torch.cat([a, b.to(a.dtype)]) for a, b in
-            zip(args, (none, none, torch.ones(1), none.bool(), torch.tensor([T])))]
-    assert rl.grpo_loss(*more).item() == pytest.approx(-0.35 / 3)
+    old = torch.zeros(3, 2, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1, 0], dtype=torch.float64)
+    return new, old, advantages, masks("11", "10", "11"), masks("110")[0]
 
 
-def reference_loss(new, old, advantages, mask, completed, low, high):
-    """The formula of the paper, one token at a time in plain Python floats (response means, over
-    completed ones)."""
+@pytest.mark.parametrize("flags, objective", [
+    # clipped at 0.8 and 1.3: first min(2, 1.3) = 1.3 and 1, mean 1.15; second min(-0.5, -0.8)
+    pytest.param({}, (1.15 - 0.8) / 2, id="response-kept"),
+    pytest.param({"divisor": "all"}, (1.15 - 0.8) / 3, id="response-all"),
+    pytest.param({"aggregation": "token"}, (2.3 - 0.8) / 3, id="token-kept"),
+    pytest.param({"aggregation": "token", "divisor": "all"}, (2.3 - 0.8) / 5, id="token-all"),
+    pytest.param({"aggregation": "constant", "max_response_tokens": 10}, (2.3 - 0.8) / 20,
+                 id="constant-kept"),
+    pytest.param({"aggregation": "constant", "max_response_tokens": 10, "divisor": "all"},
+                 (2.3 - 0.8) / 30, id="constant-all"),
+    pytest.param({"denominator": 7}, (1.15 - 0.8) / 7, id="denominator"),
+    # clipped at 0.6 and 1.5: 1.5 and 1, mean 1.25; min(-0.5, -0.6) = -0.6
+    pytest.param({"clip_low": 0.4, "clip_high": 0.5}, (1.25 - 0.6) / 2, id="other-clips"),
+])
+def test_grpo_loss_by_hand(flags, objective):
+    assert rl.grpo_loss(*worked_batch(), **flags).item() == pytest.approx(-objective, abs=1e-12)
+
+
+def test_a_response_without_a_token_adds_nothing_but_is_counted():
+    zeros = torch.zeros(1, 2)
+    empty = (zeros, zeros, torch.ones(1), zeros.bool(), torch.tensor([True]))
+    batch = [torch.cat([old, new.to(old.dtype)]) for old, new in zip(worked_batch(), empty)]
+    assert rl.grpo_loss(*batch).item() == pytest.approx(-(1.15 - 0.8) / 3)
+
+
+def reference_loss(new, old, advantages, mask, kept, low, high):
+    """Return the loss by the paper's formula, one token at a time in plain Python floats (response
+    means, over kept ones)."""
     total = 0.0
     for i in range(len(new)):
-        if not completed[i]:
+        if not kept[i]:
             continue
         terms = []
         for t in range(len(new[i])):
             if mask[i][t]:
                 ratio = math.exp(new[i][t] - old[i][t])
-                terms.append(min(ratio * advantages[i],
-                                 min(max(ratio, 1 - low), 1 + high) * advantages[i]))
+                clipped = min(max(ratio, 1 - low), 1 + high)
+                terms.append(min(ratio * advantages[i], clipped * advantages[i]))
         total += sum(terms) / max(len(terms), 1)
-    return -total / max(sum(completed), 1)
+    return -total / max(sum(kept), 1)
 
 
-def random_batch(seed, b=5, t=7):
-    g = torch.Generator().manual_seed(seed)
-    old = -torch.rand(b, t, generator=g, dtype=torch.float64)
-    new = old + 0.5 * torch.randn(b, t, generator=g, dtype=torch.float64)
-    advantages = torch.randn(b, generator=g, dtype=torch.float64)
-    mask, completed = torch.rand(b, t, generator=g) < 0.7, torch.rand(b, generator=g) < 0.6
-    return new, old, advantages, mask, completed
+def random_batch(seed, num_responses=5, num_tokens=7):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_responses, num_tokens)
+    old = -torch.rand(shape, generator=generator, dtype=torch.float64)
+    new = old + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(num_responses, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    kept = torch.rand(num_responses, generator=generator) < 0.6
+    return new, old, advantages, mask, kept
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -242,38 +269,43 @@ def test_gradient_by_finite_differences():
 
 
 @pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
-@pytest.mark.parametrize("divisor", ["completed", "all"])
+@pytest.mark.parametrize("divisor", ["kept", "all"])
 def test_micro_batches_add_up(aggregation, divisor):
-    """With the global denominator the pieces' losses sum to the whole, however the batch is cut."""
-    batch = random_batch(1, b=8)
-    how = dict(aggregation=aggregation, divisor=divisor, max_tokens=9)
-    denominator = rl.count_denominator(batch[3], batch[4], **how).item()
-    whole = rl.grpo_loss(*batch, **how)
-    for cut in (1, 3, 5):
-        parts = sum(rl.grpo_loss(*(x[i:i + cut] for x in batch), **how, denominator=denominator)
-                    for i in range(0, 8, cut))
-        assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
+    """With the global denominator the losses of micro-batches sum to that of the whole batch,
+    however it is cut."""
+    batch = random_batch(1, num_responses=8)
+    flags = {"aggregation": aggregation, "divisor": divisor, "max_response_tokens": 9}
+    denominator = rl.count_denominator(batch[3], batch[4], **flags).item()
+    whole = rl.grpo_loss(*batch, **flags)
+    for size in (1, 3, 5):
+        total = 0.0
+        for start in range(0, 8, size):
+            micro_batch = [x[start:start + size] for x in batch]
+            total += rl.grpo_loss(*micro_batch, **flags, denominator=denominator).item()
+        assert total == pytest.approx(whole.item(), abs=1e-12)
 
 
-def test_masked_responses_get_no_gradient_and_no_garbage():
-    """Neither an over-turn response nor an unsampled position moves anything, whatever stands
-    there."""
-    for value in (1e30, -1e30, math.inf, math.nan):
-        for which in (0, 1):    # under the trained and the sampling policy
-            new, old, advantages, mask, completed = random_batch(5)
-            completed[0], completed[1] = F, T
-            clean = rl.grpo_loss(new, old, advantages, mask, completed)
-            (new, old)[which][~mask | ~completed[:, None]] = value
-            advantages[~completed] = value
-            new.requires_grad_(True)
-            loss = rl.grpo_loss(new, old, advantages, mask, completed)
-            loss.backward()
-            assert loss.item() == pytest.approx(clean.item()) and torch.isfinite(new.grad).all()
-            assert ((new.grad[~completed] == 0).all() and (new.grad[~mask] == 0).all()
-                    and new.grad.abs().sum() > 0)
+@pytest.mark.parametrize("garbage", [1e30, -1e30, math.inf, math.nan])
+@pytest.mark.parametrize("place", ["logprobs", "old_logprobs"])
+def test_masked_responses_get_no_gradient_and_no_garbage(garbage, place):
+    """Neither a masked response nor an unsampled position moves anything, whatever its log-probs
+    and advantages are."""
+    new, old, advantages, mask, kept = random_batch(5)
+    kept[0] = False
+    kept[1] = True
+    clean = rl.grpo_loss(new, old, advantages, mask, kept)
+    dirty = new if place == "logprobs" else old
+    dirty[~mask | ~kept[:, None]] = garbage
+    advantages[~kept] = garbage
+    new.requires_grad_(True)
+    loss = rl.grpo_loss(new, old, advantages, mask, kept)
+    loss.backward()
+    assert loss.item() == pytest.approx(clean.item())
+    assert torch.isfinite(new.grad).all() and new.grad.abs().sum() > 0
+    assert (new.grad[~kept] == 0).all() and (new.grad[~mask] == 0).all()
 
 
-def test_nothing_completed_is_a_zero_loss_still_connected():
+def test_nothing_kept_is_a_zero_loss_still_connected():
     new, old, advantages, mask, _ = random_batch(2)
     new[~mask] = math.inf
     new.requires_grad_(True)
@@ -282,229 +314,436 @@ def test_nothing_completed_is_a_zero_loss_still_connected():
     assert loss.item() == 0 and (new.grad == 0).all()
 
 
-def test_dual_clip_bounds_a_negative_advantage_by_hand():
-    """Ratio 8. A = -1: min(8 x -1, 1.3 x -1) = -8, not below -3 with a dual clip of 3, and without
-    gradient there; A = 1: min(8, 1.3) = 1.3 in any case."""
-    old, mask = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)
-    completed = torch.tensor([T, T])
-    new = torch.full((2, 1), math.log(8.0), requires_grad=True)
-    batch = new, old, torch.tensor([-1.0, 1.0]), mask, completed
-    assert rl.grpo_loss(*batch).item() == pytest.approx((8 - 1.3) / 2)
-    loss = rl.grpo_loss(*batch, clip_dual=3.0)
-    loss.backward()
-    assert loss.item() == pytest.approx((3 - 1.3) / 2) and (new.grad == 0).all()
-    assert rl.grpo_loss(*batch, clip_dual=5.0).item() == pytest.approx((5 - 1.3) / 2)
-    ratio_2 = torch.full((2, 1), math.log(2.0)), *batch[1:]
-    assert rl.grpo_loss(*ratio_2, clip_dual=3.0).item() == rl.grpo_loss(*ratio_2).item()
+@pytest.mark.parametrize("denominator", [None, 3])
+@pytest.mark.parametrize("flags", [{"divisor": "some"}, {"aggregation": "some"},
+                                   {"aggregation": "constant"}], ids=str)
+def test_unknown_flags_are_refused(flags, denominator):
+    with pytest.raises(ValueError):
+        rl.grpo_loss(*random_batch(0), **flags, denominator=denominator)
 
 
-def test_unknown_flags_are_refused():
-    for flags in ({"divisor": "some"}, {"aggregation": "some"}, {"aggregation": "constant"}):
-        for denominator in (None, 3):
-            with pytest.raises(ValueError):
-                rl.grpo_loss(*random_batch(0), **flags, denominator=denominator)
+# ---- Who is masked, and which baseline ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--clip_dual", "0.5"], "--clip_dual must be above 1"),
-    (["--group_size", "1"], "--group_size must be at least 2"),
-    (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
-    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0")])
-def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, told):
-    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
-    with pytest.raises(tools.InputError, match=told):
-        rl.parse_args()
+@pytest.mark.parametrize("flags, kept", [
+    pytest.param({}, ["answer", "void"], id="default"),
+    pytest.param({"mask_void": True}, ["answer"], id="mask_void"),
+    pytest.param({"overturn_mask": False}, evaluate.FINISH_REASONS, id="no-mask"),
+    pytest.param({"overturn_mask": False, "mask_void": True}, evaluate.FINISH_REASONS,
+                 id="no-mask, mask_void"),
+    pytest.param({"baseline": "outcome"}, evaluate.FINISH_REASONS, id="outcome")])
+def test_who_is_masked(flags, kept):
+    """Masked or not, unfinished is what ran out: the penalty is for these."""
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "baseline": "group",
+                                 **flags})
+    unfinished = ["void"] * args.mask_void + ["over_turn", "over_context"]
+    for finish_reason in evaluate.FINISH_REASONS:
+        rollout = evaluate.Rollout(finish_reason=finish_reason)
+        assert rl.is_kept(rollout, args) == (finish_reason in kept)
+        assert rl.is_unfinished(rollout, args) == (finish_reason in unfinished)
 
 
-@pytest.mark.parametrize("flags, expected", [       # answer, void, over_turn, over_context
-    ({}, [T, T, F, F]), ({"mask_void": True}, [T, F, F, F]),
-    ({"overturn_mask": False}, [T, T, T, T]),
-    ({"overturn_mask": False, "mask_void": True}, [T, T, T, T]),
-    ({"baseline": "outcome"}, [T, T, T, T])])
-def test_who_is_masked(flags, expected):
-    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False,
-                                 "baseline": "group", **flags})
-    assert [rl.is_kept(evaluate.Rollout(finish=finish), args)
-            for finish in evaluate.FINISH_REASONS] == expected
-    # masked or not, unfinished is what ran out (the penalty is for these)
-    ran_out = ["over_turn", "over_context"] + ["void"] * args.mask_void
-    assert [finish for finish in evaluate.FINISH_REASONS
-            if rl.is_unfinished(evaluate.Rollout(finish=finish), args)] == sorted(
-                ran_out, key=evaluate.FINISH_REASONS.index)
+@pytest.mark.parametrize("flag, overturn_mask, unfinished_accuracy, expected", [
+    (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
+    ("estimate", True, 0.9, 0.9), ("estimate", True, 0.0, 0.0), ("estimate", True, None, "group"),
+    ("outcome", True, 0.9, "group"),
+    (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
+def test_the_baseline_of_a_step(flag, overturn_mask, unfinished_accuracy, expected):
+    """Where nothing is masked the baseline pays nothing, and is the group's mean."""
+    args = argparse.Namespace(baseline=flag, overturn_mask=overturn_mask)
+    assert rl.step_baseline(args, unfinished_accuracy) == expected
 
 
-def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
-    """A conversation that was played on is cut behind its first or second turn: its tokens,
-    log-probs and images are those of the same conversation played with as many turns at most, its
-    reward is that of the whole; one that was shorter stays as it is."""
-    rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    play = lambda turns: evaluate.Engine(
-        trained, evaluate.Limits(turns, turns, 80, 1200), 8).run(rows, 4, world)
-    longer = play(6)
-    for turns in (1, 2):
-        cut = 0
-        for short, whole in zip(play(turns), longer):
-            before = copy.deepcopy((whole.token_ids, whole.loss_mask, whole.turns, whole.logprobs))
-            part = rl.truncate_rollout(whole, turns)
-            assert (part.ids, part.loss_mask, part.reward) == (short.token_ids, short.loss_mask, whole.reward)
-            assert (part.finish_reason, part.prediction) == (whole.finish_reason, whole.prediction)
-            assert (part.logprobs == pytest.approx(short.logprobs, abs=1e-9)
-                    and len(part.logprobs) == sum(part.loss_mask))
-            assert [t["text"] for t in part.turns] == [t["text"] for t in short.turns]
-            assert len(part.with_images(trained_policy).images) == len(short.with_images(trained_policy).images)
-            assert (whole.token_ids, whole.loss_mask, whole.turns, whole.logprobs) == before
-            cut += len(part.ids) < len(whole.token_ids)
-        assert cut > 0
+# ---- Rollouts -----------------------------------------------------------------------------------
 
 
-def test_learning_rate_by_hand():
-    args = argparse.Namespace(lr=8.0, warmup_steps=2, steps=4, decay=False)
-    assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 8.0, 8.0, 8.0]
-    args.anneal_lr = True
-    assert [rl.learning_rate(step, args) for step in range(4)] == [4.0, 6.0, 4.0, 2.0]
-
-
-def test_questions_of_a_step_depend_on_seed_step_and_place_only():
-    def pick(places, step=7, seed=0, attempt=0):
-        return rl.pick_questions([50, 60], [1, 1], places, 40, seed, step, attempt)
+def test_questions_of_a_step_depend_on_seed_step_and_group_only():
+    def pick(group_indices, seed=0, step=7, attempt=0):
+        return rl.pick_questions(110, group_indices, 40, seed, step, attempt)
     whole = pick(range(40))
-    assert pick([1, 3]) == [whole[1], whole[3]] and len(set(whole)) == 40
-    assert all(0 <= index < [50, 60][which] for which, index in whole)
-    assert len({tuple(p) for p in (whole, pick(range(40), step=8), pick(range(40), seed=1),
-                                   pick(range(40), attempt=1))}) == 4
+    assert pick([1, 3]) == [whole[1], whole[3]]
+    assert len(set(whole)) == 40 and all(0 <= index < 110 for index in whole)
+    others = [pick(range(40), step=8), pick(range(40), seed=1), pick(range(40), attempt=1)]
+    assert len({tuple(picked) for picked in [whole, *others]}) == 4
 
 
 def test_no_question_comes_twice_in_a_step():
-    """Not in a fresh attempt either, as long as there are others."""
-    picked = [q for attempt in range(4)
-              for q in rl.pick_questions([160], [1.0], range(40), 40, 0, 3, attempt)]
-    assert sorted(picked) == [(0, index) for index in range(160)]
+    """Not in a further attempt either, as long as there are others."""
+    picked = []
+    for attempt in range(4):
+        picked += rl.pick_questions(160, range(40), 40, 0, 3, attempt)
+    assert sorted(picked) == list(range(160))
+    assert rl.pick_questions(160, range(40), 40, 0, 3, 4) == picked[:40]
 
 
-@pytest.mark.parametrize("places, size, expected", [
-    ([1, 4, 5, 9, 11, 12], 3, [[1, 4, 5], [9, 11, 12]]), ([0, 2, 3, 7], 3, [[0, 2, 3, 7]]),
-    ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])])
-def test_minibatches_are_cut_from_the_groups_with_signal(places, size, expected):
-    args = argparse.Namespace(prompts_per_step=16, minibatch=size)
-    cut = rl.mini_batches(dict.fromkeys(places), args, torch.device("cpu"))
-    assert [part.tolist() for part in cut] == expected
+def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
+    """A conversation that was played on is cut after its first or second turn: its tokens,
+    log-probs and images are those of the same conversation played with as many turns at most, its
+    reward is that of the whole; one that was shorter stays as it is."""
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+
+    def play(max_turns):
+        limits = evaluate.Limits(max_turns, max_turns, 80, 1200)
+        return evaluate.Engine(trained_policy, limits, 8).run(rows, 4, world)
+
+    longer = play(6)
+    for max_turns in (1, 2):
+        num_cut = 0
+        for short, whole in zip(play(max_turns), longer):
+            before = copy.deepcopy((whole.token_ids, whole.loss_mask, whole.turns, whole.turn_ends,
+                                    whole.logprobs))
+            cut = rl.truncate_rollout(whole, max_turns)
+            assert cut.token_ids == short.token_ids and cut.loss_mask == short.loss_mask
+            assert cut.logprobs == pytest.approx(short.logprobs, abs=1e-9)
+            assert len(cut.logprobs) == sum(cut.loss_mask)
+            assert [t["text"] for t in cut.turns] == [t["text"] for t in short.turns]
+            assert cut.turn_ends == short.turn_ends
+            num_images = len(short.with_images(trained_policy).images)
+            assert len(cut.with_images(trained_policy).images) == num_images
+            assert cut.reward == whole.reward and cut.prediction == whole.prediction
+            assert cut.finish_reason == whole.finish_reason
+            assert before == (whole.token_ids, whole.loss_mask, whole.turns, whole.turn_ends,
+                              whole.logprobs)
+            num_cut += len(cut.token_ids) < len(whole.token_ids)
+        assert num_cut > 0
 
 
-def test_files_are_mixed_by_weight():
-    """Weights 3 and 1: a quarter of 4,000 places, give or take five standard deviations (27 each),
-    come from the second."""
-    which = [s for step in range(100)
-             for s, _ in rl.pick_questions([9, 9], [3.0, 1.0], range(40), 40, 0, step, 0)]
-    assert abs(sum(which) - 1000) < 5 * 27.4
+def rollout(reward, finish_reason="answer", **fields):
+    return evaluate.Rollout(reward=reward, finish_reason=finish_reason, **fields)
 
 
-def test_sets_and_weights(tmp_path):
-    """A weight stands behind the name."""
-    for name in "ab":
-        tools.write_jsonl(tmp_path / name / "q.jsonl", [
-            {"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
-            for i in range(5)])
-    sets, weights = rl.read_sets([f"{tmp_path}/a/q.jsonl:0.5", f"{tmp_path}/b/q.jsonl"])
-    assert weights == [0.5, 1.0]
-    assert [[(row["id"], root.name) for row, root in s] for s in sets] == [
-        [(f"{name}{i}", name) for i in range(5)] for name in "ab"]
+@pytest.mark.parametrize("flags, baseline, expected", [
+    # r = (1, 0), the second one unfinished and masked: mean 1/2, deviation sqrt(1/2)
+    pytest.param({}, "group", [0.5**0.5, 0], id="masked"),
+    pytest.param({"overturn_mask": False}, "group", [0.5**0.5, -(0.5**0.5)], id="no-mask"),
+    # r = (1, -1): mean 0, deviation sqrt(2), once the unfinished one is fined
+    pytest.param({"overturn_mask": False, "overturn_penalty": 1.0}, 0.0, [0.5**0.5, -(0.5**0.5)],
+                 id="penalty")])
+def test_advantages_are_assigned_to_copies(flags, baseline, expected):
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "baseline": "group",
+                                 "group_size": 2, "overturn_penalty": 0.0, "max_turns": 6, **flags})
+    groups = [[rollout(1.0), rollout(0.0, "over_turn")], [rollout(1.0), rollout(None)]]
+    first_group, second_group = rl.assign_advantages(groups, args, baseline)
+    assert [r.advantage for r in first_group] == pytest.approx(expected, abs=1e-5)
+    assert [r.advantage for r in second_group] == [0, 0]    # the judge failed: no signal
+    assert [r.reward for r in first_group + second_group] == [1.0, 0.0, 1.0, None]
+    assert all(r.advantage == 0 for r in groups[0] + groups[1])
 
 
-@pytest.mark.parametrize("spec, told", [
-    ("q.jsonl:0", "positive"), ("q.jsonl:nan", "positive"), ("q.jsonl:x", "not a positive number"),
-    ("none.jsonl", "build_data.py")])
-def test_bad_files_and_weights_are_refused(tmp_path, spec, told):
-    tools.write_jsonl(tmp_path / "q.jsonl", [
-        {"id": "1", "image": "x.jpg", "question": "?", "answer": "1"}])
-    with pytest.raises(tools.InputError, match=told):
-        rl.read_sets([f"{tmp_path}/{spec}"])
+class ScriptedEngine:
+    """Plays conversations whose rewards are given in advance, and notes what it was asked."""
+
+    def __init__(self, *runs):
+        self.runs = iter(runs)      # for each run(): (reward, number of turns) per conversation
+        self.policy = argparse.Namespace(device="cpu")
+        self.calls = []
+
+    def begin_step(self, step):
+        self.calls.append(("begin_step", step))
+
+    def run(self, rows, num_samples, root, prompt_numbers):
+        self.calls.append(("run", [row["id"] for row in rows], root, prompt_numbers))
+        results = next(self.runs)
+        assert len(rows) == len(root) and len(rows) * num_samples == len(results)
+        return [rollout(reward, turns=[{}] * num_turns) for reward, num_turns in results]
+
+    def free_cache(self):
+        self.calls.append("free_cache")
+
+
+def test_groups_without_signal_are_played_again_by_hand():
+    """Groups 0 and 2 of four are this rank's; five questions, in the order 2 4 3 0 1 of the
+    example of pick_questions. Group 0 has signal. Group 2 has none, is asked question number
+    4 + 2 (the second of the order, after all five), and has none again."""
+    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=2,
+                              overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              baseline="group", max_turns=6)
+    engine = ScriptedEngine([(1.0, 1), (0.0, 1), (0.0, 2), (0.0, 3)], [(1.0, 4), (1.0, 5)])
+    questions = [({"id": number}, f"folder{number}") for number in range(5)]
+    trained_groups, played_rollouts, remaining_groups = rl.collect_groups(
+        engine, questions, 0, range(0, 4, 2), args, "group")
+    assert engine.calls == [
+        ("begin_step", 0), ("run", [2, 3], ["folder2", "folder3"], [0, 2]),
+        ("run", [4], ["folder4"], [6]), "free_cache"]
+    assert list(trained_groups) == [0] and remaining_groups == [2]
+    assert [r.advantage for r in trained_groups[0]] == pytest.approx([0.5**0.5, -(0.5**0.5)],
+                                                                     abs=1e-5)
+    assert [r.group_index for r in trained_groups[0]] == [0, 0]
+    assert [len(r.turns) for r in played_rollouts] == [1, 1, 2, 3, 4, 5]
+
+
+def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, world, tmp_path):
+    """Answers in other words are unscored while the judge fails: their groups leave no signal,
+    whatever the other rewards are."""
+    from extras import served
+    questions = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
+    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=4,
+                              overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              baseline="group", max_turns=6)
+    with ChatServer(lambda body: (503, {}, b"")) as server:
+        client = served.ChatClient(server.url, role="judge", attempts=1)
+        judge = served.Judge(client, tmp_path)
+        engine = evaluate.Engine(trained_policy, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
+        trained_groups, played, remaining = rl.collect_groups(engine, questions, 0, [0, 1, 2, 3],
+                                                              args, "group")
+        counts = dict(engine.counts)
+        # no exact match: all is left to the judge
+        held_out = [(dict(row, answer="something else"), world) for row, _ in questions]
+        assert rl.validate(engine, held_out, args)[0] is None
+    unscored = [r for r in played if r.reward is None]
+    assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
+    assert not any(r.reward is None for group in trained_groups.values() for r in group)
+    assert len(played) > 16 and sorted([*remaining, *trained_groups]) == [0, 1, 2, 3]
+
+    metrics = rl.step_metrics(played, [rl.UpdateStatistics()], len(remaining), counts, "cpu")
+    assert 1 <= metrics["mean_acceptance_length"] <= 9 and 0 <= metrics["acceptance_rate"] <= 1
+    num_correct = sum(r.reward == 1.0 for r in played)
+    num_answered = sum(r.finish_reason == "answer" for r in played)
+    assert metrics["unscored"] == len(unscored) / len(played)
+    assert metrics["reward"] == num_correct / max(1, len(played) - len(unscored))
+    assert metrics["incorrect"] == (num_answered - num_correct - len(unscored)) / len(played)
+
+
+@pytest.mark.parametrize("results, expected", [     # (reward, number of turns) of four questions
+    pytest.param([(1, 1), (0, 6), (1, 7), (0, 9)], (0.5, 0.5), id="half"),
+    pytest.param([(1, 1), (0, 6), (1, 6), (1, 2)], (0.75, None), id="none-unfinished"),
+    pytest.param([(1, 1), (None, 6), (1, 7), (1, 9)], (None, 1.0), id="judge-failed-on-a-short"),
+    pytest.param([(1, 1), (0, 6), (1, 7), (None, 9)], (None, None), id="judge-failed-on-a-long")])
+def test_validation_by_hand(results, expected):
+    """Unfinished is what took more turns than training allows, here 6. The random streams are the
+    same at every evaluation."""
+    engine = ScriptedEngine(results)
+    held_out = [({"id": number}, "folder") for number in range(4)]
+    assert rl.validate(engine, held_out, argparse.Namespace(max_turns=6)) == expected
+    assert engine.calls == [("begin_step", 2**31),
+                            ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
+
+
+# ---- The update ---------------------------------------------------------------------------------
 
 
 def test_trainer_agrees_with_sampler(trained_policy, world):
     """The log-probs of an update, before any step, are those the sampler recorded: every
     ratio is 1."""
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    rollouts = evaluate.Engine(trained_policy, evaluate.Limits(4, 4, 80, 1200), 8).run(rows, 4, world)
+    engine = evaluate.Engine(trained_policy, evaluate.Limits(4, 4, 80, 1200), 8)
+    rollouts = engine.run(rows, 4, world)
+    batch = rl.encode_rollouts(trained_policy, rollouts)
     with torch.no_grad():
-        new, old, mask = rl.compute_logprobs(trained_policy, rollouts, rl.encode_rollouts(trained_policy, rollouts))
-    assert (((new - old)[mask]).abs().max() < 1e-9
-            and (new[~mask] == 0).all() and (old[~mask] == 0).all())
+        new, old, mask = rl.compute_logprobs(trained_policy, rollouts, batch)
+    assert ((new - old)[mask]).abs().max() < 1e-9
+    assert (new[~mask] == 0).all() and (old[~mask] == 0).all()
     assert [row[m].tolist() for row, m in zip(old, mask)] == [r.logprobs for r in rollouts]
 
 
-def shares(monkeypatch, lengths, world):
-    """How deal cuts conversations of these lengths, which rank 0 holds in another order: (place,
-    sample) of each rank."""
-    rollouts = [evaluate.Rollout(ids=[0] * n, prompt=40 + i // 4, sample=i % 4)
-                for i, n in enumerate(lengths)]
-    monkeypatch.setattr(sft, "gather", lambda own: rollouts[::-1])
-    monkeypatch.setattr(sft, "world_size", lambda: world)
-    cut = []
-    for rank in range(world):
+def test_the_response_mask_by_hand():
+    rollouts = [evaluate.Rollout(logprobs=[-0.5] * length) for length in (3, 1, 0)]
+    assert torch.equal(rl.response_mask(rollouts, "cpu"), masks("111", "100", "000"))
+    assert rl.response_mask([], "cpu").shape == (0, 0)
+
+
+def balanced(monkeypatch, rollouts, world_size):
+    """Return each rank's share of these rollouts."""
+    monkeypatch.setattr(sft, "all_gather_objects", lambda items: list(rollouts))
+    monkeypatch.setattr(sft, "world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
         monkeypatch.setattr(sft, "get_rank", lambda: rank)
-        cut.append([(r.prompt, r.sample, len(r.token_ids)) for r in rl.balance_by_tokens([], 40)])
-    return cut
+        shares.append(rl.balance_by_tokens([]))
+    return shares
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_conversations_are_dealt_out_by_length(monkeypatch, world):
-    """Everyone to exactly one rank, in order; a rank's tokens are its share to within the
+def rollouts_of_lengths(lengths):
+    """Return rollouts in groups of four, in another order than that of groups and samples."""
+    rollouts = [evaluate.Rollout(token_ids=[0] * length, group_index=i // 4, sample_number=i % 4)
+                for i, length in enumerate(lengths)]
+    return rollouts[::-1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_conversations_are_balanced_by_tokens(monkeypatch, world_size):
+    """Each goes to exactly one rank, in order; a rank's tokens are its share to within the
     longest."""
     lengths = np.random.default_rng(0).integers(100, 900, 96).tolist()
-    cut = shares(monkeypatch, lengths, world)
-    assert sum(cut, []) == [(40 + i // 4, i % 4, n) for i, n in enumerate(lengths)]
-    assert all(abs(sum(n for *_, n in part) - sum(lengths) / world) <= max(lengths) for part in cut)
+    rollouts = rollouts_of_lengths(lengths)
+    shares = balanced(monkeypatch, rollouts, world_size)
+    assert sum(shares, []) == rollouts[::-1]
+    for share in shares:
+        num_tokens = sum(len(r.token_ids) for r in share)
+        assert abs(num_tokens - sum(lengths) / world_size) <= max(lengths)
 
 
-def test_dealing_by_hand(monkeypatch):
-    """3 + 3 + 6 tokens and 12: the middles 1.5, 4.5, 9 and 18 of 24 are on rank 0, 0, 0 and 1 of
-    two."""
-    assert [len(part) for part in shares(monkeypatch, [3, 3, 6, 12], 2)] == [3, 1]
-    assert shares(monkeypatch, [], 2) == [[], []]
-    assert [len(part) for part in shares(monkeypatch, [5], 3)] == [0, 1, 0]
-    assert [len(part) for part in shares(monkeypatch, [5, 5, 5], 2)] == [1, 2]  # just half: behind
-    # of two places the first was given to a fresh question, 2 = 1 * 2 + 0: it still comes first
-    played = [evaluate.Rollout(ids=[0] * 5, prompt=prompt) for prompt in (1, 2)]
-    monkeypatch.setattr(sft, "gather", lambda items: list(played))
-    monkeypatch.setattr(sft, "world_size", lambda: 2)
-    monkeypatch.setattr(sft, "get_rank", lambda: 0)
-    assert rl.balance_by_tokens([], 2) == played[1:]
+@pytest.mark.parametrize("lengths, num_per_rank", [
+    # the middles 1.5, 4.5, 9 and 18 of 24
+    pytest.param([3, 3, 6, 12], [3, 1], id="long-one-last"),
+    # the middles 2, 5 and 7 of 8
+    pytest.param([4, 2, 2], [1, 2], id="long-one-first"),
+    pytest.param([], [0, 0], id="none"),
+    pytest.param([5], [0, 1, 0], id="one-for-three"),
+    # a middle at exactly one half belongs to the second rank
+    pytest.param([5, 5, 5], [1, 2], id="exactly-half")])
+def test_balance_by_hand(monkeypatch, lengths, num_per_rank):
+    shares = balanced(monkeypatch, rollouts_of_lengths(lengths), len(num_per_rank))
+    assert [len(share) for share in shares] == num_per_rank
+
+
+def test_a_group_that_was_played_again_keeps_its_place(monkeypatch):
+    """Of two groups the first was played again, as question number 2 = 1 * 2 + 0: it is still in
+    front of the second."""
+    again = evaluate.Rollout(token_ids=[0] * 5, group_index=0, prompt_number=2)
+    first_time = evaluate.Rollout(token_ids=[0] * 5, group_index=1, prompt_number=1)
+    assert balanced(monkeypatch, [first_time, again], 2) == [[again], [first_time]]
+
+
+@pytest.mark.parametrize("group_indices, size, expected", [
+    ([1, 4, 5, 9, 11, 12], 3, [[1, 4, 5], [9, 11, 12]]), ([0, 2, 3, 7], 3, [[0, 2, 3, 7]]),
+    ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])], ids=str)
+def test_mini_batches_are_cut_from_the_groups_with_signal(group_indices, size, expected):
+    args = argparse.Namespace(prompts_per_step=16, mini_batch_size=size)
+    assert rl.mini_batches(dict.fromkeys(group_indices), args, torch.device("cpu")) == expected
 
 
 def update_args(**flags):
     return argparse.Namespace(**{
-        "overturn_mask": True, "mask_void": False, "baseline": "group",
-        "divisor": "completed", "aggregation": "response", "max_new_tokens": 80,
-        "max_turns": 6, "tokens": 700, "clip_low": 0.2,
-        "clip_high": 0.3, "clip_dual": 0.0, "max_norm": 1.0, "prompts_per_step": 2, **flags})
+        "overturn_mask": True, "mask_void": False, "baseline": "group", "divisor": "kept",
+        "aggregation": "response", "max_new_tokens": 80, "max_turns": 6, "micro_batch_tokens": 700,
+        "clip_low": 0.2, "clip_high": 0.3, "max_grad_norm": 1.0, "prompts_per_step": 2, **flags})
 
 
-def test_an_update_encodes_every_image_once_and_aside(trained_folder, prompts, world, monkeypatch):
+def test_an_update_encodes_every_image_once_and_in_a_thread(trained_folder, prompts, world,
+                                                            monkeypatch):
     """Two groups of five: each original is opened and encoded once, each crop once per
     conversation, and the main thread, which trains, does none of it."""
     policy = sft.load_policy(str(trained_folder), "cpu", "float64", prompts)
     rows = tools.read_jsonl(world / "train.jsonl")[:2]
-    rollouts = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16).run(rows, 5, world)
+    engine = evaluate.Engine(policy, evaluate.Limits(6, 6, 80, 1200), 16)
+    rollouts = engine.run(rows, 5, world)
     for i, r in enumerate(rollouts):
         r.advantage = (-1.0) ** i
-    opened, encoded, pixels, open_image = [], [], sft.Policy.preprocess_images, tools.open_image
-    monkeypatch.setattr(tools, "open_image",
-                        lambda path: opened.append(path.name) or open_image(path))
-    monkeypatch.setattr(sft.Policy, "pixels", lambda policy, views: encoded.extend(
-        [threading.current_thread()] * len(views)) or pixels(policy, views))
+        r.group_index = i // 5
+    opened = []
+    encoded = []
+    open_image = tools.open_image
+    preprocess_images = sft.Policy.preprocess_images
+
+    def noting_open_image(path):
+        opened.append(path.name)
+        return open_image(path)
+
+    def noting_preprocess_images(policy, views):
+        encoded.extend([threading.current_thread()] * len(views))
+        return preprocess_images(policy, views)
+
+    monkeypatch.setattr(tools, "open_image", noting_open_image)
+    monkeypatch.setattr(sft.Policy, "preprocess_images", noting_preprocess_images)
     evaluate.open_and_preprocess.cache_clear()
     optimizer = sft.Optimizer(sft.trainable_parameters(policy, True), 1e-5, 0.0)
-    sums, _, norm = rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
-    assert sums["responses"] == 10 and norm > 0
+    statistics = rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
+    assert statistics.sums["num_trained_responses"] == 10 and statistics.grad_norm > 0
     assert opened == [Path(row["image"]).name for row in rows]
-    crops = sum(r.token_ids.count(policy.vision_ids[0]) - 1 for r in rollouts)
-    assert len(encoded) == 2 + crops and crops > 5 and threading.main_thread() not in encoded
+    num_crops = sum(r.token_ids.count(policy.vision_start_id) - 1 for r in rollouts)
+    assert len(encoded) == 2 + num_crops and num_crops > 5
+    assert threading.main_thread() not in encoded
+
+
+def test_micro_batches_are_encoded_one_ahead(trained_policy, monkeypatch):
+    """The update never holds more than two encoded micro-batches: the one it trains on and the
+    next one."""
+    encoded = []
+    trained = []
+    monkeypatch.setattr(rl, "encode_rollouts", lambda policy, rollouts: encoded.append(rollouts))
+
+    def compute_logprobs(policy, rollouts, batch):
+        trained.append(rollouts)
+        assert rollouts == encoded[len(trained) - 1] and len(encoded) <= len(trained) + 1
+        weight = next(p for p in policy.model.parameters() if p.requires_grad)
+        logprobs = weight.sum() * torch.zeros(1, 1, dtype=torch.float64)
+        return logprobs, torch.zeros(1, 1, dtype=torch.float64), masks("1")
+
+    monkeypatch.setattr(rl, "compute_logprobs", compute_logprobs)
+    policy = copy.deepcopy(trained_policy)
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, True), 1e-5, 0.0)
+    rollouts = [evaluate.Rollout(token_ids=[0] * 600, logprobs=[0.0], advantage=1.0,
+                                 sample_number=i) for i in range(6)]
+    rl.update_policy(policy, optimizer, rollouts, update_args(), 1e-5)
+    assert [len(micro_batch) for micro_batch in trained] == [1] * 6
+
+
+# ---- Metrics ------------------------------------------------------------------------------------
+
+
+def test_statistics_of_the_ratio_by_hand():
+    """Ratios 2, 1/2 and 1 with clips at 0.8 and 1.3: two are outside. Mean |log ratio| 2 log 2 / 3.
+    approx_kl is the mean of (ratio - 1) - log ratio: (1 - log 2) + (-1/2 + log 2) + 0 = 1/2 over
+    3 tokens. A second micro-batch, ratio 4: 3 - log 4, in all 3.5 - 2 log 2 over 4."""
+    args = argparse.Namespace(clip_low=0.2, clip_high=0.3)
+    statistics = rl.UpdateStatistics()
+    statistics.add(0.25, torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64).log(), 2, args)
+    log_2 = math.log(2)
+    assert statistics.sums == pytest.approx({
+        "loss": 0.25, "logprob_diff": 2 * log_2, "approx_kl": 0.5, "num_clipped": 2,
+        "num_trained_tokens": 3, "num_trained_responses": 2}, abs=1e-12)
+    assert statistics.max_log_ratio == pytest.approx(log_2)
+    statistics.add(-1.0, torch.tensor([4.0], dtype=torch.float64).log(), 1, args)
+    assert statistics.max_log_ratio == pytest.approx(2 * log_2)
+    metrics = rl.step_metrics([rollout(1.0, logprobs=[0.0])], [statistics], 0,
+                              dict.fromkeys(evaluate.COUNTS, 0), "cpu")
+    assert metrics["approx_kl"] == pytest.approx((3.5 - 2 * log_2) / 4, abs=1e-12)
+    assert metrics["logprob_diff"] == pytest.approx(4 * log_2 / 4)
+    assert metrics["max_log_ratio"] == pytest.approx(2 * log_2)
+    assert metrics["clip_fraction"] == 3 / 4 and metrics["loss"] == -0.75
+    assert metrics["num_trained_responses"] == 3 and metrics["grad_norm"] == 0
+
+
+def test_metrics_of_the_conversations_by_hand():
+    """Four conversations: right after 2 turns, wrong after 1, unfinished after 3, unscored after
+    2. They have 3 + 1 + 4 + 2 = 10 tokens, of log-probability -1/2 but for two of -3: the mean of
+    -log p is (8 / 2 + 6) / 10 = 1."""
+    played = [
+        rollout(1.0, turns=[{}] * 2, logprobs=[-0.5, -0.5, -3.0]),
+        rollout(0.0, turns=[{}], logprobs=[-3.0]),
+        rollout(0.0, "over_turn", turns=[{}] * 3, logprobs=[-0.5] * 4),
+        rollout(None, turns=[{}] * 2, logprobs=[-0.5] * 2)]
+    metrics = rl.step_metrics(played, [rl.UpdateStatistics()], 2,
+                              dict.fromkeys(evaluate.COUNTS, 0), "cpu")
+    expected = {"reward": 1 / 3, "unscored": 1 / 4, "num_rollouts": 4, "mean_turns": 2.0,
+                "mean_turns_correct": 2.0, "answer": 3 / 4, "void": 0.0, "over_turn": 1 / 4,
+                "over_context": 0.0, "incorrect": 1 / 4, "num_sampled_tokens": 10,
+                "mean_response_length": 2.5, "entropy": 1.0, "zero_variance_groups": 2,
+                "num_trained_responses": 0, "approx_kl": 0.0, "loss": 0.0}
+    assert {name: metrics[name] for name in expected} == expected
+
+
+def test_the_mean_of_minus_log_p_estimates_the_entropy():
+    """20,000 draws from (1/2, 1/4, 1/4), whose entropy is 1.5 log 2: within five standard
+    errors."""
+    probabilities = torch.tensor([0.5, 0.25, 0.25])
+    picked = torch.multinomial(probabilities, 20000, True,
+                               generator=torch.Generator().manual_seed(0))
+    played = [rollout(1.0, turns=[{}], logprobs=probabilities[picked].log().tolist())]
+    metrics = rl.step_metrics(played, [rl.UpdateStatistics()], 0,
+                              dict.fromkeys(evaluate.COUNTS, 0), "cpu")
+    # -log p is log 2 or 2 log 2, each half of the time: its deviation is log(2) / 2
+    standard_error = math.log(2) / 2 / 20000**0.5
+    assert abs(metrics["entropy"] - 1.5 * math.log(2)) < 5 * standard_error
+
+
+# ---- The loop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anneal_lr, warmup_ratio, expected", [
+    (False, 0.5, [4.0, 8.0, 8.0, 8.0]), (True, 0.5, [4.0, 6.0, 4.0, 2.0]),
+    (False, 0.0, [8.0, 8.0, 8.0, 8.0]), (False, 1.0, [2.0, 4.0, 6.0, 8.0])])
+def test_learning_rate_by_hand(anneal_lr, warmup_ratio, expected):
+    args = argparse.Namespace(lr=8.0, steps=4, warmup_ratio=warmup_ratio, anneal_lr=anneal_lr)
+    assert [rl.learning_rate(step, args) for step in range(4)] == expected
 
 
 COMMON = ["--prompts_per_step", 4, "--group_size", 4, "--max_turns", 6, "--max_new_tokens", 80,
           "--dtype", "float64", "--max_num_seqs", 16,
           "--max_model_len", 1200, "--warmup_ratio", 0, "--no-anneal_lr", "--eval_every", 0,
-          "--mini_batch_size", 4]     # one update a step: the sampler is then the policy that is trained
+          # one update a step: the sampler is then the policy that is trained
+          "--mini_batch_size", 4]
 
 
 @pytest.fixture(scope="module")
@@ -514,12 +753,13 @@ def runs(trained_folder, world, tmp_path_factory):
     out = tmp_path_factory.mktemp("rl")
     prompts = out / "prompts.json"
     prompts.write_text(json.dumps({"system": "Look closer."}))
-    seen = [{k: row[k] for k in ("id", "image", "question", "answer")}
+    fields = ("id", "image", "question", "answer")
+    seen = [{field: row[field] for field in fields}
             for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
     tools.write_jsonl(world / "seen.jsonl", seen)
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
     common = ["rl.py", "--model", trained_folder,
-              "--data", f"{world / 'seen.jsonl'}:2", world / "seen2.jsonl",
+              "--data", world / "seen.jsonl", world / "seen2.jsonl",
               "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2,
               "--eval_every", 2, "--eval_data", world / "seen2.jsonl",
               "--eval_size", 2, "--eval_turns", 8]
@@ -528,116 +768,60 @@ def runs(trained_folder, world, tmp_path_factory):
     return out, common
 
 
-def largest_difference(a, b):
-    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return max((a[k] - b[k]).abs().max().item() for k in a)
+def largest_difference(folder, other_folder):
+    weights = load_file(folder / "model.safetensors")
+    other_weights = load_file(other_folder / "model.safetensors")
+    return max((weights[name] - other_weights[name]).abs().max().item() for name in weights)
 
 
-def read(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").open()]
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
 def test_two_processes_equal_one(runs, trained_folder):
     out, _ = runs
-    one, two = read(out / "one"), read(out / "two")
+    one = read_metrics(out / "one")
+    two = read_metrics(out / "two")
     assert any(m["num_trained_responses"] > 0 for m in one)
     assert largest_difference(out / "one", trained_folder) > 1e-6
     assert largest_difference(out / "one", out / "two") < 1e-10
-    assert ["val_accuracy" in m for m in one] == [False, True, True] and "val_accuracy_initial" in one[0]
+    assert ["val_accuracy" in m for m in one] == [False, True, True]
+    assert "val_accuracy_initial" in one[0]
     assert all(m["val_accuracy"] in (0.0, 0.5, 1.0) for m in one[1:])
+    # seconds differ, and each process drafts by itself
+    depends = {"seconds_rollout", "seconds_update", "mean_acceptance_length", "acceptance_rate"}
     for a, b in zip(one, two):
-        # each process drafts by itself
-        depends = ("seconds_rollout", "seconds_update", "mean_acceptance_length", "acceptance_rate")
-        assert all(a[k] == pytest.approx(b[k], abs=1e-9) for k in a if k not in depends)
-        assert a["logprob_diff"] < 1e-9 and a["max_log_ratio"] < 1e-8
-
-
-@pytest.mark.parametrize("scores, kept", [((0.9, 0.1), 1), ((0.1, 0.1), 2)])
-def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
-    """Scored after both of two steps: the exported model is that of the better one, the later one
-    if equal."""
-    given = iter([(0.5, None), *((score, None) for score in scores)])
-    monkeypatch.setattr(rl, "validate", lambda *_: next(given))
-    run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
-    assert [m["val_accuracy"] for m in read(tmp_path)] == list(scores)
-    policy = sft.load_policy(str(tmp_path), "cpu", "float64")
-    weights = [b.master for b in sft.Optimizer(sft.trainable_parameters(policy, True), 0.0, 0.0).buckets]
-    same = []
-    for step in (1, 2):
-        state = torch.load(tmp_path / f"state/step_000000{step}/0.pt")["optimizer"]
-        same += [step] * all(torch.equal(a, part["master"]) for a, part in zip(weights, state))
-    assert same == [kept]
-
-
-def test_dumps_are_trajectory_rows(runs, world):
-    """The first eight conversations of a step, here two whole groups, with their advantages."""
-    out, _ = runs
-    assert [p.name for p in sorted((out / "one" / "num_rollouts").iterdir())] == ["step_00002.jsonl"]
-    rows = tools.read_jsonl(out / "one" / "num_rollouts" / "step_00002.jsonl", tools.check_trajectory)
-    assert len(rows) == 8
-    for group in (rows[:4], rows[4:]):
-        assert len({row["id"] for row in group}) == 1
-        assert [row["sample"] for row in group] == [0, 1, 2, 3]
-        rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
-        completed = torch.tensor([[row["finish_reason"] in ("answer", "void") for row in group]])
-        expected = rl.group_advantages(rewards, completed, baseline=0.5)
-        assert [row["advantage"] for row in group] == expected[0].tolist() and expected.any()
-    assert all(row["system"] == "Look closer." and (world / row["image"]).exists() for row in rows)
-
-
-@pytest.mark.parametrize("nproc, whole", [(1, "one"), (2, "two")])
-def test_resume_is_exact(runs, nproc, whole):
-    """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
-    step in the log."""
-    out, common = runs
-    cut = out / f"cut{nproc}"
-    assert crash.run_killed([*common, "--steps", 3], nproc, cut, 2, 0.5, launch=Forked) == 2
-    assert largest_difference(out / whole, cut) == 0
-    assert [m["step"] for m in read(cut)] == [1, 2, 3]
+        assert a.keys() == b.keys()
+        for name in a.keys() - depends:
+            assert a[name] == pytest.approx(b[name], abs=1e-9), name
+        assert a["logprob_diff"] < 1e-9 and a["max_log_ratio"] < 1e-8 and a["approx_kl"] < 1e-9
+        assert a["entropy"] > 0
+        assert a["mean_response_length"] == a["num_sampled_tokens"] / a["num_rollouts"]
 
 
 def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
     """Three questions, one that is sometimes answered right and two whose answer is never given, so
     that one group has signal: one, two and three processes train the same on it. The ranks that did
-    not play it have their part of the update, too."""
+    not play it take part in the update, too."""
     out, _ = runs
     rows = [tools.read_jsonl(world / "train.jsonl")[i] for i in (0, 2, 4)]
-    tools.write_jsonl(world / "half.jsonl", [
-        rows[0], *({**row, "answer": "no such answer"} for row in rows[1:])])
+    never_right = [{**row, "answer": "no such answer"} for row in rows[1:]]
+    tools.write_jsonl(world / "half.jsonl", [rows[0], *never_right])
     common = ["rl.py", "--model", trained_folder, "--data", world / "half.jsonl",
               "--prompts", out / "prompts.json", *COMMON,
               "--prompts_per_step", 3, "--group_size", 8, "--resample", 0, "--steps", 2,
               "--baseline", "group"]
+    num_trained = {}
     for nproc in (1, 2, 3):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
-    assert all(m["zero_variance_groups"] >= 2 for m in read(out / "half1"))
-    assert all(m["num_trained_responses"] > 3 for m in read(out / "half1"))
+        metrics = read_metrics(out / f"half{nproc}")
+        num_trained[nproc] = [m["num_trained_responses"] for m in metrics]
+    assert all(m["zero_variance_groups"] >= 2 for m in read_metrics(out / "half1"))
+    assert all(number > 3 for number in num_trained[1])
     for nproc in (2, 3):
         assert largest_difference(out / "half1", out / f"half{nproc}") < 1e-10
-        assert [m["num_trained_responses"] for m in read(out / "half1")] == [
-            m["num_trained_responses"] for m in read(out / f"half{nproc}")]
+        assert num_trained[nproc] == num_trained[1]
     assert largest_difference(out / "half1", trained_folder) > 1e-6
-
-
-@pytest.mark.parametrize("flag, mask, value, expected", [
-    (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
-    ("estimate", True, 0.9, 0.9), ("estimate", True, 0.0, 0.0), ("estimate", True, None, "group"),
-    ("outcome", True, 0.9, "group"),
-    (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
-def test_what_is_subtracted_in_a_step(flag, mask, value, expected):
-    """Where nothing is masked the baseline pays nothing, and is the group's mean."""
-    args = argparse.Namespace(baseline=flag, overturn_mask=mask)
-    assert rl.step_baseline(args, value) == expected
-
-
-def test_resuming_without_the_log_is_refused(tmp_path):
-    """The best score so far stands there only."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
-        rl.history(tmp_path)
-    rows = [{"val_accuracy": 0.5, "unfinished_accuracy": 0.7}, {"unfinished_accuracy": 0.8}, {"val_accuracy": None, "unfinished_accuracy": None}]
-    tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert rl.history(tmp_path) == (0.5, None)
 
 
 def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, world, tmp_path):
@@ -649,70 +833,168 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
     run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl",
                *COMMON, "--max_new_tokens", 4,
                "--steps", 1, "--out", tmp_path / "out", nproc=2)
-    metrics = read(tmp_path / "out")[0]
-    assert (metrics["zero_variance_groups"] == 4 and metrics["void"] == 1.0
-            and metrics["num_trained_responses"] == 0)
+    metrics = read_metrics(tmp_path / "out")[0]
+    assert metrics["zero_variance_groups"] == 4 and metrics["void"] == 1.0
+    assert metrics["num_trained_responses"] == 0 and metrics["grad_norm"] == 0
     assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
 
 
-def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
-    """As a user starts them, with checkpointing: what a stage prints is its own lines only."""
-    coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch_size", 2]
-    step = ["rl.py", "--data", world / "train.jsonl",
-            "--prompts_per_step", 2, "--group_size", 2, "--max_num_seqs", 4,
-            "--max_new_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
-            "--eval_turns", 2]
-    started = {stage: crash.launch(
-        [stage, "--model", trained_folder, *flags, "--steps", 1, "--gradient_checkpointing",
-         "--out", tmp_path / stage],
-        env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
-        for stage, *flags in (coldstart, step)}
-    for stage, process in started.items():
-        code, out, err = crash.finish(process)
-        assert code == 0, err
-        lines = [line for line in (out + err).splitlines() if line]
-        ours = (f"{stage}: ", f"{stage[:-3]} ", f"{stage[:-3]}: ", f"{trained_folder}: ",
-                "12 questions")
-        assert lines and all(line.startswith(ours) for line in lines), lines
+def test_saved_rollouts_are_trajectory_rows(runs, world):
+    """The first eight conversations of a step, here two whole groups, with their advantages."""
+    out, _ = runs
+    folder = out / "one" / "rollouts"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_00002.jsonl"]
+    rows = tools.read_jsonl(folder / "step_00002.jsonl", tools.check_trajectory)
+    assert len(rows) == 8
+    for group in (rows[:4], rows[4:]):
+        assert len({row["id"] for row in group}) == 1
+        assert [row["sample"] for row in group] == [0, 1, 2, 3]
+        rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
+        kept = torch.tensor([[row["finish_reason"] in ("answer", "void") for row in group]])
+        expected = rl.group_advantages(rewards, kept, 0.5)
+        assert [row["advantage"] for row in group] == expected[0].tolist() and expected.any()
+    assert all(row["system"] == "Look closer." and (world / row["image"]).exists() for row in rows)
+
+
+@pytest.mark.parametrize("scores, kept", [((0.9, 0.1), 1), ((0.1, 0.1), 2)],
+                         ids=["first-is-better", "equal"])
+def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
+    """Validated after both of two steps: the exported model is that of the better one, the later
+    one if equal."""
+    results = iter([(0.5, None), *((score, None) for score in scores)])
+    monkeypatch.setattr(rl, "validate", lambda *_: next(results))
+    run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
+    assert [m["val_accuracy"] for m in read_metrics(tmp_path)] == list(scores)
+    policy = sft.load_policy(str(tmp_path), "cpu", "float64")
+    optimizer = sft.Optimizer(sft.trainable_parameters(policy, True), 0.0, 0.0)
+    exported = [bucket.master for bucket in optimizer.buckets]
+    same = []
+    for step in (1, 2):
+        state = torch.load(tmp_path / f"state/step_000000{step}/0.pt")["optimizer"]
+        if all(torch.equal(a, shard["master"]) for a, shard in zip(exported, state)):
+            same.append(step)
+    assert same == [kept]
+
+
+@pytest.mark.parametrize("nproc, whole", [(1, "one"), (2, "two")])
+def test_resume_is_exact(runs, nproc, whole):
+    """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
+    step in the log."""
+    out, common = runs
+    cut = out / f"cut{nproc}"
+    assert crash.run_killed([*common, "--steps", 3], nproc, cut, 2, 0.5, launch=Forked) == 2
+    assert largest_difference(out / whole, cut) == 0
+    assert [m["step"] for m in read_metrics(cut)] == [1, 2, 3]
+
+
+def test_a_resumed_run_knows_the_best_score(tmp_path):
+    rows = [{"val_accuracy": 0.5, "unfinished_accuracy": 0.7}, {"unfinished_accuracy": 0.8},
+            {"val_accuracy": None, "unfinished_accuracy": None}]
+    tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    assert rl.read_history(tmp_path) == (0.5, None)
+    tools.write_jsonl(tmp_path / "metrics.jsonl", rows[1:2])
+    assert rl.read_history(tmp_path) == (-1.0, 0.8)
+
+
+def test_resuming_without_the_log_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
+        rl.read_history(tmp_path)
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, expected", [("group", "group"), ("completed", "completed"),
+                                            ("estimate", "estimate"), ("outcome", "outcome"),
+                                            ("0.5", 0.5), ("-1", -1.0), ("0", 0.0)])
+def test_a_baseline_is_a_word_or_a_number(text, expected):
+    assert rl.baseline_flag(text) == expected
+
+
+@pytest.mark.parametrize("text", ["mean", "nan", "inf", ""])
+def test_other_baselines_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="group, completed, estimate, outcome"):
+        rl.baseline_flag(text)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--group_size", "1"], "--group_size must be at least 2"),
+    (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
+    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0")],
+    ids=lambda value: value if isinstance(value, str) else None)
+def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, message):
+    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
+    with pytest.raises(tools.InputError, match=message):
+        rl.parse_args()
+
+
+@pytest.fixture
+def question_files(tmp_path):
+    """Two question files of five rows each, in folders of their own."""
+    for name in "ab":
+        tools.write_jsonl(tmp_path / name / "q.jsonl", [
+            {"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
+            for i in range(5)])
+    return [tmp_path / "a" / "q.jsonl", tmp_path / "b" / "q.jsonl"]
+
+
+def test_question_files_are_concatenated(question_files):
+    """Each question with its own file's folder, in which its image lies."""
+    args = argparse.Namespace(data=question_files, eval_data=question_files[1], eval_every=1,
+                              eval_size=2, prompts_per_step=10)
+    questions = rl.load_questions(args)
+    assert [(row["id"], folder.name) for row, folder in questions.training] == [
+        (f"{name}{i}", name) for name in "ab" for i in range(5)]
+    assert [(row["id"], folder.name) for row, folder in questions.held_out] == [
+        ("b0", "b"), ("b1", "b")]
+    args.eval_every = 0
+    assert rl.load_questions(args).held_out == []
+
+
+def test_too_few_questions_are_refused(question_files):
+    args = argparse.Namespace(data=question_files, eval_every=0, prompts_per_step=11)
+    with pytest.raises(tools.InputError, match="--data has 10 questions to train on, fewer than "
+                       "--prompts_per_step 11"):
+        rl.load_questions(args)
+
+
+def test_a_missing_question_file_says_which_stage_makes_it(tmp_path):
+    args = argparse.Namespace(data=[tmp_path / "none.jsonl"], eval_every=0, prompts_per_step=1)
+    with pytest.raises(tools.InputError, match="build_data.py"):
+        rl.load_questions(args)
 
 
 def test_mistakes_are_one_line(trained_folder, world, monkeypatch):
     data = ["--data", world / "train.jsonl", "--eval_every", 0]
     done = run_script("rl.py", "--model", trained_folder, *data, "--prompts_per_step", 1,
                       nproc=2, check=False)
-    assert (done.returncode != 0
-            and "--prompts_per_step 1 is less than the number of processes 2" in done.stderr)
+    assert done.returncode != 0
+    assert "--prompts_per_step 1 is less than the number of processes 2" in done.stderr
     monkeypatch.setattr("sys.argv", ["rl.py", "--model", "checkpoints/none", *map(str, data),
                                      "--prompts_per_step", "4"])
     with pytest.raises(tools.InputError, match="python sft.py"):
         rl.main()
 
 
-def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, world, tmp_path):
-    """Answers in other words are unscored while the judge fails: their groups leave no signal,
-    whatever the other rewards are."""
-    rows = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
-    args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group=4, overturn_mask=True,
-                              mask_void=False, overturn_penalty=0.0,
-                              baseline="group", max_turns=6)
-    with ChatServer(lambda body: (503, {}, b"")) as server:
-        judge = evaluate.Judge(tools.ChatClient(server.url, role="judge", attempts=1), tmp_path)
-        engine = evaluate.Engine(trained_policy, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
-        groups, played, silent = rl.collect_groups(engine, [rows], [1.0], 0, [0, 1, 2, 3], args,
-                                                   "group")
-        # no exact match: all is left to the judge
-        held_out = [(dict(row, answer="something else"), world) for row, _ in rows]
-        args.eval_turns, args.max_images = 6, 6
-        assert rl.validate(engine, held_out, args, 0, 1)[0] is None
-    unscored = [r for r in played if r.reward is None]
-    assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
-    assert not any(r.reward is None for part in groups.values() for r in part)
-    assert len(played) > 16 and set(silent) | set(groups) == {0, 1, 2, 3}
-    sums = {"loss": 0.0, "logprob_diff": 0.0, "clipped": 0.0, "tokens": 0, "responses": 0}
-    metrics = rl.step_metrics(played, sums, 0.0, [], len(silent), (0, 0), "cpu", engine.counts)
-    assert 1 <= metrics["mean_acceptance_length"] <= 9 and 0 <= metrics["acceptance_rate"] <= 1
-    right = sum(r.reward == 1.0 for r in played)
-    assert (metrics["unscored"] == len(unscored) / len(played)
-            and metrics["reward"] == right / max(1, len(played) - len(unscored)))
-    answered = sum(r.finish_reason == "answer" for r in played)
-    assert metrics["incorrect"] == (answered - right - len(unscored)) / len(played)
+def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
+    """As a user starts them, with gradient checkpointing: what a stage prints is its own lines
+    only."""
+    coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch_size", 2]
+    step = ["rl.py", "--data", world / "train.jsonl",
+            "--prompts_per_step", 2, "--group_size", 2, "--max_num_seqs", 4,
+            "--max_new_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
+            "--eval_turns", 2]
+    started = {}
+    for stage, *flags in (coldstart, step):
+        started[stage] = crash.launch(
+            [stage, "--model", trained_folder, *flags, "--steps", 1, "--gradient_checkpointing",
+             "--out", tmp_path / stage],
+            env={"PYTHONWARNINGS": "default,ignore::ResourceWarning"})
+    for stage, process in started.items():
+        code, out, err = crash.finish(process)
+        assert code == 0, err
+        lines = [line for line in (out + err).splitlines() if line]
+        name = stage.removesuffix(".py")
+        ours = (f"{stage}: ", f"{name} ", f"{name}: ", f"{trained_folder}: ", "12 questions")
+        assert lines and all(line.startswith(ours) for line in lines), lines

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 
-from conftest import ROOT, run_here, run_script
+from support.launch import ROOT, run_here, run_script
 
 TOY = {     # a flag that is given twice counts as it was given last
     "build_data.py": "--train 24 --test 3 --val 6 --scenes 2 --workers 1",

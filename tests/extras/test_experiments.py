@@ -5,22 +5,24 @@ import json
 import pytest
 
 import evaluate
-from extras import experiments
 import tools
+from extras import experiments
 
 
-def play(kind, text, reward, finish="answer"):
+def conversation(kind, text, reward, finish_reason="answer"):
+    """Return the row of a conversation of two turns about a shape or a digit."""
+    first_turn = {"text": "<think>I see no red walls. Hint. Go top."}
     return {"id": f"{kind}_{text}_{reward}", "source": f"synthetic_{kind}", "reward": reward,
-            "finish_reason": finish, "turns": [{"text": "<think>I see no red walls. Hint. Go top."},
-                                        {"text": text}]}
+            "finish_reason": finish_reason, "turns": [first_turn, {"text": text}]}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A run of four conversations a level: a right and a wrong one, a lucky guess, an unfinished
-    one; and its two steps of training."""
-    rows = [play("shape", "Answer star.", 1.0), play("digit", "Answer 7.", 0.0),
-            play("shape", "Guess star.", 1.0), play("digit", "Go top.", 0.0, "over_turn")]
+    """A run of four conversations a level: a correct and an incorrect one, a lucky guess, an
+    unfinished one; and its two steps of training."""
+    rows = [conversation("shape", "Answer star.", 1.0), conversation("digit", "Answer 7.", 0.0),
+            conversation("shape", "Guess star.", 1.0),
+            conversation("digit", "Go top.", 0.0, "over_turn")]
     out = tmp_path / "results" / "half.seed3"
     levels = dict.fromkeys(("easy", "medium", "hard"), rows)
     for level in levels:
@@ -35,23 +37,32 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_run_is_one_line(folder, monkeypatch, capsys):
-    """Added once, however often it is named; a folder that is not done yet is passed over."""
+    """A run is added once, however often it is named. A folder without a table is skipped."""
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["experiments.py", "results/half.seed3", "results/x.seed0"])
         experiments.main()
     row, = tools.read_jsonl(experiments.FIGURES)
-    assert (row["run"], row["seed"], row["tokens"], row["turns"]) == ("half", 3, 1500, 2.0)
+    assert (row["run"], row["seed"]) == ("half", 3)
+    assert (row["num_sampled_tokens"], row["mean_turns_correct"]) == (1500, 2.0)
     assert row["accuracy"]["hard"] == dict.fromkeys(experiments.BUDGETS, 0.5)
     assert row["shares"] == {"incorrect": 0.25, "unfinished": 0.25, "void": 0.0, "guess": 0.25,
                              "guess, shape": 0.5, "guess, digit": 0.0, "hint first": 1.0}
-    said = capsys.readouterr().out
-    assert "| `half` | 1 |" + " 50.0 |" * 7 in said and "| 2.0 | 1.5 |" in said
+    printed = capsys.readouterr().out
+    assert "| `half` | 1 |" + " 50.0 |" * 7 in printed and "| 2.0 | 1.5 |" in printed
 
 
 def test_seeds_are_put_together(folder, monkeypatch, capsys):
     """By hand: 0.5 and 0.7 have the mean 0.6 and s = 0.1414; 12.706 s / sqrt(2) is 1.27."""
     row = experiments.measure(folder)
-    other = {**row, "seed": 4, "accuracy": {
-        level: dict.fromkeys(experiments.BUDGETS, 0.7) for level in row["accuracy"]}}
+    accuracy = {level: dict.fromkeys(experiments.BUDGETS, 0.7) for level in row["accuracy"]}
+    other = {**row, "seed": 4, "accuracy": accuracy}
     experiments.print_tables({"half": [row, other]})
     assert "| `half` | 2 | 60.0 ± 127.1 |" in capsys.readouterr().out
+
+
+def test_a_chart_without_matplotlib_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["experiments.py", "--chart", "mask.png"])
+    message = "^--chart needs matplotlib: pip install matplotlib$"
+    with pytest.raises(tools.InputError, match=message):
+        experiments.main()

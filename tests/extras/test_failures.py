@@ -1,4 +1,4 @@
-"""Specification of failures.py: one conversation of each kind, by hand."""
+"""Specification of extras/failures.py: one conversation of each kind, by hand."""
 
 import pytest
 
@@ -8,10 +8,11 @@ CALL = '<grounding>{"bbox_2d": [0.0, 0.0, 0.333, 0.333], "source": "original_ima
 QUESTION = {"colour": "red", "target_attribute": "star"}      # What digit is on the red star?
 
 
-@pytest.mark.parametrize("kind, text, finish, prediction, reward", [
-    ("right", "<think>I see red star 6. Want star. Yes. Answer 6.</think><answer>6</answer>",
+@pytest.mark.parametrize("kind, text, finish_reason, prediction, reward", [
+    ("correct", "<think>I see red star 6. Want star. Yes. Answer 6.</think><answer>6</answer>",
      "answer", "6", 1.0),
-    ("guess, right", "<think>I see no red. Guess 6.</think><answer>6</answer>", "answer", "6", 1.0),
+    ("guess, correct", "<think>I see no red. Guess 6.</think><answer>6</answer>",
+     "answer", "6", 1.0),
     ("guess", "<think>I see no red. Guess 7.</think><answer>7</answer>", "answer", "7", 0.0),
     ("tag", "<think>I see red star 6. Want star. Yes. Answer 6.</think><answer>8</answer>",
      "answer", "8", 0.0),
@@ -26,13 +27,17 @@ QUESTION = {"colour": "red", "target_attribute": "star"}      # What digit is on
      "void", None, 0.0),
     ("void", "<think>I see no red.</think>", "void", None, 0.0),
     ("over_turn", "<think>Later top. Go top.</think>" + CALL, "over_turn", None, 0.0)])
-def test_kinds(kind, text, finish, prediction, reward):
-    row = {"turns": [{"text": text}], "finish_reason": finish, "prediction": prediction, "reward": reward}
+def test_kind_of_a_conversation(kind, text, finish_reason, prediction, reward):
+    row = {"turns": [{"text": text}], "finish_reason": finish_reason, "prediction": prediction,
+           "reward": reward}
     assert failures.kind_of(row, QUESTION) == kind
 
 
-def test_plans_and_shares():
-    assert failures.plan_of({"turns": [
-        {"text": "<think>I see no red walls. Scan. Later top."}]}) == "Scan."
-    assert failures.plan_of({"turns": [{"text": "<think>Go top."}]}) == "none"
-    assert failures.shares(["a", "c", "a", "b"], ["b", "d"]) == "b 25.0  a 50.0  c 25.0"
+@pytest.mark.parametrize("plan, text", [
+    ("Scan.", "<think>I see no red walls. Scan. Later top."), ("none", "<think>Go top.")])
+def test_plan_of_a_first_turn(plan, text):
+    assert failures.plan_of({"turns": [{"text": text}]}) == plan
+
+
+def test_shares_are_printed_in_order_and_only_if_they_occur():
+    assert failures.format_shares(["a", "c", "a", "b"], ["b", "d"]) == "b 25.0  a 50.0  c 25.0"

@@ -1,5 +1,5 @@
-"""Specification of extras/report.py: intervals by hand, seeds that are one experiment, what a damaged
-folder is told, and the page, which is also driven in a real browser where there is one."""
+"""Specification of extras/report.py: intervals by hand, seeds that are one experiment, errors about
+damaged folders, and the page, which is also driven in a real browser where there is one."""
 
 import html
 import json
@@ -14,17 +14,20 @@ import pytest
 from PIL import Image
 
 import evaluate
-from extras import report
 import tools
+from extras import report
+
+# what a model may write to attack the page
+EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
 
 
-def run(monkeypatch, *args):
-    """report.py with these arguments, in this process."""
+def run_report(monkeypatch, *args):
+    """Run report.py with these arguments, in this process."""
     monkeypatch.setattr("sys.argv", ["report.py", *map(str, args)])
     report.main()
 
 
-EVIL = "</script><img src=x onerror=document.title='run'><b id=evil>{{DATA}}"
+# ---- Tables over seeds --------------------------------------------------------------------------
 
 
 def test_an_interval_over_seeds_is_students():
@@ -39,7 +42,7 @@ def test_an_interval_over_seeds_is_students():
 
 
 def evaluated(accuracy, error, turns, samples=400):
-    """A table.json."""
+    """Return a table.json with one level."""
     return {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error),
                      "mean_turns_correct": turns, "questions": 200, "samples": samples}}
 
@@ -47,11 +50,12 @@ def evaluated(accuracy, error, turns, samples=400):
 @pytest.fixture
 def levels():
     """Three seeds of "full", and "llama-3.1"."""
-    seeds = enumerate([(0.2, 7.0), (0.3, None), (0.4, 8.0)])
-    tables = {f"full.seed{i}": evaluated({"6": a, "32": a + 0.5}, 0.01, turns)
-              for i, (a, turns) in seeds}
-    other = evaluated({"6": 0.1, "32": 0.125}, 0.05, None)
-    return report.compare({**tables, "llama-3.1": other})
+    tables = {}
+    for seed, (accuracy, turns) in enumerate([(0.2, 7.0), (0.3, None), (0.4, 8.0)]):
+        accuracies = {"6": accuracy, "32": accuracy + 0.5}
+        tables[f"full.seed{seed}"] = evaluated(accuracies, 0.01, turns)
+    tables["llama-3.1"] = evaluated({"6": 0.1, "32": 0.125}, 0.05, None)
+    return report.compare(tables)
 
 
 def test_seeds_of_an_experiment_are_one_row(levels):
@@ -65,7 +69,8 @@ def test_seeds_of_an_experiment_are_one_row(levels):
 def test_runs_of_other_levels_and_budgets_share_a_table():
     """Each level has the runs that were evaluated on it; a budget that a run lacks is left
     empty."""
-    one, two = evaluated({"6": 0.1}, 0.0, None), evaluated({"4": 0.2}, 0.0, None)
+    one = evaluated({"6": 0.1}, 0.0, None)
+    two = evaluated({"4": 0.2}, 0.0, None)
     levels = report.compare({"one": {**one, "easy": one["hard"]}, "two": two})
     assert report.comparison("hard", levels["hard"])[1:] == [
         ["one", "1", "", "10.0 ± 0.0", ""], ["two", "1", "20.0 ± 0.0", "", ""]]
@@ -85,25 +90,28 @@ def test_names_are_never_taken_for_seeds_by_chance():
     with pytest.raises(tools.InputError, match="one.seed0 would be a seed of one, which is there"):
         report.compare({"one.seed0": {}, "one": {}})
     table = evaluated({"6": 0.1}, 0.0, None)
-    found = report.compare({"llama-3.1": table, "llama-3.2": table, "a.seed1": table})
-    assert list(found["hard"]) == ["llama-3.1", "llama-3.2", "a"]
+    levels = report.compare({"llama-3.1": table, "llama-3.2": table, "a.seed1": table})
+    assert list(levels["hard"]) == ["llama-3.1", "llama-3.2", "a"]
 
 
-def test_published_figures_stand_beside_ours(capsys):
+def test_published_figures_are_printed_next_to_ours(capsys):
     """At the largest budget; a run without one of the benchmarks has an empty cell there."""
-    def part(benchmark, **accuracy):
+    def level(benchmark, **accuracy):
         return {"benchmark": benchmark, "accuracy": accuracy}
 
     report.print_published({"mine": {"easy": {"accuracy": {"6": 1.0}}}})
     assert capsys.readouterr().out == ""
     report.print_published({
-        "mine": {"vstar": part("vstar", **{"6": 0.9, "12": 1 / 3}),
-                 "4k": part("hrbench_4k", **{"6": 0.5})},
-        "other": {"vstar": part("vstar", **{"6": 0.25})}})
-    said = capsys.readouterr().out
-    assert "| % | vstar | hrbench_4k |" in said
-    assert "| Mini-o3 7B, published | 88.2 | 77.5 |" in said
-    assert "| mine, here | 33.3 | 50.0 |\n| other, here | 25.0 |  |" in said
+        "mine": {"vstar": level("vstar", **{"6": 0.9, "12": 1 / 3}),
+                 "4k": level("hrbench_4k", **{"6": 0.5})},
+        "other": {"vstar": level("vstar", **{"6": 0.25})}})
+    printed = capsys.readouterr().out
+    assert "| % | vstar | hrbench_4k |" in printed
+    assert "| Mini-o3 7B, published | 88.2 | 77.5 |" in printed
+    assert "| mine, here | 33.3 | 50.0 |\n| other, here | 25.0 |  |" in printed
+
+
+# ---- The chart ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, start", [("chart.png", b"\x89PNG"), ("chart.svg", b"<?xml")])
@@ -115,32 +123,35 @@ def test_a_chart_of_accuracy_over_turns(levels, tmp_path, name, start):
 
 def test_a_chart_without_matplotlib_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = "^--chart needs matplotlib: pip install matplotlib$"
-    with pytest.raises(tools.InputError, match=told):
-        run(monkeypatch, tmp_path, "--chart", tmp_path / "chart.png")
+    message = "^--chart needs matplotlib: pip install matplotlib$"
+    with pytest.raises(tools.InputError, match=message):
+        run_report(monkeypatch, tmp_path, "--chart", tmp_path / "chart.png")
 
 
 def test_a_chart_is_a_png_or_svg(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(tools.InputError, match="--chart c.doc must end in .png or .svg"):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-        run(monkeypatch, tmp_path, "--chart", "c.doc")
+        run_report(monkeypatch, tmp_path, "--chart", "c.doc")
+
+
+# ---- The page -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def page(world, tmp_path, monkeypatch):
-    """The page about two runs of three trajectories each: right, wrong (what the model writes
-    attacks the page), unscored."""
+    """The page about two runs. The first has a correct trajectory, an incorrect one whose text
+    attacks the page, and an unscored one; the second has 150 correct ones."""
     row = tools.read_jsonl(world / "coldstart.jsonl")[0]
-    rows = [row, dict(row, reward=0.0, prediction=EVIL, finish="void",
-                      turns=[dict(turn, text=EVIL) for turn in row["turns"]]),
-            dict(row, reward=None)]
-    for name, kept in (("one", rows), ("two", rows[:1] * 150)):
-        tools.write_jsonl(tmp_path / name / "train.jsonl", kept)
-        (tmp_path / name / "table.json").write_text(json.dumps(evaluate.summarise({"train": kept},
-                                                                                  [2, 32])))
+    attack = dict(row, reward=0.0, prediction=EVIL, finish_reason="void",
+                  turns=[dict(turn, text=EVIL) for turn in row["turns"]])
+    unscored = dict(row, reward=None)
+    for name, rows in (("one", [row, attack, unscored]), ("two", [row] * 150)):
+        tools.write_jsonl(tmp_path / name / "train.jsonl", rows)
+        table = evaluate.summarise({"train": rows}, [2, 32])
+        (tmp_path / name / "table.json").write_text(json.dumps(table))
     tools.write_jsonl(tmp_path / "run" / "metrics.jsonl",
                       [{"step": i, "reward": i / 9, "val_accuracy": None} for i in range(1, 4)])
-    run(monkeypatch, tmp_path / "one", tmp_path / "two", "--data", world / "train.jsonl",
+    run_report(monkeypatch, tmp_path / "one", tmp_path / "two", "--data", world / "train.jsonl",
         "--curves", tmp_path / "run/metrics.jsonl", "--out", tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -158,22 +169,23 @@ def test_the_report_holds_everything_and_escapes_what_models_write(page, world):
     assert list(data["levels"]["train"]) == ["one", "two"]
     assert data["tables"]["train"][1][:2] == ["one", "1"]
     shown = data["runs"][0]["rows"][0]
-    assert list(data["images"]) == [shown["picture"]]
-    assert data["images"][shown["picture"]].startswith("data:image/")
-    assert shown["picture"] == str(world / tools.read_jsonl(world / "coldstart.jsonl")[0]["image"])
+    assert list(data["images"]) == [shown["image_path"]]
+    assert data["images"][shown["image_path"]].startswith("data:image/")
+    first_row = tools.read_jsonl(world / "coldstart.jsonl")[0]
+    assert shown["image_path"] == str(world / first_row["image"])
 
 
-ASKED = '"id": "a", "question": "q", "answer": "a"'
+QUESTION = '"id": "a", "question": "q", "answer": "a"'
 GOOD = {"train": {"accuracy": {"6": 0.5}, "standard_error": {"6": 0.1}, "mean_turns_correct": 3.0,
                   "samples": 3}}
 
 
-def damaged(part):
-    """A table.json of which a part is something else."""
-    return json.dumps({"train": {**GOOD["train"], **part}})
+def damaged(fields):
+    """Return the text of a table.json in which some fields are something else."""
+    return json.dumps({"train": {**GOOD["train"], **fields}})
 
 
-@pytest.mark.parametrize("file, text, words", [
+@pytest.mark.parametrize("file, text, message", [
     ("one/table.json", None, "has no table.json: evaluate into it first"),
     ("one/table.json", "[1]", "table.json is not what"),
     ("one/table.json", "[" * 100_000, "table.json is not what"),
@@ -192,24 +204,28 @@ def damaged(part):
      "train.jsonl has 3 rows, but table.json is about 4 samples"),
     ("one/train.jsonl", None, "train.jsonl does not exist"),
     ("one/train.jsonl", '{"turns": 3}', "train.jsonl:1: field 'id'"),
-    ("one/train.jsonl", '{%s, "image": "../a.png", "turns": []}' % ASKED, "must stay inside"),
-    ("one/train.jsonl", '{%s, "image": "a", "turns": [], "reward": "1"}' % ASKED, "'reward'"),
+    ("one/train.jsonl", '{%s, "image": "../a.png", "turns": []}' % QUESTION, "must stay inside"),
+    ("one/train.jsonl", '{%s, "image": "a", "turns": [], "reward": "1"}' % QUESTION, "'reward'"),
     ("run/metrics.jsonl", '\n{"reward": 1}',
      "metrics.jsonl:2: field 'step' must be a whole number")],
     ids=lambda value: str(value)[:60])
-def test_what_is_missing_or_damaged_is_one_line(page, world, monkeypatch, file, text, words):
+def test_a_missing_or_damaged_file_is_one_line(page, world, monkeypatch, file, text, message):
     path = page.parent / file
-    path.unlink() if text is None else path.write_text(text)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
     before = page.read_bytes()
-    with pytest.raises(tools.InputError, match=words):
-        run(monkeypatch, page.parent / "one", "--data", world / "train.jsonl",
+    with pytest.raises(tools.InputError, match=message):
+        run_report(monkeypatch, page.parent / "one", "--data", world / "train.jsonl",
             "--curves", page.parent / "run/metrics.jsonl", "--out", page)
     assert page.read_bytes() == before
 
 
 def test_a_level_without_questions_is_one_line(page, world, monkeypatch):
     with pytest.raises(tools.InputError, match="names no file train.jsonl"):
-        run(monkeypatch, page.parent / "two", "--data", world / "coldstart.jsonl", "--out", page)
+        run_report(monkeypatch, page.parent / "two", "--data", world / "coldstart.jsonl",
+                   "--out", page)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -231,7 +247,8 @@ addEventListener("load", () => {
   look("all"); press("j"); press("j"); look("third"); press("k"); look("second");
   seen.text = document.querySelector("#shown pre").textContent;
   choose("filter_run", "two"); find("after").click(); look("page two");
-  choose("filter_verdict", "incorrect"); look("none"); choose("filter_run", "one"); look("incorrect");
+  choose("filter_verdict", "incorrect"); look("none");
+  choose("filter_run", "one"); look("incorrect");
   choose("filter_verdict", "all"); choose("filter_finish", "answer"); look("answered");
   seen.lines = count("#accuracy polyline"); seen.curves = count("#curves svg");
   seen.crop = document.querySelector("#shown canvas").width; seen.evil = find("evil");
@@ -248,7 +265,8 @@ def test_the_report_in_a_browser(page, world):
                           page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     seen = json.loads(html.unescape(re.search(r"<body>(.*)</body>", dom, re.DOTALL)[1]))
     row = tools.read_jsonl(world / "coldstart.jsonl")[0]
-    turns, zooms = len(row["turns"]), sum("zoom" in turn for turn in row["turns"][:-1])
+    turns = len(row["turns"])
+    zooms = sum("zoom" in turn for turn in row["turns"][:-1])
     assert seen["all"] == ["153 of 153 trajectories", 100, 0, turns, zooms]
     assert seen["third"][2] == 2 and seen["second"][2] == 1 and seen["text"] == EVIL
     assert seen["page two"] == ["150 of 153 trajectories", 50, 0, turns, zooms]
@@ -259,21 +277,26 @@ def test_the_report_in_a_browser(page, world):
     assert "<title>Mini-o3 report</title>" in dom
 
 
+# ---- The picture --------------------------------------------------------------------------------
+
+
 def test_picture_of_a_trajectory(world, tmp_path):
-    """The first zoom's box stands where it lies in the original, 560 pixels wide at (10, 10);
-    beside it, 110 pixels wide at 580, what each turn has seen."""
+    """The first zoom's box is drawn where it is in the original, which is 560 pixels wide and
+    begins at (10, 10). Next to it, 110 pixels wide from 580 on, is what each turn has seen."""
     solved = next(row for row in tools.read_jsonl(world / "coldstart.jsonl")
                   if len(row["turns"]) > 1)
-    report.draw_trajectory({**solved, "picture": str(world / solved["image"])},
+    report.draw_trajectory({**solved, "image_path": str(world / solved["image"])},
                            tmp_path / "t.png")
-    drawn, image = tools.open_image(tmp_path / "t.png"), tools.open_image(world / solved["image"])
+    drawn = tools.open_image(tmp_path / "t.png")
+    image = tools.open_image(world / solved["image"])
     x0, y0, x1, y1 = solved["turns"][0]["zoom"]["bbox_2d"]
     inset = 2 + 2 * 2
     edges = [(x0, (y0 + y1) / 2, inset, 0), ((x0 + x1) / 2, y0, 0, inset),
              (x1, (y0 + y1) / 2, -inset, 0), ((x0 + x1) / 2, y1, 0, -inset)]
     for x, y, dx, dy in edges:
-        at = 10 + round(x * 560) + dx, 10 + round(y * 560 * image.height / image.width) + dy
-        assert drawn.getpixel(at) == (255, 0, 120)
+        pixel_x = 10 + round(x * 560) + dx
+        pixel_y = 10 + round(y * 560 * image.height / image.width) + dy
+        assert drawn.getpixel((pixel_x, pixel_y)) == (255, 0, 120)
     first = drawn.crop((580, 10, 690, 10 + round(110 * image.height / image.width)))
     shown = image.resize(first.size, Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(first, float) - np.asarray(shown, float)).mean() < 2
