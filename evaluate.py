@@ -108,10 +108,10 @@ class Rollout(sft.Sequence):
         uniforms[n] belongs to the n-th sampled token of the conversation. A draft token that is
         rejected does not use one up.
         """
-        first = len(self.logprobs)
-        while len(self.uniforms) < first + count:
+        num_sampled = len(self.logprobs)
+        while len(self.uniforms) < num_sampled + count:
             self.uniforms += self.random_generator.random(64, dtype=np.float32).tolist()
-        return self.uniforms[first:first + count]
+        return self.uniforms[num_sampled:num_sampled + count]
 
     def to_row(self):
         """Return the trajectory row that is written to JSONL."""
@@ -164,25 +164,31 @@ def plan_spans(num_new):
         >>> plan_spans([70, 1, 5, 1, 30])
         [(0, 1), (1, 4), (4, 5)]
     """
-    spans = []
-    for slot, count in enumerate(num_new):
-        if slot == 0:
-            spans.append((0, 1))
-            continue
+    spans = [(0, 1)]
+    for slot in range(1, len(num_new)):
         first, _ = spans[-1]
-        count_before = num_new[slot - 1]
+        num_before = num_new[slot - 1]
         has_room = slot - first < MAX_SPAN_SLOTS
-        both_short = max(count, count_before) <= MAX_SHORT_FEED
-        if has_room and both_short and abs(count - count_before) <= MAX_SPAN_PADDING:
+        both_short = max(num_new[slot], num_before) <= MAX_SHORT_FEED
+        if has_room and both_short and abs(num_new[slot] - num_before) <= MAX_SPAN_PADDING:
             spans[-1] = (first, slot + 1)
         else:
             spans.append((slot, slot + 1))
     return [(first, last) for first, last in spans if max(num_new[first:last]) > 0]
 
 
+class Span(NamedTuple):
+    """Neighbouring slots that attend in one call: b slots with w rows each, over S columns."""
+    query_rows: slice               # b * w rows
+    slots: slice                    # b slots of the cache
+    width: int                      # w
+    num_columns: int                # S
+    mask: torch.Tensor = None       # (b, 1, w * H / K, S); None: one slot with many new tokens
+
+
 class RowPlan(NamedTuple):
-    """Where new tokens go in the cache, and in which rows they attend. Integer arrays."""
-    spans: list                     # [(first, last)] of plan_spans
+    """Where the N new tokens go in the cache, and in which of P rows they attend."""
+    spans: list
     slot_of_token: np.ndarray       # (N,)
     column_of_token: np.ndarray     # (N,) where its key and value are written
     row_of_token: np.ndarray        # (N,)
@@ -193,41 +199,46 @@ class RowPlan(NamedTuple):
 def plan_rows(first_slot, num_cached, num_new):
     """Plan the attention of neighbouring slots, of which the first is first_slot.
 
-    num_cached, num_new: arrays with the number of cached and of new tokens of each slot. All N new
-    tokens are given end to end. To attend, they are laid out in P rows: every slot is padded to the
+    num_cached, num_new: arrays with the number of cached and of new tokens of each slot. All new
+    tokens are given end to end. To attend, they are laid out in rows: every slot is padded to the
     most new tokens of its span. Returns a RowPlan.
 
     Slots 2 and 3 have 5 and 6 cached tokens and get 1 and 2 new ones. They are one span, and row 1
     is padding:
 
         >>> plan_rows(2, np.array([5, 6]), np.array([1, 2]))
-        RowPlan(spans=[(0, 2)],
-                slot_of_token=array([2, 3, 3]),
-                column_of_token=array([5, 6, 7]),
-                row_of_token=array([0, 2, 3]),
-                token_of_row=array([0, 0, 1, 2]),
-                last_visible=array([5, 6, 6, 7]))
+        RowPlan(spans=[Span(slice(0, 4), slots=slice(2, 4), width=2, num_columns=8)],
+                slot_of_token=[2 3 3], column_of_token=[5 6 7], row_of_token=[0 2 3],
+                token_of_row=[0 0 1 2], last_visible=[5 6 6 7])
     """
-    spans = plan_spans(num_new)
-    slots = []
-    columns = []
-    is_real = []
-    for first, last in spans:
-        new = num_new[first:last, None]                                 # (b, 1)
-        offset = np.arange(new.max())                                   # (w,)
-        slot = first_slot + np.arange(first, last)                      # (b,)
-        column = num_cached[first:last, None] + offset                  # (b, w)
-        slots.append(slot.repeat(len(offset)))                          # (b * w,)
-        columns.append(column.ravel())                                  # (b * w,)
-        is_real.append((offset < new).ravel())                          # (b * w,)
-    slot_of_row = np.concatenate(slots)                                 # (P,)
-    column_of_row = np.concatenate(columns)                             # (P,)
-    is_real_row = np.concatenate(is_real)                               # (P,)
+    spans = []
+    slot_parts = []
+    column_parts = []
+    is_token_parts = []
+    num_rows = 0
+    for first, last in plan_spans(num_new):
+        # 1. The rows of a span: w for each of its b slots.
+        new = num_new[first:last, None]                                     # (b, 1)
+        cached = num_cached[first:last, None]                               # (b, 1)
+        width = int(new.max())
+        offset = np.arange(width)                                           # (w,)
+        slot = np.arange(first_slot + first, first_slot + last)             # (b,)
+        slot_parts.append(slot.repeat(width))                               # (b * w,)
+        column_parts.append((cached + offset).ravel())                      # (b * w,)
+        is_token_parts.append((offset < new).ravel())                       # (b * w,)
+        # 2. What its attention call needs.
+        query_rows = slice(num_rows, num_rows + (last - first) * width)
+        span_slots = slice(first_slot + first, first_slot + last)
+        spans.append(Span(query_rows, span_slots, width, int((cached + new).max())))
+        num_rows = query_rows.stop
+    # 3. Rows without padding are the tokens, in order.
+    is_token = np.concatenate(is_token_parts)                               # (P,)
+    column_of_row = np.concatenate(column_parts)                            # (P,)
     return RowPlan(spans,
-                   slot_of_token=slot_of_row[is_real_row],
-                   column_of_token=column_of_row[is_real_row],
-                   row_of_token=is_real_row.nonzero()[0],
-                   token_of_row=np.where(is_real_row, is_real_row.cumsum() - 1, 0),
+                   slot_of_token=np.concatenate(slot_parts)[is_token],
+                   column_of_token=column_of_row[is_token],
+                   row_of_token=is_token.nonzero()[0],
+                   token_of_row=np.where(is_token, is_token.cumsum() - 1, 0),
                    last_visible=column_of_row)
 
 
@@ -277,42 +288,32 @@ class SlotCache:
 
     def plan(self, first_slot, num_cached, num_new):
         """Prepare a forward pass over neighbouring slots, see plan_rows. Returns a CachePlan."""
-        # 1. Room for the longest conversation, and a row for every new token.
-        num_columns = num_cached + num_new
-        self.reserve(num_columns.max())
-        rows = plan_rows(first_slot, num_cached, num_new)
-        # 2. In a masked span every query head that shares a key head is a row of its own.
-        last_visible = rows.last_visible.repeat(self.queries_per_key)       # (P * H / K,)
-        slot_of_token, column_of_token, row_of_token, token_of_row, last_visible = to_device(
-            self.device, rows.slot_of_token, rows.column_of_token, rows.row_of_token,
-            rows.token_of_row, last_visible)
-        # 3. The rows, slots and columns of every span.
-        columns = torch.arange(num_columns.max(), device=self.device)
+        num_columns = int((num_cached + num_new).max())
+        self.reserve(num_columns)
+        row_plan = plan_rows(first_slot, num_cached, num_new)
+        # In a mask every query head that shares a key head has a row of its own.
+        mask_rows = row_plan.last_visible.repeat(self.queries_per_key)      # (P * H / K,)
+        *indices, last_visible = to_device(
+            self.device, row_plan.slot_of_token, row_plan.column_of_token, row_plan.row_of_token,
+            row_plan.token_of_row, mask_rows)
+        columns = torch.arange(num_columns, device=self.device)
         spans = []
-        first_row = 0
-        for first, last in rows.spans:
-            width = int(num_new[first:last].max())
-            last_row = first_row + (last - first) * width
-            length = int(num_columns[first:last].max())
-            mask = None
-            if width <= MAX_SHORT_FEED:
-                mask_rows = slice(first_row * self.queries_per_key,
-                                  last_row * self.queries_per_key)
-                mask = self.mask(columns[:length], last_visible[mask_rows], width)
-            slots = slice(first_slot + first, first_slot + last)
-            spans.append(Span(first_row, last_row, width, slots, length, mask))
-            first_row = last_row
-        return CachePlan(self.layers, slot_of_token, column_of_token, row_of_token, token_of_row,
-                         spans)
+        for span in row_plan.spans:
+            spans.append(span._replace(mask=self.mask(span, columns, last_visible)))
+        return CachePlan(self.layers, spans, *indices)
 
-    def mask(self, columns, last_visible, width):
-        """Return the mask of one span: 0 in columns that a query sees, -inf in the others.
+    def mask(self, span, columns, last_visible):
+        """Return a span's mask (b, 1, w * H / K, S): 0 in columns that a query sees, else -inf.
 
-        columns (S,); last_visible (b * w * H / K,) -> (b, 1, w * H / K, S)
+        None for a slot with many new tokens: in a large model its mask would take gigabytes.
         """
-        last_visible = last_visible.view(-1, 1, width * self.queries_per_key, 1)
+        if span.width > MAX_SHORT_FEED:
+            return None
+        first = span.query_rows.start * self.queries_per_key
+        last = span.query_rows.stop * self.queries_per_key
+        last_of_row = last_visible[first:last].view(-1, 1, span.width * self.queries_per_key, 1)
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.where(columns > last_visible, -math.inf, zero)
+        return torch.where(columns[:span.num_columns] > last_of_row, -math.inf, zero)
 
     def copy_out(self, slot, length):
         """Return copies of the first `length` keys and values of a slot, layer by layer."""
@@ -325,16 +326,6 @@ class SlotCache:
                 tensor[slot, :, :saved_tensor.shape[1]] = saved_tensor      # (K, length, D)
 
 
-class Span(NamedTuple):
-    """Neighbouring slots that attend in one call: b slots with w rows each, over S columns."""
-    first_row: int
-    last_row: int               # excluded; last_row - first_row = b * w
-    width: int                  # w
-    slots: slice                # b slots of the cache
-    length: int                 # S
-    mask: torch.Tensor          # (b, 1, w * H / K, S), or None: one slot with many new tokens
-
-
 @dataclass
 class CachePlan:
     """What the model uses as its KV cache in one forward pass over N new tokens.
@@ -342,11 +333,11 @@ class CachePlan:
     Every layer calls update(), and then attend() through the attention function of sft.py.
     """
     layers: list                        # of the SlotCache
-    slot_of_token: torch.Tensor         # (N,)
-    column_of_token: torch.Tensor       # (N,)
-    row_of_token: torch.Tensor          # (N,)
-    token_of_row: torch.Tensor          # (P,)
     spans: list
+    slot_of_token: torch.Tensor         # these four as in RowPlan
+    column_of_token: torch.Tensor
+    row_of_token: torch.Tensor
+    token_of_row: torch.Tensor
 
     def update(self, key, value, layer_index, *args, **kwargs):
         """Write the keys and values of the new tokens, (1, K, N, D) each, into a layer.
@@ -365,26 +356,25 @@ class CachePlan:
         (num_slots, K, length, D), as update() returns them. Returns (1, N, H, D).
         """
         num_key_heads = key.shape[1]
-        rows = query[0].transpose(0, 1)[self.token_of_row]                  # (P, H, D)
-        rows = rows.unflatten(1, (num_key_heads, -1))                       # (P, K, H / K, D)
+        query_rows = query[0].transpose(0, 1)[self.token_of_row]            # (P, H, D)
+        query_rows = query_rows.unflatten(1, (num_key_heads, -1))           # (P, K, H / K, D)
         outputs = []
         for span in self.spans:
             attention = attend_unmasked if span.mask is None else attend_masked
             outputs.append(attention(
-                span,
-                rows[span.first_row:span.last_row],                         # (b * w, K, H / K, D)
-                key[span.slots, :, :span.length],                           # (b, K, S, D)
-                value[span.slots, :, :span.length], scaling))
+                span, query_rows[span.query_rows],                          # (b * w, K, H / K, D)
+                key[span.slots, :, :span.num_columns],                      # (b, K, S, D)
+                value[span.slots, :, :span.num_columns], scaling))
         return torch.cat(outputs)[self.row_of_token][None]                  # (1, N, H, D)
 
 
-def attend_masked(span, rows, keys, values, scaling):
+def attend_masked(span, query_rows, keys, values, scaling):
     """Attend with a few new tokens per slot. Returns (b * w, H, D).
 
     The H / K query heads that share a key head are laid along the query axis. So keys are neither
     repeated nor read twice.
     """
-    queries = rows.unflatten(0, (-1, span.width))                           # (b, w, K, H / K, D)
+    queries = query_rows.unflatten(0, (-1, span.width))                     # (b, w, K, H / K, D)
     queries = queries.transpose(1, 2).flatten(2, 3)                         # (b, K, w * H / K, D)
     output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=span.mask,
                                             scale=scaling)                  # (b, K, w * H / K, D)
@@ -392,15 +382,14 @@ def attend_masked(span, rows, keys, values, scaling):
     return output.flatten(2, 3).flatten(0, 1)
 
 
-def attend_unmasked(span, rows, keys, values, scaling):
+def attend_unmasked(span, query_rows, keys, values, scaling):
     """Attend with many new tokens of one slot. Returns (w, H, D).
 
-    Its last token sees all columns, the one before it all but one, and so on. The kernel knows this
-    pattern; as a tensor the mask would take gigabytes in a large model.
+    Its last token sees all columns, the one before it all but one, and so on.
     """
-    queries = rows.flatten(1, 2).transpose(0, 1)[None]                      # (1, H, w, D)
+    queries = query_rows.flatten(1, 2).transpose(0, 1)[None]                # (1, H, w, D)
     output = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=causal_lower_right(span.width, span.length),
+        queries, keys, values, attn_mask=causal_lower_right(span.width, span.num_columns),
         scale=scaling, enable_gqa=True)                                     # (1, H, w, D)
     return output[0].transpose(0, 1)
 
@@ -422,17 +411,17 @@ class Feed(NamedTuple):
     num_cached_tokens: int
     position: int           # M-RoPE position of the first new token
     pending_ids: list       # tokens of the conversation that are not in the cache yet
-    draft: list             # proposed tokens after them (without drafts: [])
+    draft_ids: list         # proposed tokens after them (without drafts: [])
     image: tuple            # (patches, grid) of an image among pending_ids, or None
 
     @property
     def token_ids(self):
-        return self.pending_ids + self.draft
+        return self.pending_ids + self.draft_ids
 
     @property
     def num_sampled(self):
-        """A token is sampled after the last pending token and after every token of the draft."""
-        return len(self.draft) + 1 if self.pending_ids else 0
+        """A token is sampled after the last pending token, and after each token of the draft."""
+        return len(self.draft_ids) + 1 if self.pending_ids else 0
 
 
 def split_list(items, sizes):
@@ -489,8 +478,9 @@ class Engine:
         self.counts = collections.Counter()
 
     def free_cache(self):
-        """Free the memory of the KV cache; the next run takes it again."""
+        """Free the memory of keys and values; the next run takes it again."""
         self.cache = None
+        self.prefilled = None
 
     @torch.inference_mode()
     def run(self, rows, num_samples, root, prompt_numbers=None, progress=None):
@@ -563,8 +553,8 @@ class Engine:
     def encode_prompt(self, slot, row):
         """Run the model on a question's prompt, in a slot that is free. Returns a Prefill."""
         image, preprocessed = next(self.prompt_images)
-        _, grid = preprocessed
-        token_ids = self.policy.prompt_ids(row, grid)
+        _, image_grid = preprocessed
+        token_ids = self.policy.prompt_ids(row, image_grid)
         limits = self.limits
         tools.check(len(token_ids) + limits.max_new_tokens <= limits.max_model_len,
                     f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
@@ -590,37 +580,39 @@ class Engine:
         sampled_ids, sampled_logprobs = self.sample_tokens(logprobs, uniforms)
         # 3. Append what was sampled. The tool answers turns that are complete.
         sizes = [feed.num_sampled for feed in feeds]
+        ids_of_slot = split_list(sampled_ids, sizes)
+        logprobs_of_slot = split_list(sampled_logprobs, sizes)
         finished_slots = []
-        for feed, next_position, new_ids, new_logprobs in zip(
-                feeds, next_positions, split_list(sampled_ids, sizes),
-                split_list(sampled_logprobs, sizes)):
+        for slot, feed in enumerate(feeds):
             if feed.num_sampled == 0:
                 continue
-            rollout = self.slots[feed.slot]
+            rollout = self.slots[slot]
             rollout.pending_image = None
-            if self.accept(rollout, feed.draft, new_ids, new_logprobs, next_position):
+            turn_is_over = self.accept(rollout, feed.draft_ids, ids_of_slot[slot],
+                                       logprobs_of_slot[slot], next_positions[slot])
+            if turn_is_over:
                 self.finish_turn(rollout)
             if rollout.finish_reason is not None:
-                finished_slots.append(feed.slot)
+                finished_slots.append(slot)
         # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.
         for slot in reversed(finished_slots):
             self.evict(slot)
 
     def schedule(self):
-        """Return one Feed per slot, in order."""
+        """Return one Feed per slot, in order: pending tokens, and a draft of the next ones."""
         image_slots = self.slots_to_feed_images()
         feeds = []
         for slot, rollout in enumerate(self.slots):
             pending_ids = []
-            draft = []
+            draft_ids = []
             image = None
             if slot in image_slots:
                 image = rollout.pending_image.result()[0]
             if rollout.pending_image is None or slot in image_slots:
                 pending_ids = rollout.token_ids[rollout.num_cached_tokens:]
-                draft = self.draft_for(rollout)
+                draft_ids = self.draft_for(rollout)
             feeds.append(Feed(slot, rollout.num_cached_tokens, rollout.next_position, pending_ids,
-                              draft, image))
+                              draft_ids, image))
         return feeds
 
     def slots_to_feed_images(self):
@@ -661,16 +653,16 @@ class Engine:
             feed_positions, next_position = self.feed_positions(feed)
             positions.append(feed_positions)
             next_positions.append(next_position)
-        input_ids, position_ids, sampled_after = to_device(
+        input_ids, position_ids, sample_index = to_device(      # (1, N), (3, 1, N), (M,)
             device, np.array([token_ids]), np.concatenate(positions, axis=1)[:, None],
-            np.array(sampled_after))                                        # (1, N), (3, 1, N), (M,)
+            np.array(sampled_after))
         # 2. Images.
         image_inputs = {}
         images = [feed.image for feed in feeds if feed.image is not None]
         if images:
-            image_inputs["pixel_values"] = torch.cat([patches for patches, _ in images]).to(device)
-            image_inputs["image_grid_thw"] = torch.tensor([grid for _, grid in images],
-                                                          device=device)
+            patches, image_grids = zip(*images)
+            image_inputs["pixel_values"] = torch.cat(patches).to(device)    # (all patches, C)
+            image_inputs["image_grid_thw"] = torch.tensor(image_grids, device=device)
         # 3. Where keys and values are written, and what every token attends to.
         plan = self.cache.plan(feeds[0].slot,
                                np.array([feed.num_cached_tokens for feed in feeds]),
@@ -681,16 +673,16 @@ class Engine:
             input_ids=input_ids, position_ids=position_ids,
             attention_mask=torch.zeros(1, 1, 1, 1), use_cache=True, attend=plan.attend,
             **{self.cache_argument: plan}, **image_inputs).last_hidden_state[0]     # (N, D)
-        return sft.vocab_logprobs(policy, hidden[sampled_after]), next_positions
+        return sft.vocab_logprobs(policy, hidden[sample_index]), next_positions
 
     def feed_positions(self, feed):
         """Return the M-RoPE positions of a feed's tokens, (3, n), and the position after them."""
         if feed.image is None:
             next_position = feed.position + len(feed.token_ids)
             return np.tile(np.arange(feed.position, next_position), (3, 1)), next_position
-        _, grid = feed.image
+        _, image_grid = feed.image
         positions, next_position = sft.mrope_positions(
-            feed.token_ids, [grid], self.policy.image_token_id, self.policy.merge_size,
+            feed.token_ids, [image_grid], self.policy.image_token_id, self.policy.merge_size,
             feed.position)
         return positions.numpy(), next_position
 
@@ -711,7 +703,7 @@ class Engine:
         token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]      # (M,)
         # One transfer from the device for both.
         id_list, logprob_list = torch.stack([token_ids.double(), token_logprobs.double()]).tolist()
-        return [int(token_id) for token_id in id_list], logprob_list
+        return list(map(int, id_list)), logprob_list
 
     def finish_turn(self, rollout):
         """Parse a complete turn and let the tool answer it, or set finish_reason."""
@@ -734,11 +726,12 @@ class Engine:
         """Append the tool's message, with the crop after a zoom. If it and one more turn do not
         fit, the conversation ends as over_context."""
         turn = rollout.turns[-1]
-        grid = None
+        image_grid = None
         if "zoom" in turn:
-            grid = self.policy.image_grid(rollout.views[-1])
-        num_observations = len(rollout.views) - 1
-        message_ids = self.policy.tool_message_ids(turn, len(rollout.turns), num_observations, grid)
+            image_grid = self.policy.image_grid(rollout.views[-1])
+        message_ids = self.policy.tool_message_ids(
+            turn, turn_number=len(rollout.turns), num_observations=len(rollout.views) - 1,
+            grid=image_grid)
         num_tokens = len(rollout.token_ids) + len(message_ids)
         if num_tokens + self.limits.max_new_tokens > self.limits.max_model_len:
             rollout.finish_reason = "over_context"
@@ -773,8 +766,8 @@ class Engine:
         free_slot = slot
         first_of_next_group = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
         for first in range(first_of_next_group, len(self.slots), MAX_SPAN_SLOTS):
-            group = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
-            longest = max(group, key=lambda other: self.slots[other].num_cached_tokens)
+            next_group = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
+            longest = max(next_group, key=lambda other: self.slots[other].num_cached_tokens)
             self.move(longest, free_slot)
             free_slot = longest
         # 3. Fill it.
@@ -805,14 +798,14 @@ class Engine:
             return []
         num_left = self.limits.max_new_tokens - (len(rollout.token_ids) - rollout.turn_start)
         max_tokens = min(self.num_speculative_tokens, num_left - 1)
-        draft = []
+        draft_ids = []
         for token_id in self.proposer.propose(rollout.token_ids, max_tokens):
             if token_id in self.never_drafted:
                 break
-            draft.append(token_id)
-        return draft
+            draft_ids.append(token_id)
+        return draft_ids
 
-    def accept(self, rollout, draft, sampled_ids, sampled_logprobs, next_position):
+    def accept(self, rollout, draft_ids, sampled_ids, sampled_logprobs, next_position):
         """Verify a draft and append the sampled tokens that are valid. Return whether the turn is
         over: it ends in one of policy.stop_ids, or is full.
 
@@ -829,11 +822,12 @@ class Engine:
         """
         # 1. Compare.
         num_accepted = 0
-        while num_accepted < len(draft) and draft[num_accepted] == sampled_ids[num_accepted]:
+        while (num_accepted < len(draft_ids)
+               and draft_ids[num_accepted] == sampled_ids[num_accepted]):
             num_accepted += 1
-        num_rejected = len(draft) - num_accepted
+        num_rejected = len(draft_ids) - num_accepted
         self.counts["sequence_passes"] += 1
-        self.counts["draft_tokens"] += len(draft)
+        self.counts["draft_tokens"] += len(draft_ids)
         self.counts["accepted_tokens"] += num_accepted
         # 2. Append what is valid. Its last token is not in the cache yet.
         rollout.num_cached_tokens = len(rollout.token_ids) + num_accepted
@@ -868,21 +862,22 @@ class NgramProposer:
         """
         context = token_ids[-self.ngram_sizes[-1]:]
         probability = 1.0
-        draft = []
-        while len(draft) < max_tokens:
-            guess = None
+        draft_ids = []
+        while len(draft_ids) < max_tokens:
+            # Without any n-gram in the table the hit rate is 0, and the draft ends.
+            guessed_id = None
             hit_rate = 0.0
-            for size in self.ngram_sizes:
-                ngram = tuple(context[-size:])
+            for ngram_size in self.ngram_sizes:
+                ngram = tuple(context[-ngram_size:])
                 if ngram not in self.guesses:
                     break
-                guess, hit_rate = self.guesses[ngram]
+                guessed_id, hit_rate = self.guesses[ngram]
             probability *= hit_rate
             if probability < min_probability:
                 break
-            draft.append(guess)
-            context.append(guess)
-        return draft
+            draft_ids.append(guessed_id)
+            context.append(guessed_id)
+        return draft_ids
 
     def update(self, token_ids, start):
         """Learn from the tokens token_ids[start:], which the policy has just written.
@@ -897,17 +892,18 @@ class NgramProposer:
             self.guesses.clear()
         for index in range(start, len(token_ids)):
             token_id = token_ids[index]
-            for size in self.ngram_sizes:
-                ngram = tuple(token_ids[index - size:index])
+            for ngram_size in self.ngram_sizes:
+                ngram = tuple(token_ids[index - ngram_size:index])
                 if ngram not in self.guesses:
                     self.guesses[ngram] = (token_id, 0.7)
                     break
-                guess, hit_rate = self.guesses[ngram]
-                hit_rate += 0.2 * ((guess == token_id) - hit_rate)
-                if hit_rate <= 0.3:
-                    guess = token_id
-                    hit_rate = 0.7
-                self.guesses[ngram] = (guess, hit_rate)
+                guessed_id, hit_rate = self.guesses[ngram]
+                is_hit = guessed_id == token_id
+                hit_rate += 0.2 * (is_hit - hit_rate)
+                if hit_rate > 0.3:
+                    self.guesses[ngram] = (guessed_id, hit_rate)
+                else:
+                    self.guesses[ngram] = (token_id, 0.7)
 
 
 # Engine.counts: forward passes of each sequence; tokens that were drafted, and accepted
@@ -946,41 +942,41 @@ def scored_rows(rows):
     return [row for row in rows if row["reward"] is not None]
 
 
-def accuracy_per_question(rows, budget):
+def accuracy_per_question(rows, turn_budget):
     """Return {question id: share of its scored samples that are correct and finished within
-    `budget` turns}. A question without a scored sample is left out."""
+    `turn_budget` turns}. A question without a scored sample is left out."""
     accuracy = {}
     for question_id, samples in group_by(scored_rows(rows), "id").items():
-        is_correct = [row["reward"] == 1.0 and len(row["turns"]) <= budget for row in samples]
+        is_correct = [row["reward"] == 1.0 and len(row["turns"]) <= turn_budget for row in samples]
         accuracy[question_id] = statistics.fmean(is_correct)
     return accuracy
 
 
-def avg_at_k(rows, budget):
+def avg_at_k(rows, turn_budget):
     """Return Avg@K at a turn budget and its standard error.
 
-    It is the share of samples that are correct and finished within `budget` turns, first per
+    It is the share of samples that are correct and finished within `turn_budget` turns, first per
     question, then over questions. rows: trajectory rows of one level.
     """
-    return mean_and_error(list(accuracy_per_question(rows, budget).values()))
+    return mean_and_error(list(accuracy_per_question(rows, turn_budget).values()))
 
 
-def benchmark_score(rows, budget):
+def benchmark_score(rows, turn_budget):
     """Return a level's score and its standard error: Avg@K, except for HR-Bench. That benchmark
     asks each question in several cycles and has a rule of its own for them."""
     if not any("cycle" in row for row in rows):
-        return avg_at_k(rows, budget)
+        return avg_at_k(rows, turn_budget)
     from extras import import_data
-    return import_data.avg_at_k_over_cycles(rows, accuracy_per_question(rows, budget))
+    return import_data.avg_at_k_over_cycles(rows, accuracy_per_question(rows, turn_budget))
 
 
-def pass_rates(rows, budget):
+def pass_rates(rows, turn_budget):
     """Return a row per question for build_data.py --filter: id, share of correct samples, samples.
 
     A question with an unscored sample is left out. Exact matches need no judge, so the rate over
     its other samples would be too high.
     """
-    accuracy = accuracy_per_question(rows, budget)
+    accuracy = accuracy_per_question(rows, turn_budget)
     rates = []
     for question_id, samples in group_by(rows, "id").items():
         if len(scored_rows(samples)) == len(samples):
@@ -997,28 +993,31 @@ def summarise(levels, budgets):
     """
     table = {level: summarise_level(level, rows, budgets) for level, rows in levels.items()}
     if len(table) > 1:
-        mean_accuracy = {}
-        mean_error = {}
-        for budget in map(str, budgets):
-            errors = [summary["standard_error"][budget] for summary in table.values()]
-            mean_accuracy[budget] = statistics.fmean(
-                summary["accuracy"][budget] for summary in table.values())
-            mean_error[budget] = math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
-        table["mean"] = {"accuracy": mean_accuracy, "standard_error": mean_error}
+        # JSON has no numbers as keys, so budgets are texts in the table.
+        accuracy = {}
+        standard_error = {}
+        for turn_budget in map(str, budgets):
+            means = [summary["accuracy"][turn_budget] for summary in table.values()]
+            variances = [summary["standard_error"][turn_budget] ** 2 for summary in table.values()]
+            accuracy[turn_budget] = statistics.fmean(means)
+            standard_error[turn_budget] = math.sqrt(sum(variances)) / len(table)
+        table["mean"] = {"accuracy": accuracy, "standard_error": standard_error}
     return table
 
 
 def summarise_level(level, rows, budgets):
-    """Return a dict: score and standard error per budget, mean turns, shares of finish reasons, and
-    the score per category at the largest budget, where questions have a category."""
+    """Return a dict: score and standard error per turn budget, mean turns, shares of finish
+    reasons, and the score per category at the largest budget, where questions have a category."""
     scored = scored_rows(rows)
     tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
                 "replies; see that it answers and run the same command again")
     # 1. Scores.
     accuracy = {}
     standard_error = {}
-    for budget in budgets:
-        accuracy[str(budget)], standard_error[str(budget)] = benchmark_score(rows, budget)
+    for turn_budget in budgets:
+        mean, error = benchmark_score(rows, turn_budget)
+        accuracy[str(turn_budget)] = mean
+        standard_error[str(turn_budget)] = error
     with_category = [row for row in scored if "category" in row]
     categories = {}
     for category, category_rows in sorted(group_by(with_category, "category").items()):
@@ -1058,16 +1057,18 @@ def print_table(table, budgets, num_samples):
     rows = []
     for level, summary in table.items():
         cells = [level]
-        for budget in map(str, budgets):
-            cells.append(percent(summary["accuracy"][budget], summary["standard_error"][budget]))
+        for turn_budget in map(str, budgets):
+            mean = summary["accuracy"][turn_budget]
+            cells.append(percent(mean, summary["standard_error"][turn_budget]))
         rows.append(cells + conversation_cells(summary))
-    print_rows(["level", *(f"T={budget}" for budget in budgets), "turns (correct)",
+    print_rows(["level", *(f"T={turn_budget}" for turn_budget in budgets), "turns (correct)",
                 *FINISH_REASONS], rows)
     for level, summary in table.items():
         if summary.get("unscored"):
             print(f"{level}: {summary['unscored']} of {summary['samples']} samples have no score, "
-                  "since a server gave no usable reply, and are left out; the others flatter "
-                  "(words that match need no judge). Run the same command to ask once more")
+                  "since a server gave no usable reply, and are left out; the accuracy of the "
+                  "others is too high (words that match need no judge). Run the same command to "
+                  "ask once more")
         if summary.get("categories"):
             print()
             print_rows([f"{level}, T={budgets[-1]}", "% (standard error)"],
@@ -1106,7 +1107,7 @@ def run_digest(level, rows, args, prompts):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def play_level(engine, path, rows, digest, args, process):
+def play_level(engine, question_file, rows, digest, args, process):
     """Play all questions of one file, num_samples times each, shared out over ranks.
 
     Samples that an interrupted run of this digest has finished are not played again, whatever its
@@ -1125,12 +1126,12 @@ def play_level(engine, path, rows, digest, args, process):
     # 3. Play them, a few slots' worth between two saves.
     block_size = max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
-    with tools.progress_bar(total=len(my_questions) * args.num_samples, desc=path.stem,
+    with tools.progress_bar(total=len(my_questions) * args.num_samples, desc=question_file.stem,
                             disable=process.rank != 0) as progress:
         for start in range(0, len(my_questions), block_size):
             block = my_questions[start:start + block_size]
-            rollouts = engine.run([rows[index] for index in block], args.num_samples, path.parent,
-                                  block, progress)
+            rollouts = engine.run([rows[index] for index in block], args.num_samples,
+                                  question_file.parent, block, progress)
             block_rows = [rollout.to_row() for rollout in rollouts]
             journal.add(*block_rows)
             new_rows += block_rows
@@ -1168,7 +1169,7 @@ def add_judge_flags(parser):
 
 def make_judge(args, rank):
     """Return the judge that --judge names, or None."""
-    if args.judge is None:
+    if not args.judge:
         return None
     from extras.served import ChatClient, Judge
     client = ChatClient(args.judge, args.judge_model, "judge", timeout=60.0)
@@ -1272,15 +1273,17 @@ def main():
     engine = make_player(args, prompts, process)
     # 1. Read all questions first: a mistake in the last file should not show after hours.
     questions = {}
-    for path in args.data:
-        questions[path] = tools.read_questions(path, "python build_data.py")[:args.limit]
-        tools.check(questions[path], f"{path} has no rows")
+    for question_file in args.data:
+        rows = tools.read_questions(question_file, "python build_data.py")[:args.limit]
+        tools.check(rows, f"{question_file} has no rows")
+        questions[question_file] = rows
     # 2. Play them.
     levels = {}
     digests = {}
-    for path, rows in questions.items():
-        digests[path.stem] = run_digest(path.stem, rows, args, prompts)
-        levels[path.stem] = play_level(engine, path, rows, digests[path.stem], args, process)
+    for question_file, rows in questions.items():
+        level = question_file.stem
+        digests[level] = run_digest(level, rows, args, prompts)
+        levels[level] = play_level(engine, question_file, rows, digests[level], args, process)
     # 3. Score them.
     if process.rank == 0:
         write_results(levels, engine, args)

@@ -49,7 +49,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -211,7 +210,7 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
     how_to_make = f"; make it with: {hint}" if hint else ""
     tools.check(not is_local or (Path(path) / "config.json").exists(),
                 f"{path} holds no model{how_to_make}")
-    # 2. Load. A damaged file shows as any of a dozen exceptions of several libraries.
+    # 2. A damaged file shows as any of a dozen exceptions of several libraries.
     try:
         check_device(path, check_family(path), device, dtype)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device))
@@ -295,8 +294,8 @@ def encode(policy, row, root):
     images = policy.preprocess_images(views)
     # 2. The prompt, with the original.
     sequence = Sequence()
-    _, grid = images[0]
-    sequence.append(policy.prompt_ids(row, grid), False, images[0])
+    _, original_grid = images[0]
+    sequence.append(policy.prompt_ids(row, original_grid), False, images[0])
     # 3. The turns. After each except the last comes the tool's message.
     num_observations = 0
     for turn_number, turn in enumerate(row["turns"], 1):
@@ -328,25 +327,25 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
         height     0 1   2 2 2 3 3 3   5
         width      0 1   2 3 4 2 3 4   5      the next position is 6
     """
-    axes = []           # (3, length) each
-    num_tokens = 0      # how many tokens have their position already
-    position = start
+    chunks = []             # (3, length) each
+    text_start = 0          # index of the first token after the last image
+    text_position = start
     for _, grid_height, grid_width in image_grids:
         # 1. The text before the image.
-        image_start = token_ids.index(image_token_id, num_tokens)
-        text_end = position + image_start - num_tokens
-        axes.append(torch.arange(position, text_end).expand(3, -1))
+        image_start = token_ids.index(image_token_id, text_start)
+        image_position = text_position + image_start - text_start
+        chunks.append(torch.arange(text_position, image_position).expand(3, -1))
         # 2. The image, row by row.
         h = grid_height // merge_size
         w = grid_width // merge_size
         cell = torch.arange(h * w)
-        axes.append(torch.stack([torch.zeros_like(cell), cell // w, cell % w]) + text_end)
-        num_tokens = image_start + h * w
-        position = text_end + max(h, w)
+        chunks.append(image_position + torch.stack([torch.zeros_like(cell), cell // w, cell % w]))
+        text_start = image_start + h * w
+        text_position = image_position + max(h, w)
     # 3. The text after the last image.
-    text_end = position + len(token_ids) - num_tokens
-    axes.append(torch.arange(position, text_end).expand(3, -1))
-    return torch.cat(axes, dim=1), text_end
+    next_position = text_position + len(token_ids) - text_start
+    chunks.append(torch.arange(text_position, next_position).expand(3, -1))
+    return torch.cat(chunks, dim=1), next_position
 
 
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
@@ -515,8 +514,8 @@ def train_step(policy, optimizer, sequences, lr, args):
     global batch, the gradient's norm before clipping, and the number of tokens in the loss."""
     # 1. Denominators over all ranks, before the batch is cut into micro-batches.
     lengths = [sum(sequence.loss_mask) for sequence in sequences]
-    num_responses = sum(length > 0 for length in lengths)
-    num_tokens, num_responses = all_reduce([sum(lengths), num_responses], policy.device)
+    local_counts = [sum(lengths), sum(length > 0 for length in lengths)]
+    num_tokens, num_responses = all_reduce(local_counts, policy.device)
     denominator = max(1, num_tokens if args.aggregation == "token" else num_responses)
     # 2. Gradients, summed over micro-batches and ranks.
     loss = optimizer.backward(
@@ -625,7 +624,7 @@ def broadcast_weights(model):
             dist.broadcast(tensor.data, src=0)
 
 
-# ---- Data parallel: from the naive version to a sharded optimizer --------------------------------
+# ---- Data parallel: from the naive version to a sharded optimizer -------------------------------
 # Three steps. 1: all_reduce_gradients, after backward. 2: buckets, reduced while backward runs.
 # 3: each rank keeps the optimizer's state of its own shard of the model only. Class Optimizer does
 # the second step, and with shard=True the third.
@@ -729,15 +728,6 @@ class Bucket:
         return self.shard_of(F.pad(whole, (0, len(self.flat) - self.size)))
 
 
-class Reduction(NamedTuple):
-    """A bucket's collective that has been started. gradients: what is sent; it must live until
-    work.wait() returns. shard_gradient: what is received (None if not sharded)."""
-    work: object
-    bucket: Bucket
-    gradients: torch.Tensor
-    shard_gradient: object
-
-
 class Optimizer:
     """AdamW with data parallel: buckets whose reduction overlaps with backward, as in DDP (arXiv
     2006.15704, sections 3.2.2 and 3.2.3), and with shard=True a sharded state, as in ZeRO stage 2
@@ -762,10 +752,12 @@ class Optimizer:
         self.num_shards = world_size() if self.is_sharded else 1
         self.shard_index = get_rank() if self.is_sharded else 0
         self.num_skipped = 0                    # steps in a row
-        # What the hooks need to know during backward.
-        self.buckets_pending = collections.deque()      # not reduced yet, in their order
+        # What the hooks need to know during backward: buckets that are not reduced yet, in their
+        # order, and collectives that were started, the oldest first: (work, bucket, what is sent,
+        # what is received or None). What is sent must live until work.wait() returns.
         self.is_last_micro_batch = False
-        self.in_flight = collections.deque()            # Reductions, the oldest first
+        self.buckets_pending = collections.deque()
+        self.in_flight = collections.deque()
         # 1. Buckets. Only matrices decay: shrinking norms and biases has no use.
         matrices = [param for param in reversed(params) if param.dim() > 1]
         vectors = [param for param in reversed(params) if param.dim() <= 1]
@@ -797,17 +789,17 @@ class Optimizer:
         # 1. All ranks go through the same number of rounds, so that all call the same collectives.
         device = self.buckets[0].flat.device
         num_rounds = int(all_reduce([max(1, num_micro_batches)], device, dist.ReduceOp.MAX)[0])
-        micro_batches = iter(micro_batches)
+        remaining = iter(micro_batches)
         losses = []
         for round_number in range(num_rounds):
             # 2. Everything is pending again.
             self.is_last_micro_batch = round_number == num_rounds - 1
-            self.buckets_pending.extend(self.buckets)
+            self.buckets_pending = collections.deque(self.buckets)
             for bucket in self.buckets:
                 bucket.params_pending.update(bucket.params)
             # 3. Backward; the hooks reduce what becomes complete.
             if round_number < num_micro_batches:
-                loss = loss_of(next(micro_batches))
+                loss = loss_of(next(remaining))
                 loss.backward()
                 losses.append(loss.item())
             # 4. Reduce the buckets in which a parameter had no gradient.
@@ -837,29 +829,29 @@ class Optimizer:
         if self.is_sharded:
             shard_gradient = torch.empty_like(bucket.master)            # (length,)
             work = reduce_scatter(shard_gradient, gradients, async_op=True)
-            self.in_flight.append(Reduction(work, bucket, gradients, shard_gradient))
+            self.in_flight.append((work, bucket, gradients, shard_gradient))
         else:
             bucket.accumulate(gradients)
             if self.is_last_micro_batch and world_size() > 1:
                 work = dist.all_reduce(bucket.master.grad, async_op=True)
-                self.in_flight.append(Reduction(work, bucket, bucket.master.grad, None))
+                self.in_flight.append((work, bucket, bucket.master.grad, None))
         if len(self.in_flight) > 2:     # bounds the memory of what is in flight
             self.wait_for_oldest()
 
     def wait_for_oldest(self):
-        """Wait for the reduction that was started first. Sharded: add its result to master.grad."""
-        reduction = self.in_flight.popleft()
-        reduction.work.wait()
-        if reduction.shard_gradient is not None:
-            reduction.bucket.accumulate(reduction.shard_gradient)
+        """Wait for the collective that was started first. Sharded: add its sum to master.grad."""
+        work, bucket, _, shard_gradient = self.in_flight.popleft()
+        work.wait()
+        if self.is_sharded:
+            bucket.accumulate(shard_gradient)
 
     @torch.no_grad()
     def step(self, lr, max_grad_norm, healthy=True):
         """Clip the gradient, update the masters with AdamW, send the new weights to all ranks.
         Returns the global norm before clipping.
 
-        If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, AdamW's
-        moments included, and num_skipped counts one step more. Gradients are freed either way.
+        If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, not
+        even AdamW's moments, and num_skipped counts one more step. Gradients are freed either way.
         """
         # 1. The norm over all buckets and shards.
         squared_norms = [torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2

@@ -1,21 +1,23 @@
 """Six assignments: make a student's copy of the repository, and grade it.
 
     python course/assignments.py list
-    python course/assignments.py start 4 ../mine      # a copy in which assignment 4 is to be written
+    python course/assignments.py start 4 ../mine      # a copy without the solution of assignment 4
     cd ../mine && python course/assignments.py grade 4
 
-A task is a few functions, found by name, whose bodies are taken out of the student's copy, and the
-tests that grade them: tests of the project itself. A task's tests need no other task of the
-assignment, so that it can be graded before the others are done. The pages are in course.
+A task is a few functions, found by name, and the tests that grade them, which are tests of the
+project itself. In the student's copy the bodies of these functions are missing. A task's tests need
+no other task of the assignment, so it can be graded before the others are solved. The pages for
+students are course/1.md to course/6.md.
 
-A grader is code and can be wrong, so it is tested itself (in the project, not in a student's copy):
+A grader is code and can be wrong, so the grader is tested, too (in the project, not in a student's
+copy):
 
     python course/assignments.py prove 4
 
 1. The copy as it is handed out fails every test. 2. The project's own code has all points, and each
-task has them when all other tasks are blank. 3. Every mutant of course/mutants.py, a mistake that
-students make, loses points in the task that it belongs to. 4. No three lines in a row of a solution
-stand anywhere in the copy.
+task has all of its points when all other tasks are blank. 3. Every mutant of course/mutants.py, a
+mistake that students make, loses points in the task that it belongs to. 4. No three lines in a row
+of a solution are anywhere in the copy.
 """
 
 import argparse
@@ -37,14 +39,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = ["mutants.py", "teaching.md"]     # files that are not in a student's copy
-TIMEOUT = 600   # seconds for the tests of a task: a loop that never ends is a failure, too
+GENERATED = [".git", ".venv", "__pycache__", ".pytest_cache", "data", "checkpoints", "results",
+             "downloads", "grade.json"]    # neither are these
+TIMEOUT = 600   # seconds for the tests of a task; a loop that never ends is a failure, too
 
 
 class Task(NamedTuple):
-    """functions: "file.py:name" or "file.py:Class.name"; tests: {"test_file.py::name": points}."""
     title: str
-    functions: list
-    tests: dict
+    functions: list     # "file.py:name" or "file.py:Class.name"
+    tests: dict         # {"test_file.py::name": points}; test files are in tests/
 
 
 class Assignment(NamedTuple):
@@ -179,227 +182,294 @@ ASSIGNMENTS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------
-# The student's copy
+# ---- The student's copy -------------------------------------------------------------------------
 
 
-def find(tree, name):
-    """The syntax tree of a function, by "name" or "Class.name". Raises KeyError."""
+def find_function(tree, name):
+    """Return the syntax tree of a function, named "name" or "Class.name". Raise KeyError if there
+    is none."""
     for part in name.split("."):
-        tree = {node.name: node for node in tree.body
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}[part]
+        definitions = {node.name: node for node in tree.body
+                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        tree = definitions[part]
     return tree
 
 
-def body_of(node):
-    """(first, last) line of a function's body behind its docstring, counted from 1."""
-    first = node.body[0]
-    has_docstring = ast.get_docstring(node) is not None     # comments behind it go, too
-    return first.end_lineno + 1 if has_docstring else first.lineno, node.end_lineno
+def body_lines(function):
+    """Return the (first, last) line of a function's body after its docstring, counted from 1."""
+    first_statement = function.body[0]
+    if ast.get_docstring(function) is None:
+        return first_statement.lineno, function.end_lineno
+    # a comment between docstring and code belongs to the body
+    return first_statement.end_lineno + 1, function.end_lineno
 
 
 def blank(source, names, label):
-    """Python source in which the bodies of some functions, but for their docstrings, are one line
-    that raises NotImplementedError."""
-    lines, tree = source.splitlines(), ast.parse(source)
-    found = sorted((*body_of(find(tree, name)), find(tree, name).col_offset) for name in names)
-    for first, last, indent in reversed(found):     # from the end: line numbers stay true
-        lines[first - 1:last] = [" " * (indent + 4) + f'raise NotImplementedError("{label}")']
+    """Return Python source in which the bodies of some functions, except for their docstrings, are
+    one line that raises NotImplementedError."""
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    functions = [find_function(tree, name) for name in names]
+    # from the end of the file, so that line numbers stay right
+    for function in sorted(functions, key=lambda function: function.lineno, reverse=True):
+        first, last = body_lines(function)
+        indentation = " " * (function.col_offset + 4)
+        lines[first - 1:last] = [f'{indentation}raise NotImplementedError("{label}")']
     return "\n".join(lines) + "\n"
 
 
-def blank_tasks(folder, number, tasks):
-    """Take out the functions of these tasks (indices) of an assignment, in a copy."""
-    for index in tasks:
-        for function in ASSIGNMENTS[number].tasks[index].functions:
+def blank_tasks(folder, number, task_indices):
+    """Remove the bodies of these tasks' functions in a copy."""
+    for task_index in task_indices:
+        for function in ASSIGNMENTS[number].tasks[task_index].functions:
             file, name = function.split(":")
             path = folder / file
-            path.write_text(blank(path.read_text(), [name],
-                                  f"assignment {number}, task {index + 1}: {name}"))
+            label = f"assignment {number}, task {task_index + 1}: {name}"
+            path.write_text(blank(path.read_text(), [name], label))
 
 
 def copy_project(folder):
-    """The project without what was made in it, and without what would give answers away."""
-    made = (".git", ".venv", "__pycache__", ".pytest_cache", "data", "checkpoints", "results",
-            "downloads", "grade.json")
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made, *SECRET),
+    """Copy the project without generated files, and without those that would give answers away."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*GENERATED, *SECRET),
                     dirs_exist_ok=True)
 
 
 def start(number, folder):
+    """Make a student's copy in a new folder."""
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty: name a new folder")
     if ROOT in folder.resolve().parents:
-        sys.exit(f"{folder} lies in the project itself: name a folder outside of it")
+        sys.exit(f"{folder} is inside the project itself: name a folder outside of it")
     copy_project(folder)
     blank_tasks(folder, number, range(len(ASSIGNMENTS[number].tasks)))
     print(f"assignment {number} is in {folder}: read course/{number}.md there, and grade "
           f"it with: python course/assignments.py grade {number}")
 
 
-# -------------------------------------------------------------------------------------------------
-# Grading
+# ---- Grading ------------------------------------------------------------------------------------
 
 
-def outcomes(report, tests, otherwise="did not run"):
-    """{test: None if it passed, else the first line of what went wrong}, from pytest's report. A
-    test with several cases passes if all of them do; one that did not run has not passed."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        file, name = case.get("classname", "").split(".")[-1], case.get("name").split("[")[0]
-        wrong = [part.get("message", "").splitlines() or ["no message"]
-                 for kind in ("failure", "error", "skipped") for part in case.findall(kind)]
-        name = f"{file}.py::{name}"
-        found[name] = found.get(name) or (wrong[0][0] if wrong else None)
-    return {test: found.get(test, otherwise) for test in tests}
+def failure_message(case):
+    """Return the first line of what went wrong in a test case of a report, None if it passed."""
+    for kind in ("failure", "error", "skipped"):
+        for element in case.findall(kind):
+            lines = element.get("message", "").splitlines()
+            return lines[0] if lines else "no message"
+    return None
 
 
-def arguments(task, report):
-    """pytest's, for the tests of a task."""
+def read_outcomes(report, tests, otherwise="did not run"):
+    """Return {test: None if it passed, otherwise what went wrong} from pytest's report.
+
+    A test with several cases passes if all of them do. A test that is not in the report has not
+    passed: its message is `otherwise`.
+    """
+    messages = {}
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            module = case.get("classname", "").split(".")[-1]
+            function = case.get("name").split("[")[0]
+            test = f"{module}.py::{function}"
+            messages[test] = messages.get(test) or failure_message(case)
+    return {test: messages.get(test, otherwise) for test in tests}
+
+
+def pytest_arguments(task, report):
+    """Return the arguments with which pytest runs the tests of a task."""
     return ["-q", "-p", "no:cacheprovider", f"--junitxml={report}",
             *(f"tests/{test}" for test in task.tests)]
 
 
+def import_error(output):
+    """Return why pytest stopped before its first test, from its output: a file that cannot be
+    imported."""
+    errors = [line[1:].strip() for line in output.splitlines() if line.startswith("E ")]
+    places = [line for line in errors if line.startswith("File ")]
+    return " in ".join([*errors[-1:], *places[-1:]]) or "did not run"
+
+
 def grade_task(task):
-    """Run the tests of a task of this copy: {test: None, or why it failed}."""
+    """Run the tests of a task of this copy. Return {test: None, or why it failed}."""
+    environment = dict(os.environ)
+    environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         try:
-            done = subprocess.run([sys.executable, "-m", "pytest", *arguments(task, report)],
-                                  cwd=ROOT, env=environment, capture_output=True, text=True,
-                                  timeout=TIMEOUT)
+            completed = subprocess.run(
+                [sys.executable, "-m", "pytest", *pytest_arguments(task, report)], cwd=ROOT,
+                env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return dict.fromkeys(task.tests, f"not done after {TIMEOUT} seconds")
-        # a file that cannot be imported stops pytest before its first test
-        errors = [line[1:].strip() for line in (done.stdout + done.stderr).splitlines()
-                  if line.startswith("E ")]
-        where = [line for line in errors if line.startswith("File ")]
-        why = " in ".join([*errors[-1:], *where[-1:]]) or "did not run"
-        return outcomes(report, task.tests, why)
+        return read_outcomes(report, task.tests, import_error(completed.stdout + completed.stderr))
 
 
 def grade(number):
-    """Grade a student's copy: prints points per task, writes grade.json."""
+    """Grade a student's copy: print the points of every task, write grade.json."""
     rows = []
-    for place, task in enumerate(ASSIGNMENTS[number].tasks, 1):
-        failed = {test: why for test, why in grade_task(task).items() if why}
-        points = sum(p for test, p in task.tests.items() if test not in failed)
-        rows.append({"task": task.title, "points": points, "of": sum(task.tests.values()),
-                     "failed": failed})
-        print(f"task {place}, {task.title}: {points} of {rows[-1]['of']} points", flush=True)
-        for test, why in failed.items():
-            print(f"    {task.tests[test]} points lost, tests/{test}: {why}", flush=True)
-    total, most = (sum(row[key] for row in rows) for key in ("points", "of"))
-    print(f"assignment {number}: {total} of {most} points")
-    (ROOT / "grade.json").write_text(json.dumps(
-        {"assignment": number, "points": total, "of": most, "tasks": rows}, indent=1) + "\n")
+    for task_number, task in enumerate(ASSIGNMENTS[number].tasks, 1):
+        failed = {test: message for test, message in grade_task(task).items() if message}
+        points = sum(value for test, value in task.tests.items() if test not in failed)
+        maximum = sum(task.tests.values())
+        rows.append({"task": task.title, "points": points, "of": maximum, "failed": failed})
+        print(f"task {task_number}, {task.title}: {points} of {maximum} points", flush=True)
+        for test, message in failed.items():
+            print(f"    {task.tests[test]} points lost, tests/{test}: {message}", flush=True)
+    points = sum(row["points"] for row in rows)
+    maximum = sum(row["of"] for row in rows)
+    print(f"assignment {number}: {points} of {maximum} points")
+    result = {"assignment": number, "points": points, "of": maximum, "tasks": rows}
+    (ROOT / "grade.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------
-# The grader is tested itself
+# ---- The grader is tested, too ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def copied(number, blanks=(), mutant=None):
-    """A copy of the project, some tasks blank, one line mistaken."""
+def copied(number, blank_indices=(), mutant=None):
+    """Give a temporary copy of the project, with some tasks blank and one mutant applied."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "copy"
         copy_project(folder)
-        if mutant:
+        if mutant is not None:
             path = folder / mutant.file
             source = path.read_text()
             if source.count(mutant.old) != 1:
                 raise ValueError(f"mutant '{mutant.mistake}' no longer applies to {mutant.file}")
             path.write_text(source.replace(mutant.old, mutant.new))
-        blank_tasks(folder, number, blanks)
+        blank_tasks(folder, number, blank_indices)
         yield folder
 
 
+def stripped_lines(text):
+    return [line.strip() for line in text.splitlines()]
+
+
+def solution_lines(function):
+    """Return the lines of the project's own solution of "file.py:name"."""
+    file, name = function.split(":")
+    source = (ROOT / file).read_text()
+    first, last = body_lines(find_function(ast.parse(source), name))
+    return stripped_lines(source)[first - 1:last]
+
+
 def given_away(number):
-    """Where in the student's copy three lines in a row of a solution stand."""
-    found = []
+    """Return a message for every three lines in a row of a solution that are in the student's
+    copy."""
+    # 1. where in the copy any three lines in a row are
+    files_of_lines = {}     # {three lines: {path}}
     with copied(number, range(len(ASSIGNMENTS[number].tasks))) as folder:
-        texts = {path.relative_to(folder): [line.strip() for line in path.read_text().splitlines()]
-                 for path in folder.rglob("*") if path.suffix in (".py", ".md")}
-        for task in ASSIGNMENTS[number].tasks:
-            for function in task.functions:
-                file, name = function.split(":")
-                source = (ROOT / file).read_text()
-                first, last = body_of(find(ast.parse(source), name))
-                solution = [line.strip() for line in source.splitlines()[first - 1:last]]
-                for i in range(len(solution) - 2):
-                    three = solution[i:i + 3]
-                    found += [f"{path} has lines of {function}: {three[0]}"
-                              for path, lines in texts.items()
-                              if any(lines[j:j + 3] == three for j in range(len(lines) - 2))]
-    return found
+        for path in folder.rglob("*"):
+            if path.suffix in (".py", ".md"):
+                lines = stripped_lines(path.read_text())
+                for three_lines in zip(lines, lines[1:], lines[2:]):
+                    files_of_lines.setdefault(three_lines, set()).add(path.relative_to(folder))
+    # 2. those of the solutions
+    messages = []
+    for task in ASSIGNMENTS[number].tasks:
+        for function in task.functions:
+            lines = solution_lines(function)
+            for three_lines in zip(lines, lines[1:], lines[2:]):
+                for path in sorted(files_of_lines.get(three_lines, ())):
+                    messages.append(f"{path} has lines of {function}: {three_lines[0]}")
+    return messages
 
 
-def grade_copy(number, place, blanks=(), mutant=None):
-    """The tests of one task in a copy, in this process, which must be a fork that has not imported
-    the project yet: that saves the seconds in which torch is imported."""
-    task = ASSIGNMENTS[number].tasks[place]
-    with copied(number, blanks, mutant) as folder:
+def grade_copy(number, task_index, blank_indices=(), mutant=None):
+    """Run the tests of one task in a copy, in this process. Return {test: None, or why it failed}.
+
+    The process must be a fork that has not imported the project yet. A fork saves the seconds in
+    which torch is imported.
+    """
+    task = ASSIGNMENTS[number].tasks[task_index]
+    with copied(number, blank_indices, mutant) as folder:
         os.chdir(folder)
-        report, silence = folder / "report.xml", io.StringIO()
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            pytest.main(arguments(task, report))
-        return outcomes(report, task.tests)
+        report = folder / "report.xml"
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            pytest.main(pytest_arguments(task, report))
+        return read_outcomes(report, task.tests)
 
 
 def prove(number):
-    """Everything that is said of the grader above; returns what is wrong, a line each."""
+    """Check everything that the docstring above says of the grader. Return what is wrong, a message
+    each."""
     from mutants import MUTANTS
-    tasks, wrong = ASSIGNMENTS[number].tasks, given_away(number)
-    every, mine = range(len(tasks)), [m for m in MUTANTS if m.assignment == number]
-    # a fork for each: two copies never share a module
-    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
-        def ask(place, *how):
-            return pool.apply_async(grade_copy, (number, place, *how))
+    tasks = ASSIGNMENTS[number].tasks
+    all_indices = list(range(len(tasks)))
+    mutants = [mutant for mutant in MUTANTS if mutant.assignment == number]
+    messages = given_away(number)
 
-        blank = [ask(place, every) for place in every]
-        alone = [ask(place, [other for other in every if other != place]) for place in every]
-        mutants = [ask(mutant.task - 1, (), mutant) for mutant in mine]
-        for place, (blanked, only) in enumerate(zip(blank, alone), 1):
-            wrong += [f"task {place}: {test} passes on the blank copy"
-                      for test, why in blanked.get(TIMEOUT).items() if why is None]
-            wrong += [f"task {place} alone: {test}: {why}"
-                      for test, why in only.get(TIMEOUT).items() if why]
-        wrong += [f"task {mutant.task}: nothing is lost by '{mutant.mistake}'"
-                  for mutant, graded in zip(mine, mutants) if not any(graded.get(TIMEOUT).values())]
-    if len(mine) < 8:
-        wrong.append(f"there are {len(mine)} mutants, fewer than eight")
-    for line in wrong:
-        print(f"assignment {number}: {line}")
-    print(f"assignment {number}: {len(tasks)} tasks, {len(mine)} mutants, {len(wrong)} faults")
-    return wrong
+    # one fork for every run of tests, so that two copies never share a module
+    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
+        # 1. start all runs
+        def submit(task_index, *options):
+            return pool.apply_async(grade_copy, (number, task_index, *options))
+
+        all_blank = [submit(index, all_indices) for index in all_indices]
+        others_blank = []
+        for index in all_indices:
+            others = [other for other in all_indices if other != index]
+            others_blank.append(submit(index, others))
+        mutated = [submit(mutant.task - 1, (), mutant) for mutant in mutants]
+
+        # 2. collect what is wrong
+        for index in all_indices:
+            for test, message in all_blank[index].get(TIMEOUT).items():
+                if message is None:
+                    messages.append(f"task {index + 1}: {test} passes on the blank copy")
+            for test, message in others_blank[index].get(TIMEOUT).items():
+                if message is not None:
+                    messages.append(f"task {index + 1} alone: {test}: {message}")
+        for mutant, run in zip(mutants, mutated):
+            if not any(run.get(TIMEOUT).values()):
+                messages.append(f"task {mutant.task}: nothing is lost by '{mutant.mistake}'")
+    if len(mutants) < 8:
+        messages.append(f"there are {len(mutants)} mutants, fewer than eight")
+
+    for message in messages:
+        print(f"assignment {number}: {message}")
+    print(f"assignment {number}: {len(tasks)} tasks, {len(mutants)} mutants, "
+          f"{len(messages)} faults")
+    return messages
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def print_list():
+    for number, (title, hours, tasks) in ASSIGNMENTS.items():
+        functions = ", ".join(function for task in tasks for function in task.functions)
+        points = sum(sum(task.tests.values()) for task in tasks)
+        print(f"{number}  {title}: {len(tasks)} tasks, {functions}; {points} points, about "
+              f"{hours} hours")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Assignments: make, grade, prove.")
-    parser.add_argument("action", choices=["list", "start", "grade", "prove"])
-    parser.add_argument("number", type=int, nargs="?", choices=list(ASSIGNMENTS))
+    parser = argparse.ArgumentParser(
+        description="List, start and grade assignments; prove that their graders are right.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("action", choices=["list", "start", "grade", "prove"], help="what to do")
+    parser.add_argument("number", type=int, nargs="?", choices=list(ASSIGNMENTS),
+                        help="which assignment; prove without a number: all")
     parser.add_argument("folder", type=Path, nargs="?", help="of the new copy (start)")
     args = parser.parse_args()
-    if args.action == "list":
-        for number, (title, hours, tasks) in ASSIGNMENTS.items():
-            functions = ", ".join(f for task in tasks for f in task.functions)
-            points = sum(sum(task.tests.values()) for task in tasks)
-            print(f"{number}  {title}: {len(tasks)} tasks, {functions}; {points} points, about "
-                  f"{hours} hours")
-        return
-    if args.action in ("start", "prove") and not (ROOT / "tests" / "mutants.py").exists():
+    if args.action in ("start", "prove") and not (ROOT / "course" / "mutants.py").exists():
         sys.exit(f"this is a student's copy: {args.action} is for the project itself")
-    if args.action == "prove":
-        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401, before the forks
-        numbers = [args.number] if args.number else list(ASSIGNMENTS)
-        sys.exit(1 if sum((prove(number) for number in numbers), []) else 0)
-    if args.number is None or (args.folder is None) != (args.action == "grade"):
+    if args.action == "list":
+        print_list()
+    elif args.action == "prove":
+        # import torch and the model's code once, before the forks
+        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+        num_faults = 0
+        for number in [args.number] if args.number else ASSIGNMENTS:
+            num_faults += len(prove(number))
+        sys.exit(1 if num_faults else 0)
+    elif args.action == "start" and args.number and args.folder:
+        start(args.number, args.folder)
+    elif args.action == "grade" and args.number and not args.folder:
+        grade(args.number)
+    else:
         parser.error("start needs a number and a folder, grade a number")
-    if args.action == "grade":
-        return grade(args.number)
-    start(args.number, args.folder)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Specification of assignments.py, on a toy function; what it says of the six assignments is proved
-by `python course/assignments.py prove`, which CI runs too."""
+"""Specification of course/assignments.py, on a toy function. What it says of the six assignments is
+proved by `python course/assignments.py prove`, which CI runs, too."""
 
 import ast
 
@@ -73,30 +73,30 @@ def test_points_are_for_tests_that_passed_in_all_their_cases(tmp_path):
         <testcase classname="tests.test_rl" name="test_d"><skipped message="no GPU"/></testcase>
         </testsuite></testsuites>""")
     tests = [f"test_rl.py::test_{name}" for name in "abcde"]
-    assert list(assignments.outcomes(tmp_path / "report.xml", tests).values()) == [
+    assert list(assignments.read_outcomes(tmp_path / "report.xml", tests).values()) == [
         "assert 1 == 2", None, "no message", "no GPU", "did not run"]
-    nothing = assignments.outcomes(tmp_path / "no.xml", tests[:1], "SyntaxError")
+    nothing = assignments.read_outcomes(tmp_path / "no.xml", tests[:1], "SyntaxError")
     assert nothing == {tests[0]: "SyntaxError"}
 
 
 @pytest.mark.parametrize("number", ASSIGNMENTS)
 def test_an_assignment_is_whole(number):
-    """100 points; its functions and tests are there; every task has a mutant, there are at least
-    eight, and its page names every function and says the same points and hours."""
+    """An assignment has 100 points. Its functions and tests exist. Every task has a mutant, and
+    there are at least eight. Its page names every function and has the same points and hours."""
     title, hours, tasks = ASSIGNMENTS[number]
     page = (ROOT / f"course/{number}.md").read_text()
     assert sum(sum(task.tests.values()) for task in tasks) == 100
     assert len(page.splitlines()) <= 150 and f"100 points, about {hours} hours" in page
-    for place, task in enumerate(tasks, 1):
+    for task_number, task in enumerate(tasks, 1):
         for function in task.functions:
             file, name = function.split(":")
-            assignments.find(ast.parse((ROOT / file).read_text()), name)
+            assignments.find_function(ast.parse((ROOT / file).read_text()), name)
             assert f"`{name}`" in page
         for test in task.tests:
             file, name = test.split("::")
             assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
-        assert f"\n| {place}. " in page and f"| {sum(task.tests.values())} |" in page
-        assert any((m.assignment, m.task) == (number, place) for m in MUTANTS)
+        assert f"\n| {task_number}. " in page and f"| {sum(task.tests.values())} |" in page
+        assert any((m.assignment, m.task) == (number, task_number) for m in MUTANTS)
     assert sum(m.assignment == number for m in MUTANTS) >= 8
 
 
@@ -114,9 +114,14 @@ def test_a_students_copy(tmp_path):
     assert source.count("raise NotImplementedError(\"assignment 4, task ") == 7
     assert "A'_i = M_i (r_i - b) / (s + eps)" in source
     ast.parse(source)
-    names = {path.name for path in (tmp_path / "mine").rglob("*")}
-    assert {"tools.py", "conftest.py", "4.md", "assignments.py"} <= names
-    assert not {".git", "mutants.py", "teaching.md"} & names
-    for folder, told in ((tmp_path / "mine", "is not empty"), (ROOT / "mine", "in the project")):
-        with pytest.raises(SystemExit, match=told):
-            assignments.start(4, folder)
+    names = {str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*")}
+    assert {"tools.py", "extras/root.py", "tests/conftest.py", "tests/support/launch.py",
+            "course/4.md", "course/assignments.py"} <= names
+    assert not {".git", "course/mutants.py", "course/teaching.md"} & names
+
+
+@pytest.mark.parametrize("folder, message", [
+    (ROOT / "docs", "is not empty"), (ROOT / "mine", "is inside the project")], ids=str)
+def test_where_a_students_copy_must_not_be(folder, message):
+    with pytest.raises(SystemExit, match=message):
+        assignments.start(4, folder)

@@ -1,5 +1,5 @@
-"""course/tutorial.md: every command in it runs, in its order, at toy size, and its last one shows
-what it says."""
+"""course/tutorial.md: every command in it runs, in its order, at toy size, and the last one prints
+what the page says."""
 
 import contextlib
 import io
@@ -7,45 +7,55 @@ import re
 import shlex
 import subprocess
 
-from support.launch import ROOT, run_here, run_script
+from support.launch import ROOT, checked, run_here, run_script
 
-TOY = {     # a flag that is given twice counts as it was given last
+# flags that are added to the page's commands; of a flag that is given twice the last one counts
+TOY_FLAGS = {
     "build_data.py": "--train 24 --test 3 --val 6 --scenes 2 --workers 1",
-    "collect_coldstart.py": "--workers 1", "sft.py": "--steps 1 --batch_size 2",
+    "collect_coldstart.py": "--workers 1",
+    "sft.py": "--steps 1 --batch_size 2",
     "evaluate.py": "--limit 2 --num_samples 1 --budgets 1 2 --max_new_tokens 8",
-    "rl.py": "--steps 1 --prompts_per_step 2 --group_size 2 --resample 0 --eval_size 2 --eval_turns 2 "
-             "--max_new_tokens 8"}
+    "rl.py": "--steps 1 --prompts_per_step 2 --group_size 2 --resample 0 --eval_size 2 "
+             "--eval_turns 2 --max_new_tokens 8"}
 
 
 def run_line(line):
-    """One line of shell: a stage in this process, so that torch is not imported again; torchrun and
-    other programs as they are."""
+    """Run one line of shell. A stage runs in this process, so that torch is not imported again;
+    torchrun and other programs run as they are."""
     program, *words = shlex.split(line)
     if program not in ("python", "torchrun"):
-        return subprocess.run(line, shell=True, check=True, capture_output=True)
-    flags = TOY.get(words[-1] if words[-1].endswith(".py") else
-                    next(word for word in words if word.endswith(".py")), "").split()
+        subprocess.run(line, shell=True, check=True, capture_output=True)
+        return
+    script = next(word for word in words if word.endswith(".py"))
+    words += TOY_FLAGS.get(script, "").split()
     if program == "torchrun":
-        return run_script(*words[1:], *flags, nproc=2)
-    done = run_here(*words, *flags)
-    assert done.returncode == 0, (line, done.stderr)
-    return done
+        run_script(*words[1:], nproc=2)
+    else:
+        checked(run_here(*words))
+
+
+def run_python(block):
+    """Run a block "python - <<'END' ... END" in this process and return what it prints."""
+    source = block.split("\n", 1)[1].rsplit("END", 1)[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(source, {})
+    return printed.getvalue()
 
 
 def test_every_command_runs_at_toy_size(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    page = (ROOT / "course" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 8
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         if block.startswith("python - <<'END'\n"):
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                exec(block.split("\n", 1)[1].rsplit("END", 1)[0], {})
+            printed = run_python(block)
         else:
             for line in re.sub(r"\\\n", " ", block).splitlines():
                 run_line(line)
-    assert len(blocks) == 8
-    pairs = re.findall(r"b = [\d.]+: ([-+.\d]+), by the formula ([-+.\d]+)", said.getvalue())
+    # the last block: measured slopes next to those of the formula
+    pairs = re.findall(r"b = [\d.]+: ([-+.\d]+), by the formula ([-+.\d]+)", printed)
     assert len(pairs) == 4
-    for found, expected in pairs:
-        assert abs(float(found) - float(expected)) < 0.02
+    for measured, expected in pairs:
+        assert abs(float(measured) - float(expected)) < 0.02
