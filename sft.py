@@ -138,9 +138,9 @@ class Policy:
         (patches (N, C), grid (t, h, w) in patches)."""
         if not views:
             return []
-        resized = [tools.resize_for_model(view, self.min_pixels, self.max_pixels,
-                                          self.resize_factor) for view in views]
-        features = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
+        resized_views = [tools.resize_for_model(view, self.min_pixels, self.max_pixels,
+                                                self.resize_factor) for view in views]
+        features = self.image_processor(images=resized_views, do_resize=False, return_tensors="pt")
         grids = features["image_grid_thw"].tolist()
         patches = features["pixel_values"].split([t * h * w for t, h, w in grids])
         return [(image_patches.to(self.model.dtype), tuple(grid))
@@ -327,25 +327,26 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
         height     0 1   2 2 2 3 3 3   5
         width      0 1   2 3 4 2 3 4   5      the next position is 6
     """
-    chunks = []             # (3, length) each
+    position_chunks = []    # (3, length) each
     text_start = 0          # index of the first token after the last image
     text_position = start
     for _, grid_height, grid_width in image_grids:
         # 1. The text before the image.
         image_start = token_ids.index(image_token_id, text_start)
         image_position = text_position + image_start - text_start
-        chunks.append(torch.arange(text_position, image_position).expand(3, -1))
+        position_chunks.append(torch.arange(text_position, image_position).expand(3, -1))
         # 2. The image, row by row.
         h = grid_height // merge_size
         w = grid_width // merge_size
         cell = torch.arange(h * w)
-        chunks.append(image_position + torch.stack([torch.zeros_like(cell), cell // w, cell % w]))
+        frame_row_column = torch.stack([torch.zeros_like(cell), cell // w, cell % w])
+        position_chunks.append(image_position + frame_row_column)
         text_start = image_start + h * w
         text_position = image_position + max(h, w)
     # 3. The text after the last image.
     next_position = text_position + len(token_ids) - text_start
-    chunks.append(torch.arange(text_position, next_position).expand(3, -1))
-    return torch.cat(chunks, dim=1), next_position
+    position_chunks.append(torch.arange(text_position, next_position).expand(3, -1))
+    return torch.cat(position_chunks, dim=1), next_position
 
 
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
@@ -387,8 +388,8 @@ def collate(policy, sequences):
         loss_positions   (N,), where in the row the tokens are that the policy wrote
         pixel_values     (sum of patches, C), and
         image_grid_thw   (images, 3), both only if there are images
-    and attend, the function of the attention above. Example: two conversations of five and three
-    tokens, of which the policy wrote the last one and the last two; I is an image of four tokens:
+    and attend, the attention function above, for these conversations. Example: two of five and
+    three tokens, of which the policy wrote the last and the last two; I is an image's four tokens:
         input_ids        [[  I   I   I   I 101 102 103 104]]
         position_ids     [[[ 0   0   0   0   2   0   1   2]],
                           [[ 0   0   1   1   2   0   1   2]],
@@ -457,10 +458,10 @@ def prefetch(function, items):
 # ---- The loss -----------------------------------------------------------------------------------
 
 
-def vocab_logprobs(policy, hidden):
+def vocab_logprobs(policy, hidden_states):
     """Return log-probabilities over the vocabulary, in float32 at least: (N, D) -> (N, V). A
     suppressed id has -inf, and no share in the softmax."""
-    logits = policy.model.lm_head(hidden)
+    logits = policy.model.lm_head(hidden_states)
     if logits.dtype != torch.float64:
         logits = logits.float()
     return logits.index_fill(-1, policy.suppressed_index, -math.inf).log_softmax(-1)
@@ -476,11 +477,11 @@ def token_logprobs(policy, batch, chunk_size=4096):
     """
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
-    hidden = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]     # (T, D)
+    hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)
     # 2. The token at t is predicted at t - 1.
     loss_positions = batch["loss_positions"]
-    hidden = hidden[loss_positions - 1]                     # (N, D)
-    targets = batch["input_ids"][0, loss_positions]         # (N,)
+    hidden_states = hidden_states[loss_positions - 1]                                   # (N, D)
+    targets = batch["input_ids"][0, loss_positions]                                     # (N,)
 
     # 3. Log-probabilities of the targets, chunk by chunk.
     def target_logprobs(hidden_chunk, target_chunk):
@@ -488,9 +489,9 @@ def token_logprobs(policy, batch, chunk_size=4096):
         return logprobs.gather(-1, target_chunk[:, None])[:, 0]         # (n,)
 
     if len(targets) <= chunk_size:
-        return target_logprobs(hidden, targets)
+        return target_logprobs(hidden_states, targets)
     logprob_chunks = []
-    for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size)):
+    for chunk in zip(hidden_states.split(chunk_size), targets.split(chunk_size)):
         logprob_chunks.append(checkpoint(target_logprobs, *chunk, use_reentrant=False))
     return torch.cat(logprob_chunks)
 
@@ -563,7 +564,7 @@ def setup_distributed():
     elif num_ranks > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         num_threads = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, num_threads))
-    # 2. The group. A restarted one must not read the keys of the one that crashed.
+    # 2. The group. After a restart it must not read the keys of the one that crashed.
     attempt = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_ranks > 1 and not dist.is_initialized():
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -706,12 +707,13 @@ class Bucket:
         """Return all gradients as one tensor of the master's dtype, as long as self.flat, and free
         them. A parameter without a gradient (this rank had no image, or no sample at all) has
         zeros."""
-        flat = torch.zeros(len(self.flat), dtype=self.master.dtype, device=self.flat.device)
-        for param, view in zip(self.params, self.views(flat)):
+        flat_gradients = torch.zeros(len(self.flat), dtype=self.master.dtype,
+                                     device=self.flat.device)
+        for param, view in zip(self.params, self.views(flat_gradients)):
             if param.grad is not None:
                 view.copy_(param.grad.flatten())
                 param.grad = None
-        return flat
+        return flat_gradients
 
     def accumulate(self, gradient):
         """Add a gradient, as long as master, to master.grad, which AdamW will read."""
@@ -925,24 +927,24 @@ def save_state(out, optimizer, step, keep_checkpoints=2):
     """Write the state after `step` steps to out/state/step_N/ and remove older ones, except the
     last. A kill at any moment leaves a complete state. Raises InputError if the disk is full."""
     rank = get_rank()
-    folder = Path(out) / "state" / f"step_{step:07d}"
+    step_folder = Path(out) / "state" / f"step_{step:07d}"
     # 1. Every rank writes its shard, all at once.
     if rank < optimizer.num_shards:
         state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
         try:
-            tools.write_atomic(folder / f"{rank}.pt", lambda file: torch.save(state, file))
+            tools.write_atomic(step_folder / f"{rank}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:       # torch reports a full disk this way
             reason = str(error).splitlines()[0]
             raise tools.InputError(
-                f"cannot save to {folder}, perhaps the disk is full ({reason}); free space and "
-                "continue with --resume: what was saved before is untouched") from None
+                f"cannot save to {step_folder}, perhaps the disk is full ({reason}); free space "
+                "and continue with --resume: what was saved before is untouched") from None
     barrier()
     # 2. All shards are written: latest.json names this step, and older ones may go.
     if rank == 0:
         latest = {"step": step, "num_shards": optimizer.num_shards, "world_size": world_size()}
-        tools.write_atomic(folder.parent / "latest.json",
+        tools.write_atomic(step_folder.parent / "latest.json",
                            lambda file: file.write(json.dumps(latest).encode()))
-        others = sorted(path for path in folder.parent.glob("step_*") if path != folder)
+        others = sorted(path for path in step_folder.parent.glob("step_*") if path != step_folder)
         num_removed = max(0, len(others) - (keep_checkpoints - 1))
         for old_folder in others[:num_removed]:
             shutil.rmtree(old_folder, ignore_errors=True)
@@ -956,33 +958,33 @@ def load_state(out, optimizer, resume, total_steps):
     out/old_state, so that a later --resume cannot mix the two. Raises InputError if a file is
     unreadable, or if its step is beyond the total_steps of this run.
     """
-    folder = Path(out) / "state"
+    state_folder = Path(out) / "state"
     rank = get_rank()
     # 1. Nothing to continue.
     if not resume:
-        if folder.exists() and rank == 0:
-            old_folder = folder.with_name("old_state")
+        if state_folder.exists() and rank == 0:
+            old_folder = state_folder.with_name("old_state")
             shutil.rmtree(old_folder, ignore_errors=True)
-            os.replace(folder, old_folder)
-            print(f"starting from the beginning; the checkpoints of an earlier run were moved to "
+            os.replace(state_folder, old_folder)
+            print("starting from the beginning; the checkpoints of an earlier run were moved to "
                   f"{old_folder} (--resume would have continued it)", flush=True)
         barrier()
         return 0
-    path = folder / "latest.json"
+    path = state_folder / "latest.json"
     if not path.exists():
         return 0
     # 2. Read all shards (mapped into memory: only what is used is read). A damaged or foreign file
     #    shows as any of a dozen exceptions.
     try:
         latest = json.loads(path.read_text())
-        path = folder / f"step_{latest['step']:07d}"
+        path = state_folder / f"step_{latest['step']:07d}"
         states = [torch.load(path / f"{index}.pt", map_location="cpu", weights_only=True, mmap=True)
                   for index in range(latest["num_shards"])]
         torch.set_rng_state(states[min(rank, len(states) - 1)]["rng"])
         optimizer.load([state["optimizer"] for state in states])
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {folder} to start "
+        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {state_folder} to start "
                                "over") from None
     # 3. Does it belong to this run?
     tools.check(latest["step"] <= total_steps, f"{path} is at step {latest['step']}, beyond the "
@@ -997,13 +999,13 @@ def load_state(out, optimizer, resume, total_steps):
 def open_log(out, step):
     """Open metrics.jsonl for appending. Lines after `step` are removed first: a run wrote them that
     was killed before its next checkpoint."""
-    path = Path(out) / "metrics.jsonl"
+    log_path = Path(out) / "metrics.jsonl"
     complete_lines = []
-    if path.exists():
-        complete_lines = path.read_bytes().split(b"\n")[:-1]
+    if log_path.exists():
+        complete_lines = log_path.read_bytes().split(b"\n")[:-1]
     content = b"".join(line + b"\n" for line in complete_lines[:step])
-    tools.write_atomic(path, lambda file: file.write(content))
-    return path.open("a", encoding="utf-8")
+    tools.write_atomic(log_path, lambda file: file.write(content))
+    return log_path.open("a", encoding="utf-8")
 
 
 def export(policy, out):
@@ -1063,12 +1065,12 @@ def rows_of_step(rows, step, batch_size, seed):
         step 0: 2 0 1    step 1: 4 3 3    step 2: 1 0 2    step 3: 4 ...
     """
     batch = []
-    order = None
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index_in_epoch = divmod(index, len(rows))
-        if order is None or index_in_epoch == 0:
-            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-        batch.append(rows[order[index_in_epoch]])
+    epoch_order = None
+    for sample_index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, index_in_epoch = divmod(sample_index, len(rows))
+        if epoch_order is None or index_in_epoch == 0:
+            epoch_order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        batch.append(rows[epoch_order[index_in_epoch]])
     return batch
 
 
@@ -1155,10 +1157,10 @@ def train(policy, rows, root, args, process):
     steps = range(run.first_step, total_steps)
     batches = prefetch(partial(load_batch, policy, rows, root, args, process), steps)
     is_main = process.rank == 0
-    log = open_log(args.out, run.first_step) if is_main else None
-    bar = tools.progress_bar(steps, initial=run.first_step, total=total_steps,
-                             disable=not is_main, desc=f"sft {args.out.name}")
-    for step, sequences in zip(bar, batches):
+    log_file = open_log(args.out, run.first_step) if is_main else None
+    progress_bar = tools.progress_bar(steps, initial=run.first_step, total=total_steps,
+                                      disable=not is_main, desc=f"sft {args.out.name}")
+    for step, sequences in zip(progress_bar, batches):
         # 2. One step.
         longest = max((len(sequence.token_ids) for sequence in sequences), default=0)
         tools.check(longest <= args.max_seq_len, f"a conversation has {longest} tokens, more than "
@@ -1170,9 +1172,9 @@ def train(policy, rows, root, args, process):
         if is_main:
             metrics = {"step": step + 1, "loss": finite_or_none(loss),
                        "grad_norm": finite_or_none(grad_norm), "lr": lr, "tokens": num_tokens}
-            log.write(tools.json_line(metrics))
-            log.flush()
-            bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
+            log_file.write(tools.json_line(metrics))
+            log_file.flush()
+            progress_bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
         if end_step(run, args, step + 1, total_steps, policy.device):
             return
     export(policy, args.out)
@@ -1270,7 +1272,8 @@ def main():
 
 
 # ---- Two faster parts of the library's vision tower ---------------------------------------------
-# Only speed: without this section, and its call in make_policy, results are the same.
+# Only speed: without this section, and its call in make_policy, results are the same within
+# rounding.
 
 
 def speed_up_vision_tower(model):
@@ -1294,12 +1297,12 @@ def plan_windows(borders):
     borders[i + 1]. Returns [(length, indices of the patches in windows of that length)] and the
     inverse permutation (S,), which puts patches that are in the order of the groups back."""
     window_lengths = borders.diff()                                     # (W,)
-    groups = []
+    window_groups = []
     for length in window_lengths.unique().tolist():
         starts = borders[:-1][window_lengths == length]                 # (windows,)
         offsets = torch.arange(length, device=starts.device)
-        groups.append((length, (starts[:, None] + offsets).flatten()))  # (windows * length,)
-    return groups, torch.cat([indices for _, indices in groups]).argsort()
+        window_groups.append((length, (starts[:, None] + offsets).flatten()))  # (windows * length,)
+    return window_groups, torch.cat([indices for _, indices in window_groups]).argsort()
 
 
 def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
@@ -1310,9 +1313,9 @@ def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_se
     The library calls the attention once per window, in a Python loop, unless the implementation's
     name contains "flash"; then it passes the windows' borders, cu_seq_lens_q. Hence the name.
     """
-    groups, inverse_permutation = plan_windows(cu_seq_lens_q)
+    window_groups, inverse_permutation = plan_windows(cu_seq_lens_q)
     outputs = []
-    for length, indices in groups:
+    for length, indices in window_groups:
         q, k, v = (tensor[0][:, indices].unflatten(1, (-1, length)).transpose(0, 1)
                    for tensor in (query, key, value))                   # (windows, H, length, D)
         output = F.scaled_dot_product_attention(q, k, v, scale=scaling)

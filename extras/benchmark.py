@@ -378,10 +378,11 @@ class AttentionCall(NamedTuple):
         """Return the plan without the columns of the prompts, in the spans that are longer."""
         spans = []
         for span in self.plan.spans:
-            if span.mask is not None and span.length > prompt_length:
-                span = span._replace(length=span.length - prompt_length,
-                                     mask=span.mask[..., prompt_length:])
-            spans.append(span)
+            if span.mask is not None and span.num_columns > prompt_length:
+                spans.append(span._replace(num_columns=span.num_columns - prompt_length,
+                                           mask=span.mask[..., prompt_length:]))
+            else:
+                spans.append(span)
         return replace(self.plan, spans=spans)
 
 

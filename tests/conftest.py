@@ -14,6 +14,7 @@
 
 import functools
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from support import exact
 from support.models import PREPROCESSORS, RELEASED, narrowed, overfit
 
 exact.install()
-torch.set_num_threads(2)
+# tiny models are slower on many threads
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

@@ -829,11 +829,11 @@ def test_a_guess_that_is_often_wrong_is_replaced():
 
 def test_the_hit_rate_moves_by_a_fifth():
     """0.7 -> 0.56, wrong -> 0.648, right; and 0.7 is at least 0.7."""
-    proposer = make_proposer(([9, 4], 1, 1))
-    assert proposer.propose([9], 1, min_probability=0.7) == [4]
-    proposer.update([9, 5], 1)
-    assert proposer.guesses == {(9,): (4, pytest.approx(0.56))}
-    proposer.update([9, 4], 1)
+    proposer = make_proposer(([8, 9, 4], 2, 1))
+    assert proposer.propose([8, 9], 1, min_probability=0.7) == [4]
+    proposer.update([8, 9, 5], 2)
+    assert proposer.guesses[(9,)] == (4, pytest.approx(0.56))
+    proposer.update([8, 9, 4], 2)
     assert proposer.guesses[(9,)] == (4, pytest.approx(0.648))
 
 
