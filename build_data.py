@@ -88,8 +88,7 @@ def ask_about(question_kind, colour, shape, digit):
     """Return (question, answer, target attribute) for an object. The target attribute tells it from
     others of its colour: of a red square with digit 7,
         "digit": ("What digit is on the red square?", "7", "square")
-        "shape": ("Which shape is the red object with digit 7?", "square", "7")
-    """
+        "shape": ("Which shape is the red object with digit 7?", "square", "7")"""
     if question_kind == "digit":
         return f"What digit is on the {colour} {shape}?", str(digit), shape
     return f"Which shape is the {colour} object with digit {digit}?", shape, str(digit)
@@ -100,8 +99,7 @@ def make_scene(rng, level, lookalikes=None, others=None):
 
     lookalikes, others: numbers of objects, instead of the level's. In the row, "objects" are lists
     [region, cell, colour, shape, digit], the target first. "wallpaper" has one entry per region:
-    the colour of one of its objects, or None if it has none.
-    """
+    the colour of one of its objects, or None if it has none."""
     num_lookalikes = LEVELS[level]["lookalikes"] if lookalikes is None else lookalikes
     num_others = LEVELS[level]["others"] if others is None else others
     # 1. The target, and a cell for every object: (region, cell) in random order.
@@ -228,8 +226,7 @@ def make_question(job, out, seed):
     """Return one question row, and store its image in out / "images". job: (split, index, level).
 
     An image that exists is not drawn again, so that a run after a kill continues. For this, layout
-    and drawing have separate random streams, and an image's name depends on all that it shows.
-    """
+    and drawing have separate random streams, and an image's name depends on all that it shows."""
     split, question_index, level = job
     seed_path = [seed, SPLITS.index(split), question_index]
     scene = make_scene(np.random.default_rng([*seed_path, 0]), level)
@@ -281,29 +278,20 @@ def colours_of(objects, region):
     return cell_colours
 
 
-def positions_with(objects, region, colour):
-    """Return the positions of a region at which there is an object of this colour."""
-    cell_colours = colours_of(objects, region)
-    return [POSITIONS[cell] for cell in range(9) if cell_colours[cell] == colour]
+def positions_with(colour, nine_colours):
+    """Return the positions at which a colour is among nine, such as those of colours_of."""
+    return [POSITIONS[index] for index in range(9) if nine_colours[index] == colour]
 
 
 def describe_colour(phrase_key, colour, nine_colours):
     """Return in words where a colour is among nine: those of a region's cells (phrase_key "region")
-    or the wallpaper of the image's regions ("wallpaper")."""
-    positions = [POSITIONS[index] for index in range(9) if nine_colours[index] == colour]
+    or the wallpaper of the image's regions ("wallpaper").
+        region         I see red in top left.         I see no red.
+        wallpaper      I see red walls in top left.   I see no red walls."""
+    positions = positions_with(colour, nine_colours)
     if not positions:
         return PHRASES[f"no_{phrase_key}"].format(colour=colour)
     return PHRASES[phrase_key].format(colour=colour, places=" ".join(positions))
-
-
-def describe_region(objects, region, colour):
-    """Return "I see red in top left." or "I see no red."."""
-    return describe_colour("region", colour, colours_of(objects, region))
-
-
-def describe_wallpaper(wallpaper, colour):
-    """Return "I see red walls in top left." or "I see no red walls."."""
-    return describe_colour("wallpaper", colour, wallpaper)
 
 
 def describe_cell(objects, region, cell):
@@ -343,8 +331,7 @@ def lessons_on_region(cell_colours, question, asked_colours, crowded):
         Where is blue?                   I see no blue.
         Where is everything?             I see red in top-left. I see green in right.
         What is where?                   top-left red. top nothing. ...      (unless crowded)
-        Where is blue, place by place?   top-left nothing. top nothing. ...
-    """
+        Where is blue, place by place?   top-left nothing. top nothing. ..."""
     first, second = asked_colours
     lessons = [(question, describe_colour("region", first, cell_colours)),
                (f"Where is {second}?", describe_colour("region", second, cell_colours)),
@@ -365,12 +352,11 @@ def lessons_on_wallpaper(wallpaper, question, asked_colours):
         Which walls are cyan?                  I see no cyan walls.
         Which walls are what?                  I see red walls in top-left. I see green walls ...
         What is where?                         top-left red walls. top nothing. ...
-        Which walls are red, place by place?   top-left red walls. top nothing. ...
-    """
+        Which walls are red, place by place?   top-left red walls. top nothing. ..."""
     first, second, third = asked_colours
-    return [(question, describe_wallpaper(wallpaper, first)),
-            (f"Which walls are {second}?", describe_wallpaper(wallpaper, second)),
-            (f"Which walls are {third}?", describe_wallpaper(wallpaper, third)),
+    return [(question, describe_colour("wallpaper", first, wallpaper)),
+            (f"Which walls are {second}?", describe_colour("wallpaper", second, wallpaper)),
+            (f"Which walls are {third}?", describe_colour("wallpaper", third, wallpaper)),
             ("Which walls are what?", describe_all_colours("wallpaper", wallpaper)),
             ("What is where?", describe_each_position(wallpaper, COLOURS, " walls")),
             (f"Which walls are {first}, place by place?",
@@ -380,8 +366,7 @@ def lessons_on_wallpaper(wallpaper, question, asked_colours):
 def lesson_on_cell(rng, objects, region, cell):
     """Return (question, reply) about the view of one cell: "What is this?", or a search question,
     whose reply has a verdict, too.
-        What digit is on the red star?   I see red star 7. Want star. Yes. Answer 7.
-    """
+        What digit is on the red star?   I see red star 7. Want star. Yes. Answer 7."""
     reply = describe_cell(objects, region, cell)
     question_kind = ["name", "digit", "shape"][rng.integers(3)]
     if question_kind == "name":
@@ -406,10 +391,9 @@ def lesson_on_cell(rng, objects, region, cell):
 
 
 def lesson_on_sorting(rng):
-    """Return (question, reply) in text alone: a list of objects, and a verdict on each of them.
+    """Return (question, reply) that need no image: a list of objects, and a verdict on each.
         Want 5: blue star 5, red circle 2.
-        I see blue star 5. Want 5. Yes. I see red circle 2. Want 5. No.
-    """
+        I see blue star 5. Want 5. Yes. I see red circle 2. Want 5. No."""
     objects = [list(random_object(rng)) for _ in range(rng.integers(2, 5))]
     # Wanted is a shape (field 1) or, more often, a digit (field 2), since ten digits are harder to
     # tell apart than four shapes. Half of the objects are changed to have it.
@@ -429,33 +413,37 @@ def lesson_on_sorting(rng):
     return f"Want {wanted_value}: {', '.join(object_names)}.", " ".join(replies)
 
 
-def describe_todo_list(observation_name, cells, regions):
-    """Return the state of a search in words: positions of cells in an observation and of regions in
-    the image that are still to be visited, and the first of them."""
-    todo_list = ""
+def describe_rest(source, cells, regions):
+    """Return in words what a search still has to visit: positions of cells in the observation
+    `source`, and positions of regions in the image."""
+    phrases = ""
     if cells:
-        cell_names = " ".join(cells)
-        todo_list += PHRASES["here"].format(source=observation_name, places=cell_names)
+        phrases += PHRASES["here"].format(source=source, places=" ".join(cells))
     if regions:
-        todo_list += PHRASES["later"].format(places=" ".join(regions))
-    if cells or regions:
-        return todo_list + PHRASES["go"].format(place=(cells + regions)[0])
-    return " Nothing."
+        phrases += PHRASES["later"].format(places=" ".join(regions))
+    return phrases
+
+
+def describe_todo_list(source, cells, regions):
+    """Return describe_rest and the first view of it, or " Nothing." if there is none."""
+    if not cells and not regions:
+        return " Nothing."
+    first_position = (cells + regions)[0]
+    return describe_rest(source, cells, regions) + PHRASES["go"].format(place=first_position)
 
 
 def lesson_on_todo_list(rng):
-    """Return (question, reply) in text alone: a to-do list before and after one step.
+    """Return (question, reply) that need no image: a to-do list before and after one step.
         Done: In observation_3 top left. Later right. Go top. What next?
-        Next: In observation_3 left. Later right. Go left.
-    """
+        Next: In observation_3 left. Later right. Go left."""
     regions = rng.permutation(POSITIONS)[:rng.integers(0, 10)].tolist()
     cells = [POSITIONS[index] for index in sorted(rng.permutation(9)[:rng.integers(0, 4)])]
-    observation_name = f"observation_{rng.integers(1, 32)}"
-    list_before = describe_todo_list(observation_name, cells, regions)
+    source = f"observation_{rng.integers(1, 32)}"
+    list_before = describe_todo_list(source, cells, regions)
     if cells:
-        list_after = describe_todo_list(observation_name, cells[1:], regions)
+        list_after = describe_todo_list(source, cells[1:], regions)
     else:
-        list_after = describe_todo_list(observation_name, cells, regions[1:])
+        list_after = describe_todo_list(source, cells, regions[1:])
     return f"Done:{list_before} What next?", f"Next:{list_after}"
 
 
@@ -481,14 +469,14 @@ def make_instructions(scene_index, out, seed, min_pixels, max_pixels):
     """Return instruction rows about one scene. Its views are stored in out / "views", at
     the size at which the model sees them.
 
-    Scenes with an odd index are crowded and have no view of the whole image. Replies about their
-    regions name many positions, and each of them is something to learn.
-    """
+    Every second scene is crowded (20 to 54 objects besides the target): one reply about a region
+    then names many positions. Its wallpaper is left out, and so is "What is where?"."""
     rng = np.random.default_rng([seed, SPLITS.index("instruct"), scene_index])
     level = list(LEVELS)[rng.integers(3)]
     crowded = scene_index % 2 == 1
-    object_counts = [rng.integers(4, 16), rng.integers(16, 40)] if crowded else []
-    scene = make_scene(rng, level, *object_counts)
+    num_lookalikes = rng.integers(4, 16) if crowded else None  # None: as many as the level has
+    num_others = rng.integers(16, 40) if crowded else None
+    scene = make_scene(rng, level, num_lookalikes, num_others)
     image = draw_scene(rng, scene)
     views = []  # (name, image, lessons)
     # 1. The whole image: which regions have which wallpaper.
@@ -502,8 +490,9 @@ def make_instructions(scene_index, out, seed, min_pixels, max_pixels):
         cell_colours = colours_of(scene["objects"], region)
         lessons = lessons_on_region(cell_colours, question, asked_colours, crowded)
         views.append((f"p{region}", zoom_to(image, region), lessons))
-    # 3. Up to ten cells with an object, and one at random. Cell 7 of region 4 is called p47. Their
-    #    objects are soon learned, so that six in ten are enough; each comes with a lesson in text.
+    # 3. Up to ten cells with an object, and one at random. Cell 7 of region 4 is called p47. Each
+    #    view has a lesson that does not need it (a to-do list or sorting); six in ten also have one
+    #    about the cell, since objects are soon learned.
     object_order = rng.permutation(len(scene["objects"]))[:10]
     chosen_cells = [scene["objects"][object_index][:2] for object_index in object_order]
     chosen_cells.append(rng.integers(9, size=2).tolist())
@@ -511,8 +500,10 @@ def make_instructions(scene_index, out, seed, min_pixels, max_pixels):
         lessons = []
         if rng.random() < 0.6:
             lessons.append(lesson_on_cell(rng, scene["objects"], region, cell))
-        text_lesson = lesson_on_todo_list if rng.random() < 0.4 else lesson_on_sorting
-        lessons.append(text_lesson(rng))
+        if rng.random() < 0.4:
+            lessons.append(lesson_on_todo_list(rng))
+        else:
+            lessons.append(lesson_on_sorting(rng))
         views.append((f"p{region}{cell}", zoom_to(zoom_to(image, region), cell), lessons))
     # 4. Store the views, and make a row of each lesson.
     rows = []
@@ -553,6 +544,8 @@ def project_texts(rows):
     bare_words = []
     for text in row_texts:
         bare_words += text.strip(".?").split()
+    # BPE merges what is frequent first. Prompts are seldom in the rows: counted 50 times, their
+    # words become whole tokens even if the rows fill the vocabulary.
     return fixed_texts * 50 + row_texts + bare_words
 
 
@@ -560,8 +553,7 @@ def build_tokenizer(texts):
     """Return a byte-level BPE tokenizer trained on `texts`.
 
     The strings of the protocol are single tokens, so a turn is short. A word that must be copied
-    is the same token everywhere. A digit is always a token of its own.
-    """
+    is the same token everywhere. A digit is always a token of its own."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -574,6 +566,7 @@ def build_tokenizer(texts):
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    # Of several names that match, the longest wins. Their order decides only the ids.
     tokenizer.add_tokens([
         "<think>", "</think>", '<grounding>{"bbox_2d": [', '], "source": "', '"}</grounding>',
         "<answer>", "</answer>", "0.0", "0.333", "0.667", "1.0", ", ", "original_image",
@@ -591,8 +584,7 @@ def build_tiny(texts, seed):
     M-RoPE gives the axes t, h, w consecutive blocks of the frequencies theta^(-i/16). Neighbouring
     image columns must differ by roughly 0.3 rad or more. Many frequencies must stay near zero, so
     that a word can be found by its content hundreds of positions back. Hence there is no t block
-    (images have one frame), a short h block, and a moderate theta.
-    """
+    (images have one frame), a short h block, and a moderate theta."""
     import torch  # here, so that drawing does not have to load it
     from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                               Qwen2VLImageProcessorPil)
@@ -633,8 +625,7 @@ def build_tiny(texts, seed):
 def map_in_processes(function, jobs, num_workers, title, initial=0):
     """Yield function(job) for each job, in order, computed by processes, with a progress bar.
 
-    initial: number of jobs that were done before. Raise InputError if a worker is killed.
-    """
+    initial: number of jobs that were done before. Raise InputError if a worker is killed."""
     spawn_context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent) as pool:
@@ -671,9 +662,11 @@ def parse_args():
     add = parser.add_argument_group("import a data set instead").add_argument
     add("--import", dest="data_set", metavar="NAME", help="which one, see extras/import_data.py")
     add("--source", type=Path,
-        help="its folder; with --filter a file of questions, where None is data/train.jsonl")
+        help="its folder; with --filter, the file of questions to choose from")
     add = parser.add_argument_group("filter questions instead").add_argument
-    add("--filter", type=Path, nargs="+", metavar="RATES", help="pass rates, from evaluate.py")
+    add("--filter", type=Path, nargs="+", metavar="RATES", help="pass rates, from evaluate.py; "
+        "the questions of --source (data/train.jsonl if not given) that are kept are written next "
+        "to it, to *_filtered.jsonl")
     add("--pass_rate_range", type=float, nargs=2, metavar=("LOW", "HIGH"), default=[0.1, 0.9],
         help="pass rates of the questions to keep")
     add = parser.add_argument_group("common").add_argument

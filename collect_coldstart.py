@@ -12,7 +12,7 @@ is in extras/served.py.
 Search strategies, one per trajectory, named in the row ("strategy"). All of them look at every cell
 that may hold the target before they go to the next region:
     scan            the nine regions in reading order from a random start
-    depth_first     the nine regions in random order
+    shuffle         the nine regions in random order
     hint            the regions with wallpaper of the colour first, then the others
     backtrack       zooms into a cell with nothing in it, says so, and returns to the candidates
     recover         makes a call that the tool refuses, and corrects it
@@ -48,11 +48,11 @@ from pathlib import Path
 import numpy as np
 
 import tools
-from build_data import (PHRASES, POSITIONS, SHAPES, describe_cell, describe_region,
-                        describe_wallpaper, map_in_processes, position_box, positions_with)
+from build_data import (PHRASES, POSITIONS, SHAPES, colours_of, describe_cell, describe_colour,
+                        describe_rest, map_in_processes, position_box, positions_with)
 
 # how often each strategy is drawn
-STRATEGIES = {"scan": 0.13, "depth_first": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
+STRATEGIES = {"scan": 0.13, "shuffle": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
               "search_again": 0.04, "recheck": 0.04, "guess": 0.22}
 MAX_ATTEMPTS = 10   # a guessed shape is correct once in 4 times, a guessed digit once in 10
 
@@ -65,25 +65,25 @@ MAX_ATTEMPTS = 10   # a guessed shape is correct once in 4 times, a guessed digi
 #        candidates: []
 #        unseen_regions: [bottom-right, top-left, top, ...], all nine
 # 2. I see green in top bottom-right. In observation_1 top bottom-right. Later top-left ... Go top.
-#        candidates: [(observation_1, [top, bottom-right])]
+#        candidates: [top, bottom-right]     candidate_source: observation_1
 #        unseen_regions: [top-left, top, ...]
 # 3. I see green square 3. Want star. No. In observation_1 bottom-right. Later top-left ...
 #    Go bottom-right.
-#        candidates: [(observation_1, [bottom-right])]
+#        candidates: [bottom-right]          candidate_source: observation_1
 # 4. I see green star 6. Want star. Yes. Answer 6.
 
 
 class Teacher:
     """Searches for the target of one question, and writes the turns of that search.
 
-    candidates: [(source, positions)], the cells that may hold the target and have not been looked
-        at. source is the observation that shows their region.
+    candidates: positions of the cells of the current region that may hold the target and have not
+        been looked at.
+    candidate_source: the observation that shows this region.
+    candidate_region: its index.
     unseen_regions: positions of the regions that have not been looked at.
-    region_of_observation: {source: index of the region that this observation shows}.
     pending_event: the strategy, until what it is named after (such as a guess) has happened; then
         None.
-    order: how the regions are ordered, one of "scan", "depth_first" and "hint".
-    """
+    order: how the regions are ordered, one of "scan", "shuffle" and "hint"."""
 
     def __init__(self, row, strategy, rng):
         self.row = row
@@ -91,22 +91,23 @@ class Teacher:
         self.pending_event = strategy
         self.num_observations = 0
         self.candidates = []
-        self.region_of_observation = {}
+        self.candidate_source = None
+        self.candidate_region = None
         self.observations_before_guess = int(rng.integers(4)) if strategy == "guess" else None
         # A strategy that is not an order of the regions needs one.
-        if strategy in ("scan", "depth_first", "hint"):
+        if strategy in ("scan", "shuffle", "hint"):
             self.order = strategy
         elif strategy == "search_again":
             self.order = "hint"
         else:
-            self.order = str(rng.choice(["hint", "scan", "depth_first"]))
+            self.order = str(rng.choice(["hint", "scan", "shuffle"]))
         self.unseen_regions = self.regions_in_order()
 
     def regions_in_order(self):
         """Return the positions of all nine regions in the order of this search."""
         if self.order == "scan":
             return self.reading_order()
-        if self.order == "depth_first":
+        if self.order == "shuffle":
             return [POSITIONS[index] for index in self.rng.permutation(9)]
         wallpaper_at = dict(zip(POSITIONS, self.row["wallpaper"]))
         # False sorts before True, and sorting keeps the reading order of equal ones.
@@ -119,53 +120,50 @@ class Teacher:
 
     def turns(self):
         """Yield (text, learn) turn by turn, up to the answer."""
-        # 1. Look at the wallpaper of the whole image, and announce the order of the search.
-        observed_text = describe_wallpaper(self.row["wallpaper"], self.row["colour"])
-        observed_text += PHRASES["shuffle" if self.order == "depth_first" else self.order]
-        learn = True
-        is_solved = False
-        while not is_solved:
-            # 2. Strategy "guess" gives up after a few observations.
+        source = None  # of the newest view; the whole image has none
+        while True:
+            # 1. Look at the newest view.
+            is_true = True
+            is_solved = False
+            if source is None:
+                observed_text = self.look_at_image()
+            elif source == "original_image":
+                observed_text, is_true = self.look_at_region()
+            else:
+                observed_text, is_solved = self.look_at_cell()
+            if is_solved:
+                yield answer_turn(observed_text, self.row["answer"]), True
+                return
+            # 2. If nothing is left to look at, the target was overlooked. Scan all regions again.
+            if not self.candidates and not self.unseen_regions:
+                observed_text += PHRASES["again"]
+                self.unseen_regions = self.reading_order()
+            # 3. Strategy "guess" gives up after a few observations.
             if self.num_observations == self.observations_before_guess:
                 self.pending_event = None
                 yield self.guess_turn(observed_text), True
                 return
-            # 3. Zoom into the next view, perhaps after a deliberate mistake.
+            # 4. Zoom into the next view, perhaps after a deliberate mistake. This turn states
+            #    observed_text: it is learned only if that is true.
             source, position = self.next_view()
             mistaken_text = self.mistaken_turn(observed_text, source, position)
             if mistaken_text is not None:
                 yield mistaken_text, False
                 observed_text = self.notice_mistake()
-            yield self.zoom_turn(observed_text, source, position), learn
-            # 4. Describe the new view. A turn with a false description is not learned.
+            yield self.zoom_turn(observed_text, source, position), is_true
             self.num_observations += 1
-            if source == "original_image":
-                observed_text, learn = self.look_at_region()
-            else:
-                observed_text, is_solved = self.look_at_cell()
-                learn = True
-            # 5. If nothing is left to look at, the target was overlooked. Scan all regions again.
-            if not is_solved and not self.candidates and not self.unseen_regions:
-                observed_text += PHRASES["again"]
-                self.unseen_regions = self.reading_order()
-        yield answer_turn(observed_text, self.row["answer"]), True
 
     def next_view(self):
         """Return (source, position) of the next zoom: candidates come before unseen regions."""
         if self.candidates:
-            source, cell_positions = self.candidates[0]
-            return source, cell_positions[0]
+            return self.candidate_source, self.candidates[0]
         return "original_image", self.unseen_regions[0]
 
     def zoom_turn(self, observed_text, source, position, call_json=None):
         """Return a turn's text: what it sees, what is left to look at, where it goes, and the call.
         call_json: a wrong call, instead of the zoom into that position."""
         thought = observed_text
-        for candidate_source, cell_positions in self.candidates:
-            places = " ".join(cell_positions)
-            thought += PHRASES["here"].format(source=candidate_source, places=places)
-        if self.unseen_regions:
-            thought += PHRASES["later"].format(places=" ".join(self.unseen_regions))
+        thought += describe_rest(self.candidate_source, self.candidates, self.unseen_regions)
         thought += PHRASES["go"].format(place=position)
         if call_json is None:
             call_json = json.dumps({"bbox_2d": position_box(position), "source": source})
@@ -181,8 +179,8 @@ class Teacher:
             return self.zoom_turn(observed_text, source, position, call_json)
         if self.pending_event == "backtrack" and self.candidates:
             # Cells without a colour are empty.
-            region_index = self.region_of_observation[source]
-            empty_positions = positions_with(self.row["objects"], region_index, None)
+            cell_colours = colours_of(self.row["objects"], self.candidate_region)
+            empty_positions = positions_with(None, cell_colours)
             if empty_positions:
                 return self.zoom_turn(observed_text, source, str(self.rng.choice(empty_positions)))
         return None
@@ -196,44 +194,42 @@ class Teacher:
         self.num_observations += 1  # the empty cell
         return PHRASES["empty"] + PHRASES["back"]
 
+    def look_at_image(self):
+        """Describe the wallpaper of the whole image and announce the order of the search."""
+        description = describe_colour("wallpaper", self.row["colour"], self.row["wallpaper"])
+        return description + PHRASES[self.order]
+
     def look_at_region(self):
-        """Describe the first unseen region and note its candidates. Return (description, learn)."""
-        region_index = POSITIONS.index(self.unseen_regions.pop(0))
-        source = f"observation_{self.num_observations}"
-        self.region_of_observation[source] = region_index
+        """Describe the first unseen region, note its candidates. Return (description, is_true)."""
+        self.candidate_region = POSITIONS.index(self.unseen_regions.pop(0))
+        self.candidate_source = f"observation_{self.num_observations}"
         # The first object is the target. Strategy "search_again" overlooks it once.
         noticed_objects = self.row["objects"]
         is_overlooked = (self.pending_event == "search_again"
-                         and region_index == noticed_objects[0][0])
+                         and self.candidate_region == noticed_objects[0][0])
         if is_overlooked:
             self.pending_event = None
             noticed_objects = noticed_objects[1:]
-        cell_positions = positions_with(noticed_objects, region_index, self.row["colour"])
-        if cell_positions:
-            self.candidates.append((source, cell_positions))
-        description = describe_region(noticed_objects, region_index, self.row["colour"])
+        cell_colours = colours_of(noticed_objects, self.candidate_region)
+        self.candidates = positions_with(self.row["colour"], cell_colours)
+        description = describe_colour("region", self.row["colour"], cell_colours)
         return description, not is_overlooked
 
     def look_at_cell(self):
         """Describe the cell of the first candidate. Return (description, is_solved)."""
-        # 1. The cell is no candidate any more.
-        source, cell_positions = self.candidates[0]
-        position = cell_positions.pop(0)
-        if not cell_positions:
-            self.candidates.pop(0)
-        # 2. Say what it holds, and whether this is what the question asks for.
-        region_index = self.region_of_observation[source]
+        # 1. Say what it holds, and whether this is what the question asks for.
+        position = self.candidates.pop(0)
         cell_index = POSITIONS.index(position)
-        is_target = [region_index, cell_index] == self.row["objects"][0][:2]
-        description = describe_cell(self.row["objects"], region_index, cell_index)
+        is_target = [self.candidate_region, cell_index] == self.row["objects"][0][:2]
+        description = describe_cell(self.row["objects"], self.candidate_region, cell_index)
         description += PHRASES["verdict"].format(wanted=self.row["target_attribute"],
                                                  verdict="Yes" if is_target else "No")
         if not is_target:
             return description, False
-        # 3. Strategy "recheck" looks at the target a second time.
+        # 2. Strategy "recheck" looks at the target a second time.
         if self.pending_event == "recheck":
             self.pending_event = None
-            self.candidates = [(source, [position])]
+            self.candidates = [position]
             self.unseen_regions = []
             return description + PHRASES["check"], False
         return description + PHRASES["answer"].format(answer=self.row["answer"]), True
@@ -273,6 +269,7 @@ def play(teacher, image, max_turns):
     views = [image]
     turns = []
     for text, learn in teacher.turns():
+        # A turn adds one image at most, so that with this max_images its cap never binds.
         turn, finish_reason, prediction = tools.take_turn(
             views, text, turn_number=len(turns) + 1, max_turns=max_turns, max_images=max_turns)
         if not learn:
@@ -307,8 +304,8 @@ def solve(job, root, prompts, max_turns, seed):
 def trajectory_row(row, prompts, turns, finish_reason, prediction, teacher_name):
     """Return the trajectory row of a finished conversation about a question."""
     is_correct = tools.match_answer(prediction, row["answer"], row.get("options"))
-    return {**tools.without_layout(row), "system": prompts["system"], "turns": turns,
-            "finish_reason": finish_reason, "prediction": prediction,
+    return {**tools.without_layout(row), "system": tools.system_text(row, prompts),
+            "turns": turns, "finish_reason": finish_reason, "prediction": prediction,
             "reward": float(is_correct), "teacher": teacher_name}
 
 
@@ -328,10 +325,14 @@ def collect(rows, args, prompts, served_teacher=None):
     """Solve all questions and write the correct trajectories to --out.
 
     Return (all trajectories in the order of rows, the correct ones). A question without a usable
-    reply of a served teacher has no trajectory. Another run of the same command tries it again.
-    """
-    # 1. Take over what an interrupted run of the same collection has finished.
-    journal = open_journal(rows, args, prompts, served_teacher)
+    reply of a served teacher has no trajectory. Another run of the same command tries it again."""
+    # 1. Take over what an interrupted run of the same collection has finished. Other questions or
+    #    settings have a journal of another name.
+    settings = [rows, prompts, args.max_turns, args.seed, args.teacher]
+    if served_teacher is not None:
+        settings += served_teacher.settings
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    journal = tools.Journal(args.out.with_name(f"{args.out.name}.{digest}.partial"))
     trajectory_of = {trajectory["id"]: trajectory for trajectory in journal.rows}
     jobs = [(index, row) for index, row in enumerate(rows) if row["id"] not in trajectory_of]
     # 2. Solve the other questions. Each trajectory goes to disk as soon as it is finished.
@@ -353,15 +354,6 @@ def collect(rows, args, prompts, served_teacher=None):
     if len(trajectories) == len(rows):
         journal.path.unlink()
     return trajectories, correct_ones
-
-
-def open_journal(rows, args, prompts, served_teacher):
-    """Return the journal of this collection. Other questions or settings have another file."""
-    settings = [rows, prompts, args.max_turns, args.seed, args.teacher]
-    if served_teacher is not None:
-        settings += served_teacher.settings
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    return tools.Journal(args.out.with_name(f"{args.out.name}.{digest}.partial"))
 
 
 def print_summary(trajectories, correct_ones, args, served_teacher):
@@ -426,7 +418,8 @@ def main():
     args = parse_args()
     is_scripted = args.teacher == "scripted"
     check_row = check_layout if is_scripted else tools.check_question
-    rows = tools.read_questions(args.data, "python build_data.py", check_row)[:args.limit]
+    rows = tools.read_questions(args.data, check_row, hint="python build_data.py")
+    rows = rows[:args.limit]
     tools.check(rows, f"{args.data} has no rows; make it with: python build_data.py")
     prompts = tools.load_prompts(args.prompts)
     # 2. Let the teacher solve them.

@@ -73,27 +73,25 @@ class Limits:
 
 @dataclass
 class Rollout(sft.Sequence):
-    """One conversation, while it is played and after.
-
-    token_ids and loss_mask are those of sft.Sequence; images stays empty, see with_images.
-    """
-    # the question and the number of the sample
+    """One conversation, while it is played and after. token_ids and loss_mask are those of
+    sft.Sequence; images stays empty, see with_images."""
+    # The question and the number of the sample.
     row: dict = None
     root: Path = None               # folder that the image's path is relative to
     system: str = ""
     prompt_number: int = 0          # enters the random stream
     sample_number: int = 0
-    # what was played
+    # What was played.
     logprobs: list = field(default_factory=list)    # one number per sampled token
     turns: list = field(default_factory=list)
     turn_ends: list = field(default_factory=list)   # [k]: index just after the last token of turn k
     finish_reason: str = None
     prediction: str = None
-    # for training
+    # For training.
     reward: float = 0.0             # None: the judge gave no verdict
     advantage: float = 0.0
     group_index: int = 0            # which group of a step of rl.py
-    # the engine's own state
+    # The engine's own state.
     views: list = field(default_factory=list)       # PIL images; dropped at the end
     turn_start: int = 0             # index of the first token of the current turn
     num_cached_tokens: int = 0      # token_ids[:num_cached_tokens] are in the KV cache
@@ -103,15 +101,13 @@ class Rollout(sft.Sequence):
     uniforms: list = field(default_factory=list)    # [n]: the number that samples token n
 
     def next_uniforms(self, count):
-        """Return the random numbers in [0, 1) that sample the next `count` tokens.
-
-        uniforms[n] belongs to the n-th sampled token of the conversation. A draft token that is
-        rejected does not use one up.
-        """
-        num_sampled = len(self.logprobs)
-        while len(self.uniforms) < num_sampled + count:
+        """Return the random numbers in [0, 1) that sample the next `count` tokens. uniforms[n]
+        belongs to the n-th sampled token of the conversation. A draft token that is rejected does
+        not use one up."""
+        start = len(self.logprobs)      # tokens sampled so far
+        while len(self.uniforms) < start + count:
             self.uniforms += self.random_generator.random(64, dtype=np.float32).tolist()
-        return self.uniforms[num_sampled:num_sampled + count]
+        return self.uniforms[start:start + count]
 
     def to_row(self):
         """Return the trajectory row that is written to JSONL."""
@@ -129,10 +125,8 @@ class Rollout(sft.Sequence):
             judge.submit(self)
 
     def with_images(self, policy):
-        """Return a copy with all images of the conversation, cropped again from the original.
-
-        The engine does not keep them: memory would grow with the number of rollouts.
-        """
+        """Return a copy with all images of the conversation, cropped again from the original. The
+        engine does not keep them: memory would grow with the number of rollouts."""
         path = Path(self.root) / self.row["image"]
         image, preprocessed = open_and_preprocess(policy, path)
         views = tools.replay(self.to_row(), image)
@@ -147,6 +141,7 @@ def open_and_preprocess(policy, path):
 
 
 # ---- The KV cache -------------------------------------------------------------------------------
+# In this section a row is one line of queries in an attention call.
 
 MAX_SPAN_SLOTS = 8      # slots that attend in one call
 MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
@@ -159,7 +154,7 @@ def plan_spans(num_new):
     num_new: new tokens of each slot. All slots of a span are padded to its most new tokens. So a
     new span starts after MAX_SPAN_SLOTS slots, where two neighbours differ by more than
     MAX_SPAN_PADDING tokens, and before and after a slot with more than MAX_SHORT_FEED tokens.
-    Returns a list of (first, last), last excluded. Spans without any new token are left out.
+    Return a list of (first, end). Spans without any new token are left out.
 
         >>> plan_spans([70, 1, 5, 1, 30])
         [(0, 1), (1, 4), (4, 5)]
@@ -174,7 +169,7 @@ def plan_spans(num_new):
             spans[-1] = (first, slot + 1)
         else:
             spans.append((slot, slot + 1))
-    return [(first, last) for first, last in spans if max(num_new[first:last]) > 0]
+    return [(first, end) for first, end in spans if max(num_new[first:end]) > 0]
 
 
 class Span(NamedTuple):
@@ -201,34 +196,35 @@ def plan_rows(first_slot, num_cached, num_new):
 
     num_cached, num_new: arrays with the number of cached and of new tokens of each slot. All new
     tokens are given end to end. To attend, they are laid out in rows: every slot is padded to the
-    most new tokens of its span. Returns a RowPlan.
+    most new tokens of its span. Return a RowPlan.
 
     Slots 2 and 3 have 5 and 6 cached tokens and get 1 and 2 new ones. They are one span, and row 1
-    is padding:
-
-        >>> plan_rows(2, np.array([5, 6]), np.array([1, 2]))
-        RowPlan(spans=[Span(slice(0, 4), slots=slice(2, 4), width=2, num_columns=8)],
-                slot_of_token=[2 3 3], column_of_token=[5 6 7], row_of_token=[0 2 3],
-                token_of_row=[0 0 1 2], last_visible=[5 6 6 7])
+    is padding. plan_rows(2, [5, 6], [1, 2]) returns:
+        spans              one: rows 0 to 3, slots 2 and 3, width 2, num_columns 8
+        slot_of_token      [2, 3, 3]
+        column_of_token    [5, 6, 7]
+        row_of_token       [0, 2, 3]
+        token_of_row       [0, 0, 1, 2]
+        last_visible       [5, 6, 6, 7]
     """
     spans = []
     slot_parts = []
     column_parts = []
     is_token_parts = []
     num_rows = 0
-    for first, last in plan_spans(num_new):
+    for first, end in plan_spans(num_new):
         # 1. The rows of a span: w for each of its b slots.
-        new = num_new[first:last, None]                                     # (b, 1)
-        cached = num_cached[first:last, None]                               # (b, 1)
+        new = num_new[first:end, None]                                      # (b, 1)
+        cached = num_cached[first:end, None]                                # (b, 1)
         width = int(new.max())
         offset = np.arange(width)                                           # (w,)
-        slot = np.arange(first_slot + first, first_slot + last)             # (b,)
+        slot = np.arange(first_slot + first, first_slot + end)              # (b,)
         slot_parts.append(slot.repeat(width))                               # (b * w,)
         column_parts.append((cached + offset).ravel())                      # (b * w,)
         is_token_parts.append((offset < new).ravel())                       # (b * w,)
         # 2. What its attention call needs.
-        query_rows = slice(num_rows, num_rows + (last - first) * width)
-        span_slots = slice(first_slot + first, first_slot + last)
+        query_rows = slice(num_rows, num_rows + (end - first) * width)
+        span_slots = slice(first_slot + first, first_slot + end)
         spans.append(Span(query_rows, span_slots, width, int((cached + new).max())))
         num_rows = query_rows.stop
     # 3. Rows without padding are the tokens, in order.
@@ -243,10 +239,8 @@ def plan_rows(first_slot, num_cached, num_new):
 
 
 def to_device(device, *arrays):
-    """Copy arrays of integers to the device in one transfer. Returns tensors of the same shapes.
-
-    On a GPU every small transfer would cost as much as a layer of the model.
-    """
+    """Copy arrays of integers to the device in one transfer. Return tensors of the same shapes. On
+    a GPU every small transfer would cost as much as a layer of the model."""
     flat = np.concatenate([array.ravel() for array in arrays])
     parts = torch.from_numpy(flat).to(device).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays)]
@@ -258,8 +252,7 @@ class SlotCache:
     The cache grows with the longest conversation. Rejected draft tokens are not erased: their
     columns are overwritten before any query can see them. Attention runs over spans of neighbouring
     slots, each cut to its own longest conversation. So nothing is copied, and a short conversation
-    is not charged for the longest one, if slots are sorted by length (see Engine.evict).
-    """
+    is not charged for the longest one, if slots are sorted by length (see Engine.evict)."""
 
     def __init__(self, config, num_slots, dtype, device, max_length):
         self.num_slots = num_slots
@@ -287,33 +280,34 @@ class SlotCache:
                 layer[index] = F.pad(tensor, (0, 0, 0, growth))
 
     def plan(self, first_slot, num_cached, num_new):
-        """Prepare a forward pass over neighbouring slots, see plan_rows. Returns a CachePlan."""
+        """Prepare a forward pass over neighbouring slots, see plan_rows. Return a CachePlan."""
         num_columns = int((num_cached + num_new).max())
         self.reserve(num_columns)
         row_plan = plan_rows(first_slot, num_cached, num_new)
         # In a mask every query head that shares a key head has a row of its own.
-        mask_rows = row_plan.last_visible.repeat(self.queries_per_key)      # (P * H / K,)
-        *indices, last_visible = to_device(
+        last_of_mask_row = row_plan.last_visible.repeat(self.queries_per_key)   # (P * H / K,)
+        *indices, last_of_mask_row = to_device(
             self.device, row_plan.slot_of_token, row_plan.column_of_token, row_plan.row_of_token,
-            row_plan.token_of_row, mask_rows)
+            row_plan.token_of_row, last_of_mask_row)
         columns = torch.arange(num_columns, device=self.device)
         spans = []
         for span in row_plan.spans:
-            spans.append(span._replace(mask=self.mask(span, columns, last_visible)))
+            mask = self.make_mask(span, columns, last_of_mask_row)
+            spans.append(span._replace(mask=mask))
         return CachePlan(self.layers, spans, *indices)
 
-    def mask(self, span, columns, last_visible):
+    def make_mask(self, span, columns, last_of_mask_row):
         """Return a span's mask (b, 1, w * H / K, S): 0 in columns that a query sees, else -inf.
-
-        None for a slot with many new tokens: in a large model its mask would take gigabytes.
-        """
+        Return None for a slot with many new tokens: in a large model its mask would take
+        gigabytes."""
         if span.width > MAX_SHORT_FEED:
             return None
         first = span.query_rows.start * self.queries_per_key
-        last = span.query_rows.stop * self.queries_per_key
-        last_of_row = last_visible[first:last].view(-1, 1, span.width * self.queries_per_key, 1)
+        end = span.query_rows.stop * self.queries_per_key
+        mask_height = span.width * self.queries_per_key
+        last_visible = last_of_mask_row[first:end].view(-1, 1, mask_height, 1)
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.where(columns[:span.num_columns] > last_of_row, -math.inf, zero)
+        return torch.where(columns[:span.num_columns] > last_visible, -math.inf, zero)
 
     def copy_out(self, slot, length):
         """Return copies of the first `length` keys and values of a slot, layer by layer."""
@@ -328,10 +322,8 @@ class SlotCache:
 
 @dataclass
 class CachePlan:
-    """What the model uses as its KV cache in one forward pass over N new tokens.
-
-    Every layer calls update(), and then attend() through the attention function of sft.py.
-    """
+    """What the model uses as its KV cache in one forward pass over N new tokens. Every layer calls
+    update(), and then attend() through the attention function of sft.py."""
     layers: list                        # of the SlotCache
     spans: list
     slot_of_token: torch.Tensor         # these four as in RowPlan
@@ -340,21 +332,17 @@ class CachePlan:
     token_of_row: torch.Tensor
 
     def update(self, key, value, layer_index, *args, **kwargs):
-        """Write the keys and values of the new tokens, (1, K, N, D) each, into a layer.
-
-        Returns the keys and values of all slots, (num_slots, K, length, D) each.
-        """
+        """Write the keys and values of the new tokens, (1, K, N, D) each, into a layer. Return the
+        keys and values of all slots, (num_slots, K, length, D) each."""
         keys, values = self.layers[layer_index]
         keys[self.slot_of_token, :, self.column_of_token] = key[0].transpose(0, 1)      # (N, K, D)
         values[self.slot_of_token, :, self.column_of_token] = value[0].transpose(0, 1)
         return keys, values
 
     def attend(self, query, key, value, scaling):
-        """Let every new token attend to its own slot.
-
-        query (1, H, N, D): the new tokens of all slots end to end. key and value
-        (num_slots, K, length, D), as update() returns them. Returns (1, N, H, D).
-        """
+        """Let every new token attend to its own slot. query (1, H, N, D): the new tokens of all
+        slots end to end. key and value (num_slots, K, length, D), as update() returns them. Return
+        (1, N, H, D)."""
         num_key_heads = key.shape[1]
         query_rows = query[0].transpose(0, 1)[self.token_of_row]            # (P, H, D)
         query_rows = query_rows.unflatten(1, (num_key_heads, -1))           # (P, K, H / K, D)
@@ -369,11 +357,8 @@ class CachePlan:
 
 
 def attend_masked(span, query_rows, keys, values, scaling):
-    """Attend with a few new tokens per slot. Returns (b * w, H, D).
-
-    The H / K query heads that share a key head are laid along the query axis. So keys are neither
-    repeated nor read twice.
-    """
+    """Attend with a few new tokens per slot. Return (b * w, H, D). The H / K query heads that share
+    a key head are laid along the query axis. So keys are neither repeated nor read twice."""
     queries = query_rows.unflatten(0, (-1, span.width))                     # (b, w, K, H / K, D)
     queries = queries.transpose(1, 2).flatten(2, 3)                         # (b, K, w * H / K, D)
     output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=span.mask,
@@ -383,10 +368,8 @@ def attend_masked(span, query_rows, keys, values, scaling):
 
 
 def attend_unmasked(span, query_rows, keys, values, scaling):
-    """Attend with many new tokens of one slot. Returns (w, H, D).
-
-    Its last token sees all columns, the one before it all but one, and so on.
-    """
+    """Attend with many new tokens of one slot. Return (w, H, D). Its last token sees all columns,
+    the one before it all but one, and so on."""
     queries = query_rows.flatten(1, 2).transpose(0, 1)[None]                # (1, H, w, D)
     output = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=causal_lower_right(span.width, span.num_columns),
@@ -397,8 +380,8 @@ def attend_unmasked(span, query_rows, keys, values, scaling):
 # ---- The rollout engine -------------------------------------------------------------------------
 
 
-class Prefill(NamedTuple):
-    """The encoded prompt of a question. All samples of the question begin with it."""
+class EncodedPrompt(NamedTuple):
+    """The prompt of a question, after prefill. All samples of the question begin with it."""
     image: object           # PIL image
     token_ids: list         # of the whole prompt
     keys_values: list       # of all its tokens but the last, see SlotCache.copy_out
@@ -407,7 +390,6 @@ class Prefill(NamedTuple):
 
 class Feed(NamedTuple):
     """What one slot feeds into one forward pass. A slot that waits for an image feeds no tokens."""
-    slot: int
     num_cached_tokens: int
     position: int           # M-RoPE position of the first new token
     pending_ids: list       # tokens of the conversation that are not in the cache yet
@@ -435,11 +417,9 @@ def split_list(items, sizes):
 
 
 class Engine:
-    """Plays conversations: fill the slots, then step until all are finished.
-
-    A step: schedule -> forward -> sample -> accept -> let the tool answer complete turns -> evict
-    finished conversations. `greedy`: take the most likely token instead of a sample.
-    """
+    """Play conversations: fill the slots, then step until all are finished. A step: schedule ->
+    forward -> sample -> accept -> let the tool answer complete turns -> evict finished
+    conversations. `greedy`: take the most likely token instead of a sample."""
 
     def __init__(self, policy, limits, max_num_seqs=64, seed=0, step=0, greedy=False, judge=None,
                  num_speculative_tokens=4):
@@ -454,25 +434,24 @@ class Engine:
         parameters = inspect.signature(policy.model.model.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.cache = None
-        # of a run
+        # Of a run.
         self.waiting = collections.deque()      # Rollouts that have no slot yet
         self.slots = []                         # the Rollout in each slot of the cache
         self.prompt_images = iter(())           # (image, (patches, grid)) of every question
-        self.prefilled = None                   # the Prefill of the question begun last
+        self.encoded_prompt = None              # of the question that was begun last
         self.progress = None
-        # of drafts
+        # Of drafts.
         self.num_speculative_tokens = num_speculative_tokens
         self.never_drafted = {*policy.suppressed_ids, *policy.stop_ids}
         self.proposer = NgramProposer()
-        # of a step of rl.py
+        # Of a step of rl.py.
         self.random_key = (seed, step)
         self.counts = collections.Counter()
 
     def begin_step(self, step):
-        """Take another random stream, and forget n-grams and counts.
-
-        A resumed run has no n-grams either. So it repeats the rounding of a run without a break.
-        """
+        """Take another random stream, and forget n-grams and counts. N-grams are forgotten so that
+        a resumed run has the same drafts, hence the same batch shapes and rounding, as one without
+        a break."""
         self.random_key = (self.seed, step)
         self.proposer = NgramProposer()
         self.counts = collections.Counter()
@@ -480,16 +459,15 @@ class Engine:
     def free_cache(self):
         """Free the memory of keys and values; the next run takes it again."""
         self.cache = None
-        self.prefilled = None
+        self.encoded_prompt = None
 
     @torch.inference_mode()
     def run(self, rows, num_samples, root, prompt_numbers=None, progress=None):
-        """Play every row num_samples times. Returns Rollouts, ordered by row, then sample.
+        """Play every row num_samples times. Return Rollouts, ordered by row, then sample.
 
         root: folder of the images, or a list with one per row. prompt_numbers: the number of each
         row that enters its random stream (default: its index). progress: has an update() per
-        finished conversation. Raises InputError if a prompt does not fit in max_model_len.
-        """
+        finished conversation. Raise InputError if a prompt does not fit in max_model_len."""
         # 1. All conversations, in the order in which they are played and returned.
         roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
         if prompt_numbers is None:
@@ -514,7 +492,7 @@ class Engine:
         was_training = model.training
         model.eval()
         while len(self.slots) < num_slots:
-            self.slots.append(self.prefill(len(self.slots)))
+            self.slots.append(self.start_next(len(self.slots)))
         while self.slots:
             self.step()
         model.train(was_training)
@@ -528,17 +506,15 @@ class Engine:
         row, root = row_and_root
         return open_and_preprocess(self.policy, Path(root) / row["image"])
 
-    def prefill(self, slot):
-        """Start the next waiting conversation in a free slot, and return it.
-
-        The prompt's last token is not fed yet: the first token is sampled after it in step(), like
-        every other token.
-        """
+    def start_next(self, slot):
+        """Start the next waiting conversation in a free slot, and return it. The prompt's last
+        token is not fed yet: the first token is sampled after it in step(), like every other
+        token."""
         rollout = self.waiting.popleft()
         # 1. The first sample of a question encodes the prompt; all samples copy its cache.
         if rollout.sample_number == 0:
-            self.prefilled = self.encode_prompt(slot, rollout.row)
-        prompt = self.prefilled
+            self.encoded_prompt = self.prefill(slot, rollout.row)
+        prompt = self.encoded_prompt
         self.cache.copy_in(slot, prompt.keys_values)
         # 2. The conversation so far is the prompt; none of it is trained on.
         rollout.append(prompt.token_ids, False)
@@ -550,8 +526,8 @@ class Engine:
             [*self.random_key, rollout.prompt_number, rollout.sample_number])
         return rollout
 
-    def encode_prompt(self, slot, row):
-        """Run the model on a question's prompt, in a slot that is free. Returns a Prefill."""
+    def prefill(self, slot, row):
+        """Run the model on a question's prompt, in a slot that is free. Return an EncodedPrompt."""
         image, preprocessed = next(self.prompt_images)
         _, image_grid = preprocessed
         token_ids = self.policy.prompt_ids(row, image_grid)
@@ -560,23 +536,21 @@ class Engine:
                     f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
                     f"({limits.max_new_tokens}) do not fit in --max_model_len "
                     f"{limits.max_model_len}: raise it or lower --max_pixels")
-        feed = Feed(slot, 0, 0, token_ids[:-1], [], preprocessed)
-        _, next_positions = self.forward([feed])
+        feed = Feed(0, 0, token_ids[:-1], [], preprocessed)
+        _, next_positions = self.forward([feed], first_slot=slot)
         keys_values = self.cache.copy_out(slot, len(token_ids) - 1)
-        return Prefill(image, token_ids, keys_values, next_positions[0])
+        return EncodedPrompt(image, token_ids, keys_values, next_positions[0])
 
     def step(self):
         """Advance every conversation by one token, or by several if a draft was right.
-
-        Conversations that wait for an image are not advanced, see slots_to_feed_images.
-        """
+        Conversations that wait for an image are not advanced, see slots_to_feed_images."""
         # 1. Schedule: the tokens of every slot that are not in the cache yet.
         feeds = self.schedule()
         # 2. Run the model and sample; M = one token per feed and per token of a draft.
-        logprobs, next_positions = self.forward(feeds)                      # (M, V)
+        logprobs, next_positions = self.forward(feeds, first_slot=0)        # (M, V)
         uniforms = []
-        for feed in feeds:
-            uniforms += self.slots[feed.slot].next_uniforms(feed.num_sampled)
+        for rollout, feed in zip(self.slots, feeds):
+            uniforms += rollout.next_uniforms(feed.num_sampled)
         sampled_ids, sampled_logprobs = self.sample_tokens(logprobs, uniforms)
         # 3. Append what was sampled. The tool answers turns that are complete.
         sizes = [feed.num_sampled for feed in feeds]
@@ -611,16 +585,14 @@ class Engine:
             if rollout.pending_image is None or slot in image_slots:
                 pending_ids = rollout.token_ids[rollout.num_cached_tokens:]
                 draft_ids = self.draft_for(rollout)
-            feeds.append(Feed(slot, rollout.num_cached_tokens, rollout.next_position, pending_ids,
+            feeds.append(Feed(rollout.num_cached_tokens, rollout.next_position, pending_ids,
                               draft_ids, image))
         return feeds
 
     def slots_to_feed_images(self):
-        """Return the slots whose pending images are fed in this step.
-
-        Images wait until a quarter of the slots have one: a batch that is worth its overhead. Their
-        tokens together are at most max_model_len, which bounds the memory; the rest waits.
-        """
+        """Return the slots whose pending images are fed in this step. Images wait until a quarter
+        of the slots have one: a batch that is worth its overhead. Their tokens together are at most
+        max_model_len, which bounds the memory; the rest waits."""
         waiting_slots = [slot for slot, rollout in enumerate(self.slots)
                          if rollout.pending_image is not None]
         if 4 * len(waiting_slots) < len(self.slots):
@@ -634,12 +606,10 @@ class Engine:
                 chosen_slots.append(slot)
         return chosen_slots
 
-    def forward(self, feeds):
-        """Run the model on the new tokens of neighbouring slots, end to end in one row of N tokens.
-
-        Returns (log-probs (M, V) over the token after each of the last num_sampled tokens of each
-        feed; the M-RoPE position after each feed).
-        """
+    def forward(self, feeds, first_slot):
+        """Run the model on the new tokens of neighbouring slots, end to end: N tokens. feeds: one
+        per slot, from first_slot on. Return log-probs (M, V) over the token after each of the last
+        num_sampled tokens of each feed, and the M-RoPE position after each feed."""
         policy = self.policy
         device = policy.device
         # 1. Token ids, their positions, and the indices of those after which a token is sampled.
@@ -664,7 +634,7 @@ class Engine:
             image_inputs["pixel_values"] = torch.cat(patches).to(device)    # (all patches, C)
             image_inputs["image_grid_thw"] = torch.tensor(image_grids, device=device)
         # 3. Where keys and values are written, and what every token attends to.
-        plan = self.cache.plan(feeds[0].slot,
+        plan = self.cache.plan(first_slot,
                                np.array([feed.num_cached_tokens for feed in feeds]),
                                np.array([len(feed.token_ids) for feed in feeds]))
         # 4. The model. A four-dimensional mask keeps transformers from building one; attend()
@@ -688,10 +658,8 @@ class Engine:
 
     def sample_tokens(self, logprobs, uniforms):
         """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1).
-
         The token is the first one whose cumulative probability exceeds the random number. So a
-        token of probability 0 is never sampled. Returns two lists of length M: ids and log-probs.
-        """
+        token of probability 0 is never sampled. Return two lists of length M: ids and log-probs."""
         if self.greedy:
             token_ids = logprobs.argmax(-1)                                 # (M,)
         else:
@@ -753,8 +721,7 @@ class Engine:
 
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
 
-        If no conversation is waiting, the last slot moves into the free one.
-        """
+        If no conversation is waiting, the last slot moves into the free one."""
         # 1. Score it, and drop what only the engine needs.
         rollout = self.slots[slot]
         rollout.compute_reward(self.judge)
@@ -772,7 +739,7 @@ class Engine:
             free_slot = longest
         # 3. Fill it.
         if self.waiting:
-            self.slots[free_slot] = self.prefill(free_slot)
+            self.slots[free_slot] = self.start_next(free_slot)
         else:
             self.move(len(self.slots) - 1, free_slot)
             self.slots.pop()
@@ -789,11 +756,9 @@ class Engine:
     # Without drafts draft_for() returns [], and accept() appends the one token that was sampled.
 
     def draft_for(self, rollout):
-        """Propose up to num_speculative_tokens tokens that the policy may write next.
-
-        Never the last token that fits in the turn, nor any after a token that ends the turn: the
-        policy does not write what comes then. No image placeholders.
-        """
+        """Propose up to num_speculative_tokens tokens that the policy may write next. Never the
+        last token that fits in the turn, nor any after a token that ends the turn: the policy does
+        not write what comes then. No image placeholders."""
         if self.num_speculative_tokens == 0:
             return []
         num_left = self.limits.max_new_tokens - (len(rollout.token_ids) - rollout.turn_start)
@@ -818,8 +783,7 @@ class Engine:
             appended     7 8 3          num_accepted = 2; 4 was sampled after 9, which is wrong
 
         6, 7 and 8 are in the cache now, 3 is pending, and 9 will be overwritten. next_position: the
-        position after all tokens that were fed.
-        """
+        position after all tokens that were fed."""
         # 1. Compare.
         num_accepted = 0
         while (num_accepted < len(draft_ids)
@@ -842,12 +806,11 @@ class Engine:
 
 
 class NgramProposer:
-    """Proposes drafts: for every n-gram, the token that the policy wrote after it.
+    """Propose drafts: for every n-gram, the token that the policy wrote after it.
 
     guesses[n-gram] = (token id, hit rate), where the hit rate is a moving average of how often the
     guess was right lately. Whatever is in here, conversations are the same: a wrong guess only
-    costs time, see Engine.accept.
-    """
+    costs time, see Engine.accept."""
 
     def __init__(self, ngram_sizes=(3, 6), max_guesses=200_000):
         self.ngram_sizes = ngram_sizes      # shortest first
@@ -855,11 +818,9 @@ class NgramProposer:
         self.guesses = {}
 
     def propose(self, token_ids, max_tokens, min_probability=0.5):
-        """Return up to max_tokens tokens that may follow token_ids (which is not changed).
-
-        Each is the guess for the longest n-gram that has one, even if a shorter one is right more
-        often. The draft ends where the product of its hit rates is below min_probability.
-        """
+        """Return up to max_tokens tokens that may follow token_ids (which is not changed). Each is
+        the guess for the longest n-gram that has one, even if a shorter one is right more often.
+        The draft ends where the product of its hit rates is below min_probability."""
         context = token_ids[-self.ngram_sizes[-1]:]
         probability = 1.0
         draft_ids = []
@@ -886,8 +847,7 @@ class NgramProposer:
         guess, with a hit rate of 0.7. The hit rate of an old guess moves by a fifth of the way to 1
         (right) or 0 (wrong); at 0.3 or below the token replaces the guess. A longer n-gram is added
         only if the shorter ones at its end were in the table before, so that what comes only once
-        costs little. A table of more than max_guesses is cleared, which bounds the memory.
-        """
+        costs little. A table of more than max_guesses is cleared, which bounds the memory."""
         if len(self.guesses) > self.max_guesses:
             self.guesses.clear()
         for index in range(start, len(token_ids)):
@@ -953,11 +913,9 @@ def accuracy_per_question(rows, turn_budget):
 
 
 def avg_at_k(rows, turn_budget):
-    """Return Avg@K at a turn budget and its standard error.
-
-    It is the share of samples that are correct and finished within `turn_budget` turns, first per
-    question, then over questions. rows: trajectory rows of one level.
-    """
+    """Return Avg@K at a turn budget and its standard error. It is the share of samples that are
+    correct and finished within `turn_budget` turns, first per question, then over questions. rows:
+    trajectory rows of one level."""
     return mean_and_error(list(accuracy_per_question(rows, turn_budget).values()))
 
 
@@ -972,10 +930,8 @@ def benchmark_score(rows, turn_budget):
 
 def pass_rates(rows, turn_budget):
     """Return a row per question for build_data.py --filter: id, share of correct samples, samples.
-
     A question with an unscored sample is left out. Exact matches need no judge, so the rate over
-    its other samples would be too high.
-    """
+    its other samples would be too high."""
     accuracy = accuracy_per_question(rows, turn_budget)
     rates = []
     for question_id, samples in group_by(rows, "id").items():
@@ -986,11 +942,9 @@ def pass_rates(rows, turn_budget):
 
 
 def summarise(levels, budgets):
-    """Return {level: what table.json says about it}, from {level: trajectory rows}.
-
-    If there are several levels, "mean" is their mean: all weigh the same, and their errors are
-    independent. Raises InputError if nothing in a level is scored.
-    """
+    """Return {level: what table.json says about it}, from {level: trajectory rows}. If there are
+    several levels, "mean" is their mean: all weigh the same, and their errors are independent.
+    Raise InputError if nothing in a level is scored."""
     table = {level: summarise_level(level, rows, budgets) for level, rows in levels.items()}
     if len(table) > 1:
         # JSON has no numbers as keys, so budgets are texts in the table.
@@ -1108,11 +1062,9 @@ def run_digest(level, rows, args, prompts):
 
 
 def play_level(engine, question_file, rows, digest, args, process):
-    """Play all questions of one file, num_samples times each, shared out over ranks.
-
-    Samples that an interrupted run of this digest has finished are not played again, whatever its
-    number of processes. Returns all trajectory rows, ordered by question, then sample.
-    """
+    """Play all questions of one file, num_samples times each, shared out over ranks. Samples that
+    an interrupted run of this digest has finished are not played again, whatever its number of
+    processes. Return all trajectory rows, ordered by question, then sample."""
     # 1. What is there already. No rank may add rows before all have read.
     journal = tools.Journal(journal_path(args, digest, process.rank),
                             args.out.glob(journal_path(args, digest, "*").name))
@@ -1135,7 +1087,7 @@ def play_level(engine, question_file, rows, digest, args, process):
             block_rows = [rollout.to_row() for rollout in rollouts]
             journal.add(*block_rows)
             new_rows += block_rows
-    # 4. Everybody's rows. A sample that was scored earlier keeps its score.
+    # 4. Everybody's rows. A new row replaces an old one, unless only the old one has a score.
     for row in sft.all_gather_objects(new_rows):
         key = (row["id"], row["sample"])
         if row["reward"] is not None or key not in finished:
@@ -1212,7 +1164,8 @@ def write_results(levels, engine, args):
     tools.write_atomic(args.out / "table.json", lambda file: file.write(text.encode()))
     if not is_served(args) and engine.counts["sequence_passes"] > 0:
         statistics_of_drafts = draft_statistics(engine.counts)
-        print(f"drafts: {statistics_of_drafts['mean_acceptance_length']:.2f} tokens per pass, "
+        print("drafts of rank 0: "
+              f"{statistics_of_drafts['mean_acceptance_length']:.2f} tokens per pass, "
               f"{statistics_of_drafts['acceptance_rate']:.0%} of drafted tokens accepted")
     print(f"written to {args.out}/: {', '.join(file_names)}")
 
@@ -1274,7 +1227,7 @@ def main():
     # 1. Read all questions first: a mistake in the last file should not show after hours.
     questions = {}
     for question_file in args.data:
-        rows = tools.read_questions(question_file, "python build_data.py")[:args.limit]
+        rows = tools.read_questions(question_file, hint="python build_data.py")[:args.limit]
         tools.check(rows, f"{question_file} has no rows")
         questions[question_file] = rows
     # 2. Play them.

@@ -1,7 +1,8 @@
 """Reinforcement learning: GRPO with over-turn masking.
 
 For each of P questions the policy plays a group of G conversations of at most --max_turns turns.
-The reward is 1 if the answer is right, else 0. A conversation that ran out of turns or of context
+A rollout is one conversation; its sampled tokens, those of all its turns, are its response. The
+reward is 1 if the answer is right, else 0. A conversation that ran out of turns or of context
 (finish reasons over_turn and over_context) is called *unfinished*; gymnasium says truncated, the
 official code says exceed_mask. The one new thing here is the loss mask M (Mini-o3, section on
 reinforcement learning): M = 0 for an unfinished conversation, else 1. With the rewards r of a
@@ -15,9 +16,11 @@ So running out of turns is not punished. Without the mask (--no-overturn_mask) i
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
 trained with 6 turns keeps searching at 32.
 
-The mask is not neutral: it pays b for an unfinished conversation. Since E[grad log pi] = 0, the
-expected gradient is that of P(correct) + b P(unfinished). A guess therefore pays only where its
-probability of being right is above b (docs/mask.md).
+The mask is not neutral: it pays b for an unfinished conversation. Masking has the same effect as a
+reward of b: in both cases the advantage r - b is 0. And subtracting b from all rewards changes no
+expected gradient, because E[grad log pi] = 0. So in expectation the policy climbs
+P(correct) + b P(unfinished). A guess therefore pays only where its probability of being right is
+above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
@@ -86,8 +89,7 @@ def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     >>> kept = torch.tensor([[True, True, False, False]])
     >>> group_advantages(rewards, kept, "group")
-    tensor([[ 1.5000, -0.5000,  0.0000,  0.0000]])
-    """
+    tensor([[ 1.5000, -0.5000,  0.0000,  0.0000]])"""
     # 1. Which responses enter the statistics, and with which reward?
     is_number = not isinstance(baseline, str)
     is_counted = kept if baseline == "completed" else torch.ones_like(kept)                 # (P, G)
@@ -111,8 +113,7 @@ def count_denominator(mask, kept, *, divisor="kept", aggregation="response",
 
     mask (B, T) bool: sampled tokens; kept (B,) bool. divisor: count the kept responses only
     ("kept", the paper) or all ("all"). aggregation: count responses ("response"), their sampled
-    tokens ("token"), or max_response_tokens for each response ("constant").
-    """
+    tokens ("token"), or max_response_tokens for each response ("constant")."""
     is_counted = kept if divisor == "kept" else torch.ones_like(kept)                       # (B,)
     if aggregation == "token":
         return (mask.sum(1) * is_counted).sum().double()
@@ -133,8 +134,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, kept, *, clip_low=0.2, c
     denominator: the count over the whole mini-batch on all ranks (default: count this batch). If it
     is 0, the loss is 0 and still has a gradient. Masked responses (M = 0) add nothing, whatever
     their advantages and log-probs are. Raises ValueError for an unknown divisor or aggregation, and
-    for "constant" without max_response_tokens.
-    """
+    for "constant" without max_response_tokens."""
     if divisor not in ("kept", "all") or aggregation not in ("response", "token", "constant"):
         raise ValueError(f"unknown divisor '{divisor}' or aggregation '{aggregation}'")
     if aggregation == "constant" and not max_response_tokens:
@@ -159,8 +159,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, kept, *, clip_low=0.2, c
 
 
 def is_unfinished(rollout, args):
-    """Return whether the conversation ran out of turns or of context. With --mask_void a void turn
-    (cut at its token cap, or without a call and an answer) is treated in the same way.
+    """Return whether the conversation ran out of turns or of context. With --mask_void a void one
+    (its last turn has no call and no answer, or was cut at the token cap) counts as unfinished too.
 
     This does not say whether the conversation is masked (see is_kept): --overturn_penalty also
     applies to unfinished conversations."""
@@ -178,8 +178,11 @@ def is_kept(rollout, args):
 
 
 def step_baseline(args, unfinished_accuracy):
-    """Return the baseline of this step for group_advantages. unfinished_accuracy: what `validate`
-    has measured last, None before its first result."""
+    """Return the baseline of this step for group_advantages.
+
+    unfinished_accuracy: accuracy of the held-out conversations that took more than --max_turns
+    turns, so that training would have left them unfinished. It is the last result of `validate`,
+    None before the first one."""
     if not args.overturn_mask or args.baseline == "outcome":
         return "group"      # nothing is masked, so nothing is paid: an ordinary baseline
     if args.baseline != "estimate":
@@ -199,27 +202,21 @@ class Questions:
     held_out: list
 
 
-def pick_questions(num_questions, group_indices, prompts_per_step, seed, step, attempt):
-    """Return the index of the question that each of these groups of a step is asked.
+def pick_questions(num_questions, prompt_numbers, seed, step):
+    """Return the index of the question that each of these prompts of a step asks.
 
-    Each step has an order of its own, one permutation of all questions. A group takes question
-    number attempt * prompts_per_step + group_index of the step's order. So no question is asked
-    twice in a step, unless there are too few.
+    Each step has an order of its own, one permutation of all questions, and prompt number n is the
+    n-th of it. So no question is asked twice in a step, unless there are too few.
 
-    A step of two groups whose order of five questions is 2 4 3 0 1. Both are played, then the
-    second one again because it had no signal:
+    A step of two groups whose order of five questions is 2 4 3 0 1. Groups 0 and 1 are played, then
+    group 1 again, because it had no signal. Its prompt number is now 2 + 1:
 
-    >>> pick_questions(5, [0, 1], prompts_per_step=2, seed=0, step=0, attempt=0)
+    >>> pick_questions(5, [0, 1], seed=0, step=0)
     [2, 4]
-    >>> pick_questions(5, [1], prompts_per_step=2, seed=0, step=0, attempt=1)
-    [0]
-    """
+    >>> pick_questions(5, [3], seed=0, step=0)
+    [0]"""
     step_order = np.random.default_rng([seed, step]).permutation(num_questions)
-    question_indices = []
-    for group_index in group_indices:
-        question_number = attempt * prompts_per_step + group_index
-        question_indices.append(int(step_order[question_number % num_questions]))
-    return question_indices
+    return [int(step_order[prompt_number % num_questions]) for prompt_number in prompt_numbers]
 
 
 def truncate_rollout(rollout, max_turns):
@@ -262,37 +259,35 @@ def collect_groups(engine, training_questions, step, group_indices, args, baseli
 
     group_indices: which of the step's groups 0 ... prompts_per_step - 1 are this rank's. baseline:
     of group_advantages. Returns (the groups with signal as {group_index: rollouts with their A'},
-    all rollouts that were played, the indices of the zero-variance groups that are left)."""
-    trained_groups = {}
+    all rollouts that were played, the number of groups that are still without signal)."""
+    groups_with_signal = {}
     played_rollouts = []
-    remaining_groups = list(group_indices)
+    open_indices = list(group_indices)      # of the groups that are still without signal
     engine.begin_step(step)
     for attempt in range(args.resample + 1):
-        if not remaining_groups:
+        if not open_indices:
             break
-        # 1. A question for each group. prompt_numbers enter the random streams.
-        question_indices = pick_questions(len(training_questions), remaining_groups,
-                                          args.prompts_per_step, args.seed, step, attempt)
-        rows = [training_questions[question_index][0] for question_index in question_indices]
-        image_folders = [training_questions[question_index][1]
-                         for question_index in question_indices]
+        # 1. A question for each group. Its number in the order of this step also enters the random
+        #    streams.
         prompt_numbers = [attempt * args.prompts_per_step + group_index
-                          for group_index in remaining_groups]
+                          for group_index in open_indices]
+        question_indices = pick_questions(len(training_questions), prompt_numbers, args.seed, step)
+        rows, image_folders = zip(*[training_questions[index] for index in question_indices])
         # 2. Play group_size conversations about each. They come back question by question.
         rollouts = engine.run(rows, args.group_size, image_folders, prompt_numbers)
         played_rollouts += rollouts
         groups = [rollouts[start:start + args.group_size]
                   for start in range(0, len(rollouts), args.group_size)]                # P of G
         # 3. Groups with signal are trained on, the others get another question.
-        for group_index, group in zip(remaining_groups, assign_advantages(groups, args, baseline)):
+        for group_index, group in zip(open_indices, assign_advantages(groups, args, baseline)):
             if any(rollout.advantage != 0 for rollout in group):
-                trained_groups[group_index] = group
+                groups_with_signal[group_index] = group
                 for rollout in group:
                     rollout.group_index = group_index
-        remaining_groups = [group_index for group_index in remaining_groups
-                            if group_index not in trained_groups]
+        open_indices = [index for index in open_indices if index not in groups_with_signal]
     engine.free_cache()     # the update needs the memory
-    return trained_groups, played_rollouts, remaining_groups
+    num_zero_variance_groups = len(open_indices)
+    return groups_with_signal, played_rollouts, num_zero_variance_groups
 
 
 VALIDATION_STEP = 2**31     # training never gets here: validation has random streams of its own
@@ -301,31 +296,31 @@ VALIDATION_STEP = 2**31     # training never gets here: validation has random st
 def validate(engine, held_out, args):
     """Play the held-out questions once, with at most --eval_turns turns.
 
-    Returns (accuracy, accuracy of the conversations that took more than --max_turns turns). The
-    second is what a conversation is worth that training would leave unfinished. Either is None if
-    there is no such conversation or if the judge failed on one: the remaining scores would be
-    mostly exact matches and overestimate the accuracy. The random numbers are the same at every
-    evaluation, so the scores of two checkpoints differ by the policy only."""
-    # 1. This rank's share of the questions.
+    Returns (accuracy of all conversations, accuracy of the late ones). Late: took more than
+    --max_turns turns, so training would have left it unfinished. Either is None if there is no such
+    conversation or if the judge failed on one: the remaining scores would be mostly exact matches
+    and overestimate the accuracy. The random numbers are the same at every evaluation, so the
+    scores of two checkpoints differ by the policy only."""
+    # 1. This rank's share of the questions, which may be empty.
     prompt_numbers = list(range(sft.get_rank(), len(held_out), sft.world_size()))
-    rows = [held_out[prompt_number][0] for prompt_number in prompt_numbers]
-    image_folders = [held_out[prompt_number][1] for prompt_number in prompt_numbers]
+    rows = [held_out[index][0] for index in prompt_numbers]
+    image_folders = [held_out[index][1] for index in prompt_numbers]
     engine.begin_step(VALIDATION_STEP)
     rollouts = engine.run(rows, 1, image_folders, prompt_numbers)
     engine.free_cache()     # the update and saving need the memory
     # 2. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
-    counts = {"correct": 0.0, "unfinished": 0, "unfinished_correct": 0.0}
+    counts = {"correct": 0.0, "late": 0, "late_correct": 0.0}
     for rollout in rollouts:
         reward = math.nan if rollout.reward is None else rollout.reward
         counts["correct"] += reward
         if len(rollout.turns) > args.max_turns:
-            counts["unfinished"] += 1
-            counts["unfinished_correct"] += reward
+            counts["late"] += 1
+            counts["late_correct"] += reward
     total = sft.all_reduce_dict(counts, engine.policy.device)
     accuracy = sft.finite_or_none(total["correct"] / len(held_out))
-    if total["unfinished"] == 0:
+    if total["late"] == 0:
         return accuracy, None
-    return accuracy, sft.finite_or_none(total["unfinished_correct"] / total["unfinished"])
+    return accuracy, sft.finite_or_none(total["late_correct"] / total["late"])
 
 
 # ---- The update ---------------------------------------------------------------------------------
@@ -381,14 +376,14 @@ def balance_by_tokens(rollouts):
             if target_rank == sft.get_rank()]
 
 
-def mini_batches(trained_groups, args, device):
+def mini_batches(groups_with_signal, args, device):
     """Cut the indices of the groups with signal, on all ranks, into mini-batches: a list of lists.
 
-    trained_groups: this rank's, by index. Each mini-batch has about --mini_batch_size groups; their
-    sizes differ by at most one. So a step in which few groups have signal takes fewer optimizer
-    steps, not noisier ones. All ranks must call this and get the same result, because they must
-    take the same number of optimizer steps."""
-    has_signal = [int(group_index in trained_groups)
+    groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups;
+    their sizes differ by at most one. So a step in which few groups have signal takes fewer
+    optimizer steps, not noisier ones. All ranks must call this and get the same result, because
+    they must take the same number of optimizer steps."""
+    has_signal = [int(group_index in groups_with_signal)
                   for group_index in range(args.prompts_per_step)]
     group_indices = np.flatnonzero(sft.all_reduce(has_signal, device))
     num_mini_batches = max(1, round(len(group_indices) / args.mini_batch_size))
@@ -519,11 +514,12 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
     metrics["num_sampled_tokens"] = int(total["num_sampled_tokens"])
     metrics["mean_response_length"] = total["num_sampled_tokens"] / num_rollouts
     metrics["entropy"] = total["negative_logprobs"] / max(total["num_sampled_tokens"], 1)
-    # 4. The loss, over the tokens that were trained on.
+    # 4. The update, over the tokens that were trained on. The loss is the sum over the step's
+    #    mini-batches, the gradient norm is their mean.
     num_trained_tokens = max(total["num_trained_tokens"], 1)
     metrics.update({
         "approx_kl": sft.finite_or_none(total["approx_kl"] / num_trained_tokens),
-        "zero_variance_groups": int(total["num_zero_variance_groups"]),
+        "num_zero_variance_groups": int(total["num_zero_variance_groups"]),
         "num_trained_responses": int(total["num_trained_responses"]),
         "loss": sft.finite_or_none(total["loss"]),
         "logprob_diff": sft.finite_or_none(total["logprob_diff"] / num_trained_tokens),
@@ -540,7 +536,8 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
 def learning_rate(step, args):
     """Return the learning rate of a step, counted from 0. It rises linearly over the first
     --warmup_ratio of the steps. With --anneal_lr it also falls linearly over the whole run, and
-    would reach 0 one step after the last."""
+    would reach 0 one step after the last. (sft.learning_rate falls along half a cosine instead, and
+    only after the warmup.)"""
     num_warmup_steps = max(1, round(args.warmup_ratio * args.steps))
     rate = args.lr * min(1.0, (step + 1) / num_warmup_steps)
     if args.anneal_lr:
@@ -554,32 +551,33 @@ def train_step(policy, optimizer, engine, questions, step, args, baseline):
     # 1. Rollouts and advantages. Groups are dealt to the ranks in turn.
     rollout_start = time.time()
     my_group_indices = range(sft.get_rank(), args.prompts_per_step, sft.world_size())
-    trained_groups, played_rollouts, zero_variance_groups = collect_groups(
+    groups_with_signal, played_rollouts, num_zero_variance_groups = collect_groups(
         engine, questions.training, step, my_group_indices, args, baseline)
     update_start = time.time()
     # 2. One optimizer step per mini-batch, on the rollouts of all ranks.
     lr = learning_rate(step, args)
     updates = []
-    for group_indices in mini_batches(trained_groups, args, policy.device):
+    for group_indices in mini_batches(groups_with_signal, args, policy.device):
         my_rollouts = []
         for group_index in group_indices:
-            my_rollouts += trained_groups.get(group_index, [])
+            my_rollouts += groups_with_signal.get(group_index, [])
         updates.append(update_policy(policy, optimizer, my_rollouts, args, lr))
     seconds_update = time.time() - update_start
     # 3. What the log says.
-    metrics = step_metrics(played_rollouts, updates, len(zero_variance_groups), engine.counts,
+    metrics = step_metrics(played_rollouts, updates, num_zero_variance_groups, engine.counts,
                            policy.device)
     metrics = {"step": step + 1, "lr": lr, **metrics,
                "seconds_rollout": update_start - rollout_start, "seconds_update": seconds_update}
-    return metrics, trained_groups
+    return metrics, groups_with_signal
 
 
-def save_rollouts(out, step, trained_groups, max_rows=8):
-    """Write a few whole conversations of a step as trajectory rows, with their advantages. Read
-    them: they show what is learned."""
+def save_rollouts(out, step, groups_with_signal, max_rows=8):
+    """Write at most max_rows rollouts of rank 0's groups with signal as trajectory rows, with their
+    advantages. They are the copies that training uses: with --baseline outcome they are cut at the
+    training cap. Read them: they show what is learned."""
     rows = []
-    for group_index in sorted(trained_groups):
-        for rollout in trained_groups[group_index]:
+    for group_index in sorted(groups_with_signal):
+        for rollout in groups_with_signal[group_index]:
             rows.append({**rollout.to_row(), "advantage": rollout.advantage})
     tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:max_rows])
 
@@ -611,7 +609,7 @@ def train(policy, questions, args, process):
     # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
     run = sft.start_training(policy, args, process, args.freeze_vision, args.steps)
     is_main = process.rank == 0
-    log = sft.open_log(args.out, run.first_step) if is_main else None
+    log_file = sft.open_log(args.out, run.first_step) if is_main else None
     best_accuracy = -1.0
     unfinished_accuracy = None
     if run.first_step > 0:
@@ -621,9 +619,9 @@ def train(policy, questions, args, process):
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
     training_engine = make_engine(policy, args, training_turns, judge)
     validation_engine = make_engine(policy, args, args.eval_turns, judge)
-    bar = tools.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
-                             total=args.steps, disable=not is_main, desc="rl")
-    for step in bar:
+    progress_bar = tools.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
+                                      total=args.steps, disable=not is_main, desc="rl")
+    for step in progress_bar:
         steps_done = step + 1
         val_metrics = {}
         if questions.held_out and step == 0:
@@ -631,8 +629,8 @@ def train(policy, questions, args, process):
                 validation_engine, questions.held_out, args)
         # 3. Rollouts, advantages, updates.
         baseline = step_baseline(args, unfinished_accuracy)
-        metrics, trained_groups = train_step(policy, run.optimizer, training_engine, questions,
-                                             step, args, baseline)
+        metrics, groups_with_signal = train_step(policy, run.optimizer, training_engine,
+                                                 questions, step, args, baseline)
         # 4. Evaluate, keep the best model.
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
             accuracy, latest = validate(validation_engine, questions.held_out, args)
@@ -644,10 +642,10 @@ def train(policy, questions, args, process):
                 sft.export(policy, args.out)
         # 5. Log, dump, checkpoint.
         if is_main:
-            write_metrics(log, bar, {**metrics, **val_metrics,
-                                     "unfinished_accuracy": unfinished_accuracy})
+            write_metrics(log_file, progress_bar, {
+                **metrics, **val_metrics, "unfinished_accuracy": unfinished_accuracy})
             if steps_done % args.dump_every == 0:
-                save_rollouts(args.out, steps_done, trained_groups)
+                save_rollouts(args.out, steps_done, groups_with_signal)
         if sft.end_step(run, args, steps_done, args.steps, policy.device):
             return
     if best_accuracy < 0:
@@ -656,15 +654,14 @@ def train(policy, questions, args, process):
         judge.report_cost(policy.device, process.rank)
 
 
-def write_metrics(log, bar, metrics):
+def write_metrics(log_file, progress_bar, metrics):
     """Append a line to metrics.jsonl and show the most important numbers next to the bar."""
-    log.write(tools.json_line(metrics))
-    log.flush()
+    sft.log_line(log_file, metrics)
     shown_metrics = []
     for name in ("reward", "over_turn", "incorrect", "val_accuracy"):
         if metrics.get(name) is not None:
             shown_metrics.append(f"{name} {metrics[name]:.3f}")
-    bar.set_postfix_str(" ".join(shown_metrics), refresh=False)
+    progress_bar.set_postfix_str(" ".join(shown_metrics), refresh=False)
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -684,8 +681,8 @@ def baseline_flag(text):
     return number
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="GRPO with over-turn masking.",
+def parse_args(description="GRPO with over-turn masking."):
+    parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model and data")
     add = group.add_argument
@@ -718,7 +715,8 @@ def parse_args():
              "held-out ones) or outcome (play them to their end); without the mask nothing is "
              "paid, and b is the group's mean")
     add("--mask_void", action="store_true",
-        help="also mask conversations in which a turn broke off; without: they count as wrong")
+        help="treat a void conversation (no call and no answer, or cut at the token cap) as "
+             "unfinished")
     add("--overturn_penalty", type=float, default=0.0,
         help="subtracted from the reward of an unfinished conversation (with --no-overturn_mask)")
     add("--divisor", default="kept", choices=["kept", "all"],
@@ -774,6 +772,10 @@ def check_args(args):
     tools.check(args.overturn_penalty == 0 or not args.overturn_mask,
                 "--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward "
                 "to take from")
+    uses_eval_turns = args.eval_every > 0 or args.baseline == "outcome"
+    tools.check(not uses_eval_turns or args.eval_turns >= args.max_turns,
+                f"--eval_turns {args.eval_turns} is less than --max_turns {args.max_turns}: it is "
+                "the larger budget, of evaluations and of --baseline outcome")
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
 
@@ -781,14 +783,15 @@ def check_args(args):
 def load_questions(args):
     """Return the Questions of --data and --eval_data."""
     training = []
-    for path in map(Path, args.data):
-        rows = tools.read_questions(path, "python build_data.py")
+    for file_name in args.data:
+        path = Path(file_name)
+        rows = tools.read_questions(path, hint="python build_data.py")
         training += [(row, path.parent) for row in rows]
     tools.check(len(training) >= args.prompts_per_step, f"--data has {len(training)} questions to "
                 f"train on, fewer than --prompts_per_step {args.prompts_per_step}")
     held_out = []
     if args.eval_every:
-        rows = tools.read_questions(args.eval_data, "python build_data.py")
+        rows = tools.read_questions(args.eval_data, hint="python build_data.py")
         held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
     return Questions(training, held_out)
 

@@ -60,7 +60,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelF
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-# since 5.17 the top-level name needs torchvision
+# Since 5.17 the top-level name needs torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as hf_logging
 
@@ -78,7 +78,7 @@ for math_dtype in (torch.float32, torch.float64):
 
 # ---- The policy: model, tokenizer, images -------------------------------------------------------
 
-# the supported model types, and the processor that inference servers load for each
+# The supported model types, and the processor that inference servers load for each.
 FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
 
@@ -88,8 +88,7 @@ class Policy:
 
     stop_ids: ids that end a turn. suppressed_ids: ids that the policy may never write; the same as
     a tensor on the device: suppressed_index. merge_size: this many patches a side become one image
-    token. resize_factor: an image's sides are multiples of it, in pixels.
-    """
+    token. resize_factor: an image's sides are multiples of it, in pixels."""
     model: torch.nn.Module
     tokenizer: object
     image_processor: object
@@ -101,19 +100,19 @@ class Policy:
         config = self.model.config
         token_id = self.tokenizer.convert_tokens_to_ids
         self.device = next(self.model.parameters()).device
-        # special tokens
+        # Special tokens.
         self.image_token_id = token_id("<|image_pad|>")
         self.im_start_id = token_id("<|im_start|>")
         self.im_end_id = token_id("<|im_end|>")
         self.vision_start_id = token_id("<|vision_start|>")
         self.vision_end_id = token_id("<|vision_end|>")
         self.stop_ids = {self.im_end_id, token_id("<|endoftext|>")}
-        # what may not be sampled: other special tokens, and rows of the vocabulary without a token
+        # What may not be sampled: other special tokens, and rows of the vocabulary without a token.
         other_special_ids = {token_id(token) for token in SPECIAL_TOKENS} - self.stop_ids
         unused_ids = range(len(self.tokenizer), config.text_config.vocab_size)
         self.suppressed_ids = sorted(other_special_ids.union(unused_ids))
         self.suppressed_index = torch.tensor(self.suppressed_ids, device=self.device)
-        # image sizes
+        # Image sizes.
         self.merge_size = config.vision_config.spatial_merge_size
         self.resize_factor = config.vision_config.patch_size * self.merge_size
 
@@ -134,7 +133,7 @@ class Policy:
         return [*token_ids, self.im_end_id, *self.encode_text("\n")]
 
     def preprocess_images(self, views):
-        """Resize PIL views as the model sees them and cut them into patches. Returns a list of
+        """Resize PIL views as the model sees them and cut them into patches. Return a list of
         (patches (N, C), grid (t, h, w) in patches)."""
         if not views:
             return []
@@ -196,7 +195,7 @@ def make_policy(model, tokenizer, image_processor, device, prompts=None, min_pix
                 f"--min_pixels {min_pixels} is above --max_pixels {max_pixels}")
     prompts = prompts or dict(tools.PROMPTS)
     policy = Policy(model, tokenizer, image_processor, prompts, min_pixels, max_pixels)
-    # an exported copy on an inference server must not write image placeholders either
+    # An exported copy on an inference server must not write image placeholders either.
     model.generation_config.suppress_tokens = policy.suppressed_ids
     return policy
 
@@ -204,7 +203,7 @@ def make_policy(model, tokenizer, image_processor, device, prompts=None, min_pix
 def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_pixels=None,
                 hint=""):
     """Return the Policy of a local folder or hub id. hint: the command that makes the folder.
-    Raises InputError."""
+    Raise InputError."""
     # 1. A missing local folder is not looked up on the hub.
     is_local = str(path).startswith(("checkpoints", ".", "/")) or Path(path).is_dir()
     how_to_make = f"; make it with: {hint}" if hint else ""
@@ -212,22 +211,22 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
                 f"{path} holds no model{how_to_make}")
     # 2. A damaged file shows as any of a dozen exceptions of several libraries.
     try:
-        check_device(path, check_family(path), device, dtype)
+        check_device(path, read_config(path), device, dtype)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device))
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except tools.InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = tools.first_line(error)
         if hint and not Path(path).exists():
             reason += f"; if a local folder is meant, make it with: {hint}"
         raise tools.InputError(f"{path}: cannot load a model: {reason}") from None
     return make_policy(model, tokenizer, image_processor, device, prompts, min_pixels, max_pixels)
 
 
-def check_family(path):
-    """Return the configuration of a local folder or hub id as a dict. Raises InputError if its
+def read_config(path):
+    """Return the configuration of a local folder or hub id as a dict. Raise InputError if its
     family is not supported, and OSError if there is no model."""
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
@@ -238,9 +237,12 @@ def check_family(path):
 
 def check_device(path, config, device, dtype):
     """Raise InputError if a model of billions of parameters would run on a CPU by mistake."""
+    if torch.device(device).type != "cpu":
+        return
     hidden_size = config.get("text_config", config).get("hidden_size", 0)
-    is_by_mistake = torch.device(device).type == "cpu" and dtype == "auto"
-    tools.check(hidden_size < 1024 or not is_by_mistake,
+    is_large = hidden_size >= 1024
+    chose_cpu = dtype != "auto"
+    tools.check(not is_large or chose_cpu,
                 f"{path}: no GPU was found for a model as large as this (width {hidden_size}); to "
                 "run it on the CPU anyway, add --dtype bfloat16 or float32")
 
@@ -287,8 +289,7 @@ def encode(policy, row, root):
         <grounding>{"bbox_2d": ..., "source": ...}</grounding><|im_end|>    yes
         observation_1: with image, <|im_start|>assistant                    no
         <answer>7</answer><|im_end|>                                        yes
-    Raises InputError if an image is missing or a zoom cannot be carried out.
-    """
+    Raise InputError if an image is missing or a zoom cannot be carried out."""
     # 1. Carry out all zooms: the original image and every observation.
     views = tools.replay(row, tools.open_image(Path(root) / row["image"]))
     images = policy.preprocess_images(views)
@@ -352,12 +353,12 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
                      **kwargs):
     """Text attention, as transformers calls it. query: (B, H, T, D); key and value: (B, K, S, D)
-    with K <= H heads. Returns ((B, T, H, D), None).
+    with K <= H heads. Return ((B, T, H, D), None).
 
     transformers hands unknown keyword arguments of model(...) on to this function. So whoever runs
     the model decides who attends to whom, by model(..., attend=function): attend_packed below in
-    training, the key-value cache of evaluate.py in rollouts. Without it: the library's attention.
-    """
+    training, the key-value cache of evaluate.py in rollouts. Without it: the library's
+    attention."""
     if attend is not None:
         return attend(query, key, value, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
@@ -365,13 +366,13 @@ def per_conversation(module, query, key, value, attention_mask, scaling=None, at
 
 
 AttentionInterface.register("per_conversation", per_conversation)
-# the mask for the library's attention, which its `generate` needs
+# The mask for the library's attention, which its `generate` needs.
 AttentionMaskInterface.register("per_conversation", sdpa_mask)
 
 
 def attend_packed(sequence_lengths, query, key, value, scaling):
     """Attend within each of the conversations that lie end to end in one row: one causal call per
-    conversation. query: (1, H, T, D); key and value: (1, K, T, D). Returns (1, T, H, D)."""
+    conversation. query: (1, H, T, D); key and value: (1, K, T, D). Return (1, T, H, D)."""
     queries = query.split(sequence_lengths, dim=2)      # (1, H, length, D) each
     keys = key.split(sequence_lengths, dim=2)           # (1, K, length, D) each
     values = value.split(sequence_lengths, dim=2)
@@ -382,14 +383,15 @@ def attend_packed(sequence_lengths, query, key, value, scaling):
 
 
 def collate(policy, sequences):
-    """Put Sequences end to end into one row. Returns a dict of tensors on the policy's device:
+    """Put Sequences end to end into one row. Return a dict of tensors on the policy's device:
         input_ids        (1, T)
         position_ids     (3, 1, T), they begin at 0 in every conversation
         loss_positions   (N,), where in the row the tokens are that the policy wrote
         pixel_values     (sum of patches, C), and
         image_grid_thw   (images, 3), both only if there are images
-    and attend, the attention function above, for these conversations. Example: two of five and
-    three tokens, of which the policy wrote the last and the last two; I is an image's four tokens:
+        attend           not a tensor: the attention function above, for these conversations
+    Example: two conversations, an image (four tokens I) and a word, and three words. The policy
+    wrote the last token of the first and the last two of the second:
         input_ids        [[  I   I   I   I 101 102 103 104]]
         position_ids     [[[ 0   0   0   0   2   0   1   2]],
                           [[ 0   0   1   1   2   0   1   2]],
@@ -443,16 +445,13 @@ def prefetch(function, items):
     """Yield function(item) of each item, in order. While the caller uses one result, a thread
     computes the next one."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        future = None
-        for item in items:
-            if future is None:      # the first item
-                future = thread.submit(function, item)
-                continue
+        # A lazy generator: next() submits one more item.
+        futures = (thread.submit(function, item) for item in items)
+        future = next(futures, None)
+        while future is not None:
             result = future.result()
-            future = thread.submit(function, item)
+            future = next(futures, None)
             yield result
-        if future is not None:
-            yield future.result()
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -473,8 +472,7 @@ def token_logprobs(policy, batch, chunk_size=4096):
     still has a gradient function.
 
     The vocabulary is computed at those positions only, chunk_size at a time, and again in backward:
-    with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far.
-    """
+    with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far."""
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)
@@ -501,8 +499,7 @@ def sft_loss(policy, sequences, aggregation, denominator):
 
     aggregation "token": the sum of -log p(token); denominator: the number of tokens. "response":
     the sum over conversations of the mean over their own tokens, so that a short reply weighs as
-    much as a long one; denominator: the number of conversations.
-    """
+    much as a long one; denominator: the number of conversations."""
     logprobs = token_logprobs(policy, collate(policy, sequences))       # (N,)
     if aggregation == "response":
         lengths = torch.tensor([sum(s.loss_mask) for s in sequences], device=policy.device)
@@ -511,7 +508,7 @@ def sft_loss(policy, sequences, aggregation, denominator):
 
 
 def train_step(policy, optimizer, sequences, lr, args):
-    """Take one optimizer step. sequences: this rank's share of the batch. Returns the loss of the
+    """Take one optimizer step. sequences: this rank's share of the batch. Return the loss of the
     global batch, the gradient's norm before clipping, and the number of tokens in the loss."""
     # 1. Denominators over all ranks, before the batch is cut into micro-batches.
     lengths = [sum(sequence.loss_mask) for sequence in sequences]
@@ -533,9 +530,9 @@ def train_step(policy, optimizer, sequences, lr, args):
 # and takes the same step, since gradients are summed over all ranks. A collective is called by
 # every rank, in the same order; one process needs none of them.
 
-# of a collective: ranks wait for each other's rollouts, so it is longer than the slowest may take
-TIMEOUT = timedelta(minutes=60)
-# torch 2.13 renamed these two
+# How long a rank waits in a collective: longer than the slowest rank's rollouts may take.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# Torch 2.13 renamed these two.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -550,7 +547,7 @@ class Process:
 
 
 def setup_distributed():
-    """Join the process group if torchrun started us (gloo on CPU, NCCL on GPU). Returns our
+    """Join the process group if torchrun started us (gloo on CPU, NCCL on GPU). Return our
     Process."""
     rank = get_rank()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -559,7 +556,7 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        # it plans for every new shape, and our shapes are all different
+        # CuDNN's attention plans for every new shape, and our shapes are all different.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif num_ranks > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         num_threads = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
@@ -567,10 +564,10 @@ def setup_distributed():
     # 2. The group. After a restart it must not read the keys of the one that crashed.
     attempt = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_ranks > 1 and not dist.is_initialized():
-        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         attempt = agree_on_attempt(store, rank, num_ranks)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
-                                rank=rank, world_size=num_ranks,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=num_ranks,
                                 store=dist.PrefixStore(f"attempt_{attempt}", store))
     return Process(rank, num_ranks, device, attempt)
 
@@ -636,8 +633,7 @@ def all_reduce_gradients(params):
     of the DDP paper, arXiv 2006.15704; picotron's DataParallelNaive).
 
     Correct, but slow: one small message per parameter, and the network is idle while backward runs.
-    Not used here, except by the tests: Optimizer.backward gives the same gradients.
-    """
+    Not used here, except by the tests: Optimizer.backward gives the same gradients."""
     for param in params:
         if param.grad is None:      # this rank had no image, or no sample at all
             param.grad = torch.zeros_like(param)
@@ -671,8 +667,7 @@ class Bucket:
     padding). flat: the tensor. shard: the part of it that this rank updates (all of it, if not
     sharded). master: what AdamW trains: shard itself or, if the weights are in bfloat16, a float32
     copy of it, since a small step would be lost in bfloat16's 8 bits. params_pending: parameters
-    whose gradient of the current micro-batch is not complete yet.
-    """
+    whose gradient of the current micro-batch is not complete yet."""
 
     def __init__(self, params, num_shards, shard_index):
         self.params = params
@@ -781,10 +776,10 @@ class Optimizer:
 
     def backward(self, micro_batches, loss_of, num_micro_batches=None):
         """Run backward through loss_of(micro_batch) of each of this rank's micro-batches; leave the
-        sum of all gradients over all ranks in the masters. Returns the sum of this rank's losses.
+        sum of all gradients over all ranks in the masters. Return the sum of this rank's losses.
 
-        num_micro_batches: their number, if micro_batches is an iterator that makes them one by one.
-        """
+        micro_batches: an iterable. num_micro_batches: how many it yields; None turns it into a list
+        first."""
         if num_micro_batches is None:
             micro_batches = list(micro_batches)
             num_micro_batches = len(micro_batches)
@@ -825,8 +820,7 @@ class Optimizer:
         Sharded: reduce-scatter after every micro-batch, so that no rank ever holds all gradients;
         wait_for_oldest() adds the result to master.grad. Not sharded: add up the micro-batches
         here, in the master's precision (in bfloat16 a hundred sums would lose the small ones), and
-        all-reduce once, in place, after the last.
-        """
+        all-reduce once, in place, after the last."""
         gradients = bucket.flatten_gradients()                          # (num_shards * length,)
         if self.is_sharded:
             shard_gradient = torch.empty_like(bucket.master)            # (length,)
@@ -850,11 +844,11 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr, max_grad_norm, healthy=True):
         """Clip the gradient, update the masters with AdamW, send the new weights to all ranks.
-        Returns the global norm before clipping.
+        Return the global norm before clipping.
 
         If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, not
-        even AdamW's moments, and num_skipped counts one more step. Gradients are freed either way.
-        """
+        even AdamW's moments, and num_skipped counts one more step. Gradients are freed either
+        way."""
         # 1. The norm over all buckets and shards.
         squared_norms = [torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2
                          for bucket in self.buckets]
@@ -899,13 +893,12 @@ class Optimizer:
         """Continue from an earlier run. shard_states: the state() of each of its ranks.
 
         If the number of shards has changed, master and moments are concatenated and split again.
-        There are no moments if no step of that run succeeded. Raises ValueError, before anything
-        changes, if the state is of another model: another number of buckets, or another size.
-        """
+        There are no moments if no step of that run succeeded. Raise ValueError, before anything
+        changes, if the state is of another model: another number of buckets, or another size."""
         saved_sizes = [bucket_state["size"] for bucket_state in shard_states[0]]
         if saved_sizes != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
-        # saved: the states of one bucket, one per shard
+        # `saved` holds the states of one bucket, one per shard.
         for bucket, saved in zip(self.buckets, zip(*shard_states)):
             adam_state = {}
             for name in saved[0].keys() - {"size"}:
@@ -913,7 +906,7 @@ class Optimizer:
                     tensor = saved[0]["step"]
                 else:
                     tensor = bucket.reshard([shard_state[name] for shard_state in saved])
-                # copied, or a view of the concatenated tensor would keep all of it in memory
+                # Copied, or a view of the concatenated tensor would keep all of it in memory.
                 adam_state[name] = tensor.to(bucket.master.device, copy=True)
             bucket.master.data.copy_(adam_state.pop("master"))
             self.adam.state[bucket.master].update(adam_state)
@@ -924,17 +917,18 @@ class Optimizer:
 
 
 def save_state(out, optimizer, step, keep_checkpoints=2):
-    """Write the state after `step` steps to out/state/step_N/ and remove older ones, except the
-    last. A kill at any moment leaves a complete state. Raises InputError if the disk is full."""
+    """Write the state after `step` steps to out/state/step_N/. Of all states, this one included,
+    the last keep_checkpoints stay. A kill at any moment leaves a complete state. Raise InputError
+    if the disk is full."""
     rank = get_rank()
     step_folder = Path(out) / "state" / f"step_{step:07d}"
     # 1. Every rank writes its shard, all at once.
     if rank < optimizer.num_shards:
-        state = {"optimizer": optimizer.state(), "rng": torch.get_rng_state()}
+        state = {"optimizer": optimizer.state()}
         try:
             tools.write_atomic(step_folder / f"{rank}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:       # torch reports a full disk this way
-            reason = str(error).splitlines()[0]
+            reason = tools.first_line(error)
             raise tools.InputError(
                 f"cannot save to {step_folder}, perhaps the disk is full ({reason}); free space "
                 "and continue with --resume: what was saved before is untouched") from None
@@ -952,12 +946,11 @@ def save_state(out, optimizer, step, keep_checkpoints=2):
 
 
 def load_state(out, optimizer, resume, total_steps):
-    """Continue from the last complete state. Returns its step, 0 if there is none.
+    """Continue from the last complete state. Return its step, 0 if there is none.
 
     Without resume the run starts from the beginning, and the state of an earlier run is moved to
-    out/old_state, so that a later --resume cannot mix the two. Raises InputError if a file is
-    unreadable, or if its step is beyond the total_steps of this run.
-    """
+    out/old_state, so that a later --resume cannot mix the two. Raise InputError if a file is
+    unreadable, or if its step is beyond the total_steps of this run."""
     state_folder = Path(out) / "state"
     rank = get_rank()
     # 1. Nothing to continue.
@@ -980,10 +973,9 @@ def load_state(out, optimizer, resume, total_steps):
         path = state_folder / f"step_{latest['step']:07d}"
         states = [torch.load(path / f"{index}.pt", map_location="cpu", weights_only=True, mmap=True)
                   for index in range(latest["num_shards"])]
-        torch.set_rng_state(states[min(rank, len(states) - 1)]["rng"])
         optimizer.load([state["optimizer"] for state in states])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = tools.first_line(error)
         raise tools.InputError(f"{path}: cannot resume: {reason}; delete {state_folder} to start "
                                "over") from None
     # 3. Does it belong to this run?
@@ -1008,8 +1000,14 @@ def open_log(out, step):
     return log_path.open("a", encoding="utf-8")
 
 
+def log_line(log_file, metrics):
+    """Append the metrics of a step, a dict, as a line of JSON."""
+    log_file.write(tools.json_line(metrics))
+    log_file.flush()        # a kill loses no finished step
+
+
 def export(policy, out):
-    """Write a plain Hugging Face folder (rank 0). Raises InputError if the disk is full."""
+    """Write a plain Hugging Face folder (rank 0). Raise InputError if the disk is full."""
     if get_rank() != 0:
         return
     # 1. Write everything into a folder of its own.
@@ -1024,8 +1022,8 @@ def export(policy, out):
         policy.image_processor.save_pretrained(temporary)
     except Exception as error:      # safetensors has exceptions of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise tools.InputError(f"cannot save a model to {out}: {str(error).splitlines()[0]}; free "
-                               "disk space") from None
+        reason = tools.first_line(error)
+        raise tools.InputError(f"cannot save a model to {out}: {reason}; free disk space") from None
     # 2. Inference servers look up the processor's class here.
     processor_config = {"processor_class": FAMILIES[policy.model.config.model_type]}
     (temporary / "processor_config.json").write_text(json.dumps(processor_config, indent=2) + "\n")
@@ -1080,11 +1078,9 @@ def finite_or_none(value):
 
 
 def enable_gradient_checkpointing(model):
-    """Recompute the layers' activations in backward.
-
-    The library also makes the embeddings ask for a gradient, which adapters need. Not here: a
-    frozen vision tower would then keep its activations and run a backward pass for nothing.
-    """
+    """Recompute the layers' activations in backward. The library also makes the embeddings ask for
+    a gradient, which adapters need. Not here: a frozen vision tower would then keep its activations
+    and run a backward pass for nothing."""
     if hasattr(model, "activation_checkpointing_enable"):       # the name in newer versions
         model.activation_checkpointing_enable()
     else:
@@ -1103,7 +1099,7 @@ class TrainingRun:
 
 def start_training(policy, args, process, freeze_vision, total_steps):
     """Do what every trainer does first: the same weights on all ranks, an optimizer, the state of
-    an earlier run. Returns a TrainingRun."""
+    an earlier run. Return a TrainingRun."""
     stop_signal = StopSignal()
     broadcast_weights(policy.model)
     params = trainable_parameters(policy, freeze_vision)
@@ -1111,15 +1107,15 @@ def start_training(policy, args, process, freeze_vision, total_steps):
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     policy.model.train()
-    # a worker that torchrun has restarted continues, whatever the flag
+    # A worker that torchrun has restarted continues, whatever the flag.
     resume = args.resume or process.attempt > 1
     first_step = load_state(args.out, optimizer, resume, total_steps)
     return TrainingRun(optimizer, first_step, stop_signal)
 
 
 def end_step(run, args, steps_done, total_steps, device):
-    """Do what every trainer does after a step: save if it is time. Returns whether the run must
-    stop before its end, because a rank has received SIGTERM. Raises InputError after too many steps
+    """Do what every trainer does after a step: save if it is time. Return whether the run must
+    stop before its end, because a rank has received SIGTERM. Raise InputError after too many steps
     in a row without a finite loss and gradient (all ranks count the same)."""
     num_skipped = run.optimizer.num_skipped
     tools.check(num_skipped < MAX_SKIPPED_STEPS,
@@ -1127,7 +1123,8 @@ def end_step(run, args, steps_done, total_steps, device):
                 "a row (these steps were skipped); lower --lr and start again, or continue from "
                 "the last checkpoint with --resume")
     must_stop = steps_done < total_steps and run.stop_signal.reached_any_rank(device)
-    # after skipped steps the weights may be broken: keep the older ones
+    # Right after a skipped step the weights may be broken. A regular checkpoint waits for a better
+    # step, so that it does not push out an older state.
     is_due = steps_done % args.save_every == 0 and num_skipped == 0
     if must_stop or is_due or steps_done == total_steps:
         save_state(args.out, run.optimizer, steps_done, args.keep_checkpoints)
@@ -1172,8 +1169,7 @@ def train(policy, rows, root, args, process):
         if is_main:
             metrics = {"step": step + 1, "loss": finite_or_none(loss),
                        "grad_norm": finite_or_none(grad_norm), "lr": lr, "tokens": num_tokens}
-            log_file.write(tools.json_line(metrics))
-            log_file.flush()
+            log_line(log_file, metrics)
             progress_bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
         if end_step(run, args, step + 1, total_steps, policy.device):
             return
@@ -1258,7 +1254,8 @@ def main():
         policy = make_policy(model, tokenizer, image_processor, process.device, prompts,
                              args.min_pixels, args.max_pixels)
     else:
-        hint = "python sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base"
+        hint = ("torchrun --nproc_per_node=2 sft.py --model tiny --data data/instruct.jsonl --out "
+                "checkpoints/base --batch_size 16 --epochs 2.5 --aggregation response")
         policy = load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, hint)
     # 3. Train it.
@@ -1289,12 +1286,13 @@ def embed_patches(conv, patches):
     return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
 
 
-# The library hands the same borders to every layer, and a tensor is hashed by its identity: so the
-# plan is made once per forward pass. (It waits for the GPU.) Two: windows, and whole images.
+# Planning waits for the GPU (.tolist()), so it is done once per forward pass: the library hands
+# the same `borders` tensor to every layer, and lru_cache compares tensors by identity. maxsize=2:
+# a pass has at most two such tensors, the borders of windows and those of whole images.
 @functools.lru_cache(maxsize=2)
 def plan_windows(borders):
     """Group attention windows by their length. borders (W + 1,): window i is patches borders[i] to
-    borders[i + 1]. Returns [(length, indices of the patches in windows of that length)] and the
+    borders[i + 1]. Return [(length, indices of the patches in windows of that length)] and the
     inverse permutation (S,), which puts patches that are in the order of the groups back."""
     window_lengths = borders.diff()                                     # (W,)
     window_groups = []
@@ -1308,11 +1306,10 @@ def plan_windows(borders):
 def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
                   **kwargs):
     """Vision attention, one batched call for all windows of one length. query, key, value:
-    (1, H, S, D). Returns ((1, S, H, D), None).
+    (1, H, S, D). Return ((1, S, H, D), None).
 
     The library calls the attention once per window, in a Python loop, unless the implementation's
-    name contains "flash"; then it passes the windows' borders, cu_seq_lens_q. Hence the name.
-    """
+    name contains "flash"; then it passes the windows' borders, cu_seq_lens_q. Hence the name."""
     window_groups, inverse_permutation = plan_windows(cu_seq_lens_q)
     outputs = []
     for length, indices in window_groups:
@@ -1329,7 +1326,7 @@ AttentionInterface.register("windows_flash", windows_flash)
 
 
 class StopSignal:
-    """Notes SIGTERM instead of dying of it. A batch system sends it before it ends a job, and
+    """Note SIGTERM instead of dying of it. A batch system sends it before it ends a job, and
     torchrun when another worker has died."""
 
     def __init__(self):
@@ -1352,8 +1349,7 @@ def agree_on_attempt(store, rank, num_ranks):
     After a crash torchrun --max_restarts starts new workers on the same store, which still holds
     what the dead ones wrote, and the agents of several nodes may have counted different numbers of
     restarts. So rank 0 counts. Every other rank writes a new random name, and rank 0 answers each
-    name that it finds, until all ranks have thanked for this attempt's number.
-    """
+    name that it finds, until all ranks have thanked for this attempt's number."""
     # 1. Any other rank: introduce yourself, wait for the number.
     if rank > 0:
         name = uuid.uuid4().hex
@@ -1365,7 +1361,7 @@ def agree_on_attempt(store, rank, num_ranks):
     #    one will replace it.
     attempt = store.add("attempts", 1)
     missing_ranks = set(range(1, num_ranks))
-    deadline = time.time() + TIMEOUT.total_seconds()
+    deadline = time.time() + COLLECTIVE_TIMEOUT.total_seconds()
     while missing_ranks and time.time() < deadline:
         for other_rank in list(missing_ranks):
             if store.check([f"hello/{other_rank}"]):

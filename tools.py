@@ -7,13 +7,15 @@ trainer and the rollout engine all use the functions of this file.
 
 How a conversation ends (finish_reason):
     answer        The model gave an answer.
-    void          The turn has neither a call nor an answer (SimpleTIR's word, arXiv 2509.02479).
+    void          The turn has neither a call nor an answer, or it was cut at its token cap (the
+                  word is SimpleTIR's, arXiv 2509.02479).
     over_turn     The model still asked to zoom when a cap on turns or images was reached.
     over_context  The next observation did not fit into the context (evaluate.py).
 
 A bad call is *refused*: the tool answers with an error, and the conversation continues. A valid
-zoom beyond a cap is *not carried out*, and the conversation ends. So a zoom in the last turn of a
-conversation was never carried out: it has no crop.
+zoom beyond a cap is *not carried out*, and the conversation ends. The last stored turn of a
+conversation never has an observation, and replay() skips it: its zoom was beyond a cap (over_turn),
+or its crop did not fit (over_context).
 
 What differs from the Mini-o3 paper (arXiv 2509.07969) and its code:
 1. Model output is parsed with json and explicit checks. A bad call is answered with one sentence
@@ -52,8 +54,8 @@ class InputError(ValueError):
 
 
 def check(condition, message):
-    """Raise InputError(message) unless the condition is true. About a row of a file, the message
-    does not say which row: read_jsonl adds file and line."""
+    """Raise InputError(message) unless the condition is true. A check of a file's row need not say
+    which row it is: read_jsonl adds file and line."""
     if not condition:
         raise InputError(message)
 
@@ -95,6 +97,12 @@ def run(main):
     if rank == 0:
         minutes, seconds = divmod(time.time() - start_time, 60)
         print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+
+
+def first_line(error):
+    """Return the first line of an exception's text, or the name of its type if it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 class PlainLines:
@@ -227,8 +235,7 @@ def size_for_model(width, height, min_pixels, max_pixels, factor=28):
     unless the view is a very long strip or no multiples fit between the limits.
 
     >>> size_for_model(756, 756, min_pixels=6000, max_pixels=8000)
-    (84, 84)
-    """
+    (84, 84)"""
     # 1. Round both sides to the nearest multiple.
     model_width = max(factor, round(width / factor) * factor)
     model_height = max(factor, round(height / factor) * factor)
@@ -300,8 +307,7 @@ def zoom(views, call):
     views: PIL images, [original, observation 1, ...].
     call: {"bbox_2d": corners as fractions of the source, "source": its name}.
     Raise ToolError with a sentence for the model if the call is bad, if the source does not exist
-    yet, or if the crop is longer than MAX_ASPECT_RATIO times its width or height.
-    """
+    yet, or if the crop is longer than MAX_ASPECT_RATIO times its width or height."""
     (x0, y0, x1, y1), source = validate_call(call)
     if source_index(source) >= len(views):
         raise ToolError(f"There is no {source} yet.")
@@ -339,8 +345,7 @@ def first_tag(text):
     First is the one that opens first. Tags inside thoughts do not count.
 
     >>> first_tag("<think>Is it <answer>1</answer>?</think><answer>7</answer> More.")
-    ('answer', '7', 58)
-    """
+    ('answer', '7', 58)"""
     # Thoughts become spaces, so that all positions stay the same.
     visible_text = THOUGHT_PATTERN.sub(lambda thought: " " * len(thought[0]), text)
     for opening_tag in TAG_PATTERN.finditer(visible_text):
@@ -362,8 +367,7 @@ def parse_turn(text):
     ("error", sentence)  one line of less than 200 characters, with one full stop, at its end
     ("void", None)       neither a call nor an answer
 
-    Text inside <think> is ignored, thinking is optional, and the first complete tag wins.
-    """
+    Text inside <think> is ignored, thinking is optional, and the first complete tag wins."""
     tag = first_tag(text)
     if tag is None:
         return "void", None
@@ -384,20 +388,19 @@ def take_turn(views, text, turn_number, max_turns, max_images):
 
     views: the images so far, original first; the crop of a successful zoom is appended.
     turn_number: 1 for the first turn. max_images counts the original, too.
-    A refused call uses up one turn and the conversation continues. In the last turn it ends the
-    conversation as over_turn; the error is stored.
-    """
+    A refused call uses up one turn and the conversation continues. In the last allowed turn it
+    ends the conversation as over_turn; the error is stored."""
     # 1. An answer, or neither answer nor call, ends the conversation.
     kind, content = parse_turn(text)
     if kind in ("answer", "void"):
         return TurnResult({"text": text}, finish_reason=kind, prediction=content)
 
-    # 2. So does any call in the last turn, and a zoom at the image cap. The zoom is stored, but not
-    # carried out.
+    # 2. So does any call in the last allowed turn, and a zoom at the image cap. The zoom is stored,
+    #    but not carried out.
     turn = {"text": text, kind: content}  # kind is "zoom" or "error"
-    is_last_turn = turn_number >= max_turns
+    is_last_allowed_turn = turn_number >= max_turns
     needs_too_many_images = kind == "zoom" and len(views) >= max_images
-    if is_last_turn or needs_too_many_images:
+    if is_last_allowed_turn or needs_too_many_images:
         return TurnResult(turn, finish_reason="over_turn", prediction=None)
 
     # 3. Zoom. The tool may still refuse the call.
@@ -413,7 +416,7 @@ def replay(row, image):
     """Return the views of a stored trajectory: [original, observation 1, ...]. Raise InputError if
     a zoom is impossible. (Crops are not stored: they follow from the image and the zooms.)"""
     views = [image]
-    # A zoom in the last turn was not carried out.
+    # The last stored turn has no observation.
     for turn_number, turn in enumerate(row["turns"][:-1], start=1):
         if "zoom" in turn:
             try:
@@ -426,11 +429,16 @@ def replay(row, image):
 # ---- JSONL: one row a line ----------------------------------------------------------------------
 
 
+def json_line(row):
+    """Return a row as a line of strict JSON. Raise ValueError for NaN and infinities."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def parse_json(text):
     """Parse strict JSON. Raise ValueError also for NaN, infinities and half a surrogate pair."""
     try:
         value = json.loads(text)
-        json_line(value).encode("utf-8")
+        json_line(value).encode("utf-8")  # refuses NaN and infinities; half a surrogate pair
     except RecursionError as error:
         raise ValueError(str(error)) from None
     return value
@@ -477,11 +485,6 @@ def write_atomic(path, write):
         raise
 
 
-def json_line(row):
-    """Return a row as a line of strict JSON. Raise ValueError for NaN and infinities."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def write_jsonl(path, rows):
     """Write rows to a JSONL file in one step, see write_atomic."""
     def write_rows(file):
@@ -494,7 +497,7 @@ def write_jsonl(path, rows):
 class Journal:
     """A JSONL file to which long work appends rows as they are finished, so that a kill loses none.
     rows: what this file and those of other processes (other_paths) held when it was opened. There
-    is no lock: whoever has several threads needs one."""
+    is no lock: a user with several threads needs one."""
 
     def __init__(self, path, other_paths=()):
         self.path = Path(path)
@@ -504,7 +507,8 @@ class Journal:
                 self.rows += self.read_complete_lines(journal_path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8")
-        # Remove a line that was cut short. In place, since another process may be writing, too.
+        # Cut off the last line if a killed run wrote only half of it. Not by writing a new file:
+        # a second run of the same command may have it open and append to it.
         os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def read_complete_lines(self, journal_path):
@@ -524,8 +528,9 @@ class Journal:
 # A question (the image's path is relative to the file's folder):
 #     {"id": "1", "image": "images/1.jpg", "question": "What digit ...?", "answer": "7"}
 # It may have "options" (a list of strings), "system" and "user" (instead of the prompts' texts).
-# A trajectory is a question with "turns". A turn of an imported conversation may have "learn"
-# (false keeps its text out of the loss) and "tool_message" (the tool's words after it).
+# A trajectory is a question with "turns" (see "One turn of the model"). A turn may have "learn"
+# (false keeps its text out of the loss: a teacher's deliberate mistake) and, if imported,
+# "tool_message" (the tool's words after it).
 
 
 def check_question(row):
@@ -574,8 +579,8 @@ def check_turn(turn, num_observations, is_last):
     check(isinstance(turn, dict) and isinstance(turn.get("text"), str),
           "it must be an object with a 'text'")
     check(isinstance(turn.get("learn", True), bool), "'learn' must be true, false or absent")
-    # Every turn but the last has a zoom or an error. A zoom in the last turn was not carried out:
-    # its source need not exist.
+    # Every stored turn but the last has a zoom or an error. The zoom of the last one may not have
+    # been carried out: its source need not exist.
     if "zoom" in turn:
         _, source = validate_call(turn["zoom"])
         check(is_last or source_index(source) <= num_observations, f"there is no {source} yet")
@@ -595,7 +600,7 @@ def without_layout(row):
     return {key: value for key, value in row.items() if key not in ("objects", "wallpaper")}
 
 
-def read_questions(path, hint="", check_row=check_question):
+def read_questions(path, check_row=check_question, hint=""):
     """Return the question rows of a file. Raise InputError as read_jsonl, and if an id repeats."""
     known_ids = set()
 

@@ -331,7 +331,7 @@ def case_drafts(args, process):
         sides["generate, static"] = lambda: play_with_generate(peer, rollouts, **static)
     except Exception as error:  # depends on the library's version
         say("drafts: generate with a static cache does not run here: "
-            f"{str(error).splitlines()[0][:80]}")
+            f"{tools.first_line(error)[:80]}")
     title = f"drafts: {len(rows)} x {args.group_size}, {num_sampled_tokens(rollouts)} tokens"
     alternate_all(title, sides, args.repeats)
     for name in ("drafts, cold", "drafts, warm"):

@@ -96,7 +96,7 @@ def main():
                     "python evaluate.py")
         for level in levels:
             question_rows = tools.read_questions(args.data / f"{level}.jsonl",
-                                                 "python build_data.py")
+                                                 hint="python build_data.py")
             questions = {row["id"]: row for row in question_rows}
             rows = tools.read_jsonl(folder / f"{level}.jsonl")
             kinds = [kind_of(row, questions[row["id"]]) for row in rows]

@@ -1,18 +1,17 @@
 """Calculate what a run of rl.py needs: memory per GPU on 1 to 64 of them, with advice where that is
-too much; disk; hours. Only the model's configuration is read. The flags are those of rl.py, with
-the same defaults:
+too much; disk; hours. Only the model's configuration is read. The flags are those of
+the run, that is, of rl.py:
 
     python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --micro_batch_tokens 32768 \\
         --max_model_len 32768 --max_num_seqs 16 --gradient_checkpointing --shard_optimizer
 """
-
-import argparse
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import root  # noqa: F401
 import evaluate
+import rl
 import sft
 import tools
 
@@ -176,13 +175,13 @@ def read_model(path):
     """Return a model without weights (on the meta device) from a folder or hub id. Raise InputError
     if its configuration cannot be read or its family is not supported."""
     try:
-        sft.check_family(path)
+        sft.read_config(path)
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path),
                                                            dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise tools.InputError(f"cannot read the configuration of {path}: "
-                               f"{str(error).splitlines()[0]}") from None
+                               f"{tools.first_line(error)}") from None
 
 
 def advise(model, num_ranks, flags):
@@ -243,31 +242,7 @@ def print_plan(args):
           "eighth of them is sampled")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Calculate what a run of rl.py needs: memory per GPU, disk, hours. "
-                    "Flags and defaults are those of rl.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="checkpoints/sft", help="local folder or hub id")
-    add("--steps", type=int, default=12, help="RL steps, for the hours")
-    add("--prompts_per_step", type=int, default=24, help="questions per step over all processes")
-    add("--group_size", type=int, default=16, help="conversations per question")
-    add("--max_model_len", type=int, default=4096, help="tokens per conversation")
-    add("--max_num_seqs", type=int, default=64, help="conversations at once on one process")
-    add("--micro_batch_tokens", type=int, default=4096,
-        help="tokens per forward pass of the update on one process")
-    add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True,
-        help="do not train the vision tower and its projector")
-    add("--shard_optimizer", action="store_true",
-        help="each process keeps the gradients and the optimizer's state of its own shard only")
-    add("--gradient_checkpointing", action="store_true",
-        help="recompute activations in backward to save memory")
-    add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
-    args = parser.parse_args()
-    tools.check_number_flags(args)
-    return args
-
+DESCRIPTION = "Calculate what a run of rl.py with these flags needs: memory per GPU, disk, hours."
 
 if __name__ == "__main__":
-    tools.run(lambda: print_plan(parse_args()))
+    tools.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))

@@ -317,13 +317,14 @@ WALLPAPER = ["blue", None, "red", None, None, "blue", None, None, None]
 @pytest.mark.parametrize("region, colour, phrase", [
     (0, "red", "I see red in top-right bottom-right."), (5, "blue", "I see no blue.")])
 def test_a_region_by_hand(region, colour, phrase):
-    assert build_data.describe_region(OBJECTS, region, colour) == phrase
+    cell_colours = build_data.colours_of(OBJECTS, region)
+    assert build_data.describe_colour("region", colour, cell_colours) == phrase
 
 
 @pytest.mark.parametrize("colour, phrase", [
     ("blue", "I see blue walls in top-left right."), ("green", "I see no green walls.")])
 def test_wallpaper_by_hand(colour, phrase):
-    assert build_data.describe_wallpaper(WALLPAPER, colour) == phrase
+    assert build_data.describe_colour("wallpaper", colour, WALLPAPER) == phrase
 
 
 @pytest.mark.parametrize("cell, phrase", [(8, "I see red star 7."), (0, "I see nothing.")])
@@ -332,8 +333,9 @@ def test_a_cell_by_hand(cell, phrase):
 
 
 def test_positions_with_a_colour_by_hand():
-    assert build_data.positions_with(OBJECTS, 0, "red") == ["top-right", "bottom-right"]
-    assert build_data.positions_with(OBJECTS, 1, "red") == []
+    cell_colours = build_data.colours_of(OBJECTS, 0)
+    assert build_data.positions_with("red", cell_colours) == ["top-right", "bottom-right"]
+    assert build_data.positions_with("red", build_data.colours_of(OBJECTS, 1)) == []
 
 
 # ---- Instruction data ---------------------------------------------------------------------------
@@ -416,8 +418,8 @@ def test_instructions_are_one_turn_trajectories_without_the_protocol(instruction
 
 
 def test_every_other_scene_is_crowded_and_has_no_view_of_the_whole_image(instructions):
-    """Each view of one cell comes with a lesson in text, a to-do list or sorting. Six of ten are
-    described, too."""
+    """Each view of one cell comes with a lesson that does not need it, a to-do list or sorting. Six
+    of ten are described, too."""
     _, rows, drawn = instructions
     assert len(drawn) == 8
     num_described, num_cells = 0, 0

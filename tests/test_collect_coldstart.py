@@ -22,8 +22,8 @@ from PIL import Image
 import build_data
 import collect_coldstart
 import tools
-from build_data import (LEVELS, PHRASES, POSITIONS, SHAPES, describe_cell, describe_region,
-                        describe_wallpaper, position_box, positions_with)
+from build_data import (LEVELS, PHRASES, POSITIONS, SHAPES, colours_of, describe_cell,
+                        describe_colour, position_box, positions_with)
 from collect_coldstart import STRATEGIES, Teacher
 from support.launch import ROOT, run_script
 
@@ -73,9 +73,9 @@ def honest_words(row, view):
         return PHRASES["sorry"]
     region, cell = view
     if region is None:
-        return describe_wallpaper(row["wallpaper"], row["colour"])
+        return describe_colour("wallpaper", row["colour"], row["wallpaper"])
     if cell is None:
-        return describe_region(row["objects"], region, row["colour"])
+        return describe_colour("region", row["colour"], colours_of(row["objects"], region))
     return describe_cell(row["objects"], region, cell)
 
 
@@ -112,7 +112,7 @@ def complete_scan(row, regions):
     views = []
     for region in regions:
         views.append((region, None))
-        for position in positions_with(row["objects"], region, row["colour"]):
+        for position in positions_with(row["colour"], colours_of(row["objects"], region)):
             views.append((region, POSITIONS.index(position)))
     return views
 
@@ -222,7 +222,7 @@ def test_a_search_looks_where_its_first_turn_says(strategy):
         for regions, scan in zip(announced, more_scans):
             assert regions == reading_order(regions[0])
             assert scan == up_to_target(row, complete_scan(row, regions))
-    fixed_order = {"scan": {"scan"}, "depth_first": {"shuffle"}, "hint": {"hint"},
+    fixed_order = {"scan": {"scan"}, "shuffle": {"shuffle"}, "hint": {"hint"},
                    "search_again": {"hint"}}
     assert orders == fixed_order.get(strategy, {"scan", "shuffle", "hint"})
 
@@ -230,7 +230,7 @@ def test_a_search_looks_where_its_first_turn_says(strategy):
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_every_order_covers_all_nine_regions(strategy):
     """hint: the regions with the colour's wallpaper, then the others; scan: in reading order from a
-    random start; depth_first: at random."""
+    random start; shuffle: at random."""
     starts = set()
     orders = set()
     for row, turns in searches(strategy):
@@ -248,7 +248,7 @@ def test_every_order_covers_all_nine_regions(strategy):
             orders.add(tuple(regions))
     assert strategy != "scan" or starts == set(range(9))
     # the teacher's random numbers are the same for each level
-    assert strategy != "depth_first" or len(orders) > 25
+    assert strategy != "shuffle" or len(orders) > 25
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
@@ -276,7 +276,7 @@ def test_the_hint_saves_turns():
     assert mean_turns["hint"] < 0.85 * mean_turns["scan"]
 
 
-@pytest.mark.parametrize("strategy", ["scan", "depth_first", "hint"])
+@pytest.mark.parametrize("strategy", ["scan", "shuffle", "hint"])
 def test_the_last_turn_holds_all_that_is_left_to_do(strategy):
     """Its thought lists the unseen regions and, by the observation that shows them, the candidates,
     so that nothing older has to be remembered."""
@@ -288,7 +288,7 @@ def test_the_last_turn_holds_all_that_is_left_to_do(strategy):
             if region is not None and cell is None:
                 assert regions.pop(0) == region
                 candidates[f"observation_{num_observations}"] = positions_with(
-                    row["objects"], region, row["colour"])
+                    row["colour"], colours_of(row["objects"], region))
             if cell is not None:
                 candidates[source].remove(POSITIONS[cell])
             if PHRASES["again"] in text:
@@ -411,6 +411,15 @@ def test_trajectories_are_played_through_the_real_tool(world, prompts):
         is_guess = solved["strategy"] == "guess"
         assert is_guess or abs(views[-1].size[0] - image.size[0] / 9) <= 2
     assert strategies == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("own_text, stored", [
+    ("Look.", "Look."), ("", ""), (None, tools.PROMPTS["system"])])
+def test_a_trajectory_keeps_the_system_text_of_its_question(own_text, stored):
+    row = {"id": "1", "image": "1.jpg", "question": "What?", "answer": "7", "system": own_text}
+    turns = [{"text": "<answer>7</answer>"}]
+    solved = collect_coldstart.trajectory_row(row, tools.PROMPTS, turns, "answer", "7", "scripted")
+    assert solved["system"] == stored
 
 
 def test_a_guess_is_tried_again_until_it_is_correct(world, prompts, monkeypatch):

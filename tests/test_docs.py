@@ -264,7 +264,11 @@ def parser_flags(script, function_name):
 
 @functools.cache
 def flags(script):
-    """Return the flags of a script, None if it makes no ArgumentParser."""
+    """Return the flags of a script: its own, or those of another script whose parse_args it calls.
+    None if it has no parser."""
+    borrowed = re.search(r"\b(\w+)\.parse_args\(DESCRIPTION\)", read(script))
+    if borrowed:
+        return flags(f"{borrowed[1]}.py")
     for name, function in functions(script).items():
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):

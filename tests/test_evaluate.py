@@ -357,9 +357,9 @@ class CountingEngine(evaluate.Engine):
         super().__init__(*args, **flags)
         self.passes = []
 
-    def forward(self, feeds):
+    def forward(self, feeds, first_slot):
         self.passes.append(feeds)
-        return super().forward(feeds)
+        return super().forward(feeds, first_slot)
 
 
 def test_a_prompt_is_encoded_once_and_a_conversation_keeps_its_cache(trained_policy, world):
@@ -689,12 +689,12 @@ def test_drafts_end_where_the_conversation_must(undrafted, trained_policy, world
 class PoisonedEngine(evaluate.Engine):
     """Makes all columns after a conversation absurd before every pass."""
 
-    def forward(self, feeds):
-        for feed in feeds:
+    def forward(self, feeds, first_slot):
+        for slot, feed in enumerate(feeds, first_slot):
             for layer in self.cache.layers:
                 for tensor in layer:
-                    tensor[feed.slot, :, feed.num_cached_tokens:] = 1e30
-        return super().forward(feeds)
+                    tensor[slot, :, feed.num_cached_tokens:] = 1e30
+        return super().forward(feeds, first_slot)
 
 
 def test_nothing_stale_in_the_cache_is_seen(undrafted, trained_policy, world):

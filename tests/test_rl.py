@@ -357,13 +357,13 @@ def test_the_baseline_of_a_step(flag, overturn_mask, unfinished_accuracy, expect
 # ---- Rollouts -----------------------------------------------------------------------------------
 
 
-def test_questions_of_a_step_depend_on_seed_step_and_group_only():
-    def pick(group_indices, seed=0, step=7, attempt=0):
-        return rl.pick_questions(110, group_indices, 40, seed, step, attempt)
+def test_questions_of_a_step_depend_on_seed_step_and_prompt_number_only():
+    def pick(prompt_numbers, seed=0, step=7):
+        return rl.pick_questions(110, prompt_numbers, seed, step)
     whole = pick(range(40))
     assert pick([1, 3]) == [whole[1], whole[3]]
     assert len(set(whole)) == 40 and all(0 <= index < 110 for index in whole)
-    others = [pick(range(40), step=8), pick(range(40), seed=1), pick(range(40), attempt=1)]
+    others = [pick(range(40), step=8), pick(range(40), seed=1), pick(range(40, 80))]
     assert len({tuple(picked) for picked in [whole, *others]}) == 4
 
 
@@ -371,9 +371,9 @@ def test_no_question_comes_twice_in_a_step():
     """Not in a further attempt either, as long as there are others."""
     picked = []
     for attempt in range(4):
-        picked += rl.pick_questions(160, range(40), 40, 0, 3, attempt)
+        picked += rl.pick_questions(160, range(40 * attempt, 40 * attempt + 40), 0, 3)
     assert sorted(picked) == list(range(160))
-    assert rl.pick_questions(160, range(40), 40, 0, 3, 4) == picked[:40]
+    assert rl.pick_questions(160, range(160, 200), 0, 3) == picked[:40]
 
 
 def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
@@ -453,22 +453,22 @@ class ScriptedEngine:
 
 def test_groups_without_signal_are_played_again_by_hand():
     """Groups 0 and 2 of four are this rank's; five questions, in the order 2 4 3 0 1 of the
-    example of pick_questions. Group 0 has signal. Group 2 has none, is asked question number
+    example of pick_questions. Group 0 has signal. Group 2 has none, gets prompt number
     4 + 2 (the second of the order, after all five), and has none again."""
     args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=2,
                               overturn_mask=True, mask_void=False, overturn_penalty=0.0,
                               baseline="group", max_turns=6)
     engine = ScriptedEngine([(1.0, 1), (0.0, 1), (0.0, 2), (0.0, 3)], [(1.0, 4), (1.0, 5)])
     questions = [({"id": number}, f"folder{number}") for number in range(5)]
-    trained_groups, played_rollouts, remaining_groups = rl.collect_groups(
+    groups_with_signal, played_rollouts, num_zero_variance_groups = rl.collect_groups(
         engine, questions, 0, range(0, 4, 2), args, "group")
     assert engine.calls == [
-        ("begin_step", 0), ("run", [2, 3], ["folder2", "folder3"], [0, 2]),
-        ("run", [4], ["folder4"], [6]), "free_cache"]
-    assert list(trained_groups) == [0] and remaining_groups == [2]
-    assert [r.advantage for r in trained_groups[0]] == pytest.approx([0.5**0.5, -(0.5**0.5)],
-                                                                     abs=1e-5)
-    assert [r.group_index for r in trained_groups[0]] == [0, 0]
+        ("begin_step", 0), ("run", [2, 3], ("folder2", "folder3"), [0, 2]),
+        ("run", [4], ("folder4",), [6]), "free_cache"]
+    assert list(groups_with_signal) == [0] and num_zero_variance_groups == 1
+    group = groups_with_signal[0]
+    assert [r.advantage for r in group] == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
+    assert [r.group_index for r in group] == [0, 0]
     assert [len(r.turns) for r in played_rollouts] == [1, 1, 2, 3, 4, 5]
 
 
@@ -484,18 +484,20 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
         client = served.ChatClient(server.url, role="judge", attempts=1)
         judge = served.Judge(client, tmp_path)
         engine = evaluate.Engine(trained_policy, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
-        trained_groups, played, remaining = rl.collect_groups(engine, questions, 0, [0, 1, 2, 3],
-                                                              args, "group")
+        groups_with_signal, played, num_zero_variance_groups = rl.collect_groups(
+            engine, questions, 0, [0, 1, 2, 3], args, "group")
         counts = dict(engine.counts)
         # no exact match: all is left to the judge
         held_out = [(dict(row, answer="something else"), world) for row, _ in questions]
         assert rl.validate(engine, held_out, args)[0] is None
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
-    assert not any(r.reward is None for group in trained_groups.values() for r in group)
-    assert len(played) > 16 and sorted([*remaining, *trained_groups]) == [0, 1, 2, 3]
+    assert not any(r.reward is None for group in groups_with_signal.values() for r in group)
+    assert len(played) > 16 and set(groups_with_signal) <= {0, 1, 2, 3}
+    assert len(groups_with_signal) + num_zero_variance_groups == 4
 
-    metrics = rl.step_metrics(played, [rl.UpdateStatistics()], len(remaining), counts, "cpu")
+    metrics = rl.step_metrics(played, [rl.UpdateStatistics()], num_zero_variance_groups, counts,
+                              "cpu")
     assert 1 <= metrics["mean_acceptance_length"] <= 9 and 0 <= metrics["acceptance_rate"] <= 1
     num_correct = sum(r.reward == 1.0 for r in played)
     num_answered = sum(r.finish_reason == "answer" for r in played)
@@ -506,11 +508,11 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
 
 @pytest.mark.parametrize("results, expected", [     # (reward, number of turns) of four questions
     pytest.param([(1, 1), (0, 6), (1, 7), (0, 9)], (0.5, 0.5), id="half"),
-    pytest.param([(1, 1), (0, 6), (1, 6), (1, 2)], (0.75, None), id="none-unfinished"),
+    pytest.param([(1, 1), (0, 6), (1, 6), (1, 2)], (0.75, None), id="none-late"),
     pytest.param([(1, 1), (None, 6), (1, 7), (1, 9)], (None, 1.0), id="judge-failed-on-a-short"),
     pytest.param([(1, 1), (0, 6), (1, 7), (None, 9)], (None, None), id="judge-failed-on-a-long")])
 def test_validation_by_hand(results, expected):
-    """Unfinished is what took more turns than training allows, here 6. The random streams are the
+    """Late is what took more turns than training allows, here 6. The random streams are the
     same at every evaluation."""
     engine = ScriptedEngine(results)
     held_out = [({"id": number}, "folder") for number in range(4)]
@@ -709,7 +711,7 @@ def test_metrics_of_the_conversations_by_hand():
     expected = {"reward": 1 / 3, "unscored": 1 / 4, "num_rollouts": 4, "mean_turns": 2.0,
                 "mean_turns_correct": 2.0, "answer": 3 / 4, "void": 0.0, "over_turn": 1 / 4,
                 "over_context": 0.0, "incorrect": 1 / 4, "num_sampled_tokens": 10,
-                "mean_response_length": 2.5, "entropy": 1.0, "zero_variance_groups": 2,
+                "mean_response_length": 2.5, "entropy": 1.0, "num_zero_variance_groups": 2,
                 "num_trained_responses": 0, "approx_kl": 0.0, "loss": 0.0}
     assert {name: metrics[name] for name in expected} == expected
 
@@ -816,7 +818,7 @@ def test_who_trains_on_what_does_not_matter(runs, trained_folder, world):
         run_script(*common, "--out", out / f"half{nproc}", nproc=nproc)
         metrics = read_metrics(out / f"half{nproc}")
         num_trained[nproc] = [m["num_trained_responses"] for m in metrics]
-    assert all(m["zero_variance_groups"] >= 2 for m in read_metrics(out / "half1"))
+    assert all(m["num_zero_variance_groups"] >= 2 for m in read_metrics(out / "half1"))
     assert all(number > 3 for number in num_trained[1])
     for nproc in (2, 3):
         assert largest_difference(out / "half1", out / f"half{nproc}") < 1e-10
@@ -834,7 +836,7 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
                *COMMON, "--max_new_tokens", 4,
                "--steps", 1, "--out", tmp_path / "out", nproc=2)
     metrics = read_metrics(tmp_path / "out")[0]
-    assert metrics["zero_variance_groups"] == 4 and metrics["void"] == 1.0
+    assert metrics["num_zero_variance_groups"] == 4 and metrics["void"] == 1.0
     assert metrics["num_trained_responses"] == 0 and metrics["grad_norm"] == 0
     assert largest_difference(tmp_path / "random", tmp_path / "out") == 0
 
@@ -921,12 +923,23 @@ def test_other_baselines_are_refused(text):
 @pytest.mark.parametrize("flags, message", [
     (["--group_size", "1"], "--group_size must be at least 2"),
     (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
-    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0")],
+    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0"),
+    (["--eval_turns", "5"], "--eval_turns 5 is less than --max_turns 6"),
+    (["--eval_turns", "5", "--baseline", "outcome", "--eval_every", "0"],
+     "--eval_turns 5 is less than --max_turns 6")],
     ids=lambda value: value if isinstance(value, str) else None)
 def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, message):
     monkeypatch.setattr("sys.argv", ["rl.py", *flags])
     with pytest.raises(tools.InputError, match=message):
         rl.parse_args()
+
+
+@pytest.mark.parametrize("flags", [["--eval_turns", "6"],
+                                   ["--eval_turns", "5", "--eval_every", "0"]], ids=str)
+def test_turns_of_evaluation_that_do_make_sense(monkeypatch, flags):
+    """As many as in training, or any number if nothing is evaluated."""
+    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
+    assert rl.parse_args().max_turns == 6
 
 
 @pytest.fixture
@@ -983,8 +996,8 @@ def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
     coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch_size", 2]
     step = ["rl.py", "--data", world / "train.jsonl",
             "--prompts_per_step", 2, "--group_size", 2, "--max_num_seqs", 4,
-            "--max_new_tokens", 40, "--eval_data", world / "train.jsonl", "--eval_size", 1,
-            "--eval_turns", 2]
+            "--max_turns", 2, "--max_new_tokens", 40, "--eval_data", world / "train.jsonl",
+            "--eval_size", 1, "--eval_turns", 2]
     started = {}
     for stage, *flags in (coldstart, step):
         started[stage] = crash.launch(

@@ -28,7 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import sft
 import tools
 from extras import crash
-from support.launch import Forked, run_script
+from support.launch import ROOT, Forked, run_script
 from support.memory import LiveBytes
 from support.models import PREPROCESSORS, library_attention
 
@@ -1605,8 +1605,12 @@ def test_missing_data_names_the_command_that_makes_it(error_of):
 
 
 def test_a_missing_model_names_the_command_that_makes_it(error_of, world):
+    """It is the command of the README."""
     error = error_of("--model", "checkpoints/nothing", "--data", world / "coldstart.jsonl")
-    assert "sft.py --model tiny" in error
+    command = error.split("make it with: ")[1]
+    assert "sft.py --model tiny" in command
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    assert command in " ".join(readme.split())
 
 
 def test_a_wrong_row_is_named_by_file_and_line(error_of, world, tmp_path):

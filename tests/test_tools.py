@@ -141,6 +141,13 @@ def test_only_rank_0_prints_how_long_a_stage_took(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("error, text", [
+    (ValueError("one line"), "one line"), (ValueError("\nfirst\nsecond\n"), "first"),
+    (ValueError(), "ValueError"), (MemoryError(" \n"), "MemoryError")], ids=repr)
+def test_the_first_line_of_an_error(error, text):
+    assert tools.first_line(error) == text
+
+
 def test_progress_in_a_log_is_a_plain_line_now_and_then(capsys):
     """Standard error is no terminal here: a line at the start, one at the end, none in between."""
     bar = tools.progress_bar(range(1000), desc="sft")

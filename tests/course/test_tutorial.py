@@ -16,7 +16,7 @@ TOY_FLAGS = {
     "sft.py": "--steps 1 --batch_size 2",
     "evaluate.py": "--limit 2 --num_samples 1 --budgets 1 2 --max_new_tokens 8",
     "rl.py": "--steps 1 --prompts_per_step 2 --group_size 2 --resample 0 --eval_size 2 "
-             "--eval_turns 2 --max_new_tokens 8"}
+             "--eval_turns 6 --max_new_tokens 8"}
 
 
 def run_line(line):

@@ -105,7 +105,7 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--max_num_seqs", "16",
                                      "--max_model_len", "1000", "--no-freeze_vision"])
-    print_plan(plan.parse_args())
+    print_plan(rl.parse_args())
     assert plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4)
     assert plans[0]["KV cache"] == cache * 16 * 1000
     printed = capsys.readouterr().out
@@ -148,11 +148,17 @@ def test_seconds_of_a_step_of_7b_by_hand(tmp_path):
 # ---- The command --------------------------------------------------------------------------------
 
 
-def test_flags_have_the_defaults_of_rl(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["rl.py"])
-    run_flags = vars(rl.parse_args())
-    for name, default in vars(plan.parse_args()).items():
-        assert run_flags[name] == default, name
+def test_it_takes_the_flags_of_the_run_and_describes_itself(tmp_path, monkeypatch, capsys):
+    """A command of rl.py works as it is, flags that need no memory included."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED["Qwen2.5-VL-3B"]))
+    monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--lr", "1e-6",
+                                     "--baseline", "group", "--max_num_seqs", "8"])
+    print_plan(rl.parse_args(plan.DESCRIPTION))
+    assert "8 conversations of 4096 at once" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["plan.py", "--help"])
+    with pytest.raises(SystemExit):
+        rl.parse_args(plan.DESCRIPTION)
+    assert "Calculate what a run of rl.py" in capsys.readouterr().out
 
 
 def test_plan_refuses_other_families(monkeypatch, tmp_path):
@@ -160,7 +166,7 @@ def test_plan_refuses_other_families(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path)])
     with pytest.raises(tools.InputError, match="'qwen3_vl_moe' is not supported; "
                                                "use one of qwen2_5_vl, qwen3_vl"):
-        print_plan(plan.parse_args())
+        print_plan(rl.parse_args())
 
 
 def test_sizes_of_a_tiny_model_are_not_printed_as_zero():

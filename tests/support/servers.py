@@ -107,8 +107,8 @@ def continue_greedily(policy, messages, max_tokens):
     def feed(token_ids, image=None):
         """Return log-probs (1, V) after these tokens."""
         nonlocal num_cached_tokens, position
-        feeds = [evaluate.Feed(0, num_cached_tokens, position, token_ids, [], image)]
-        logprobs, next_positions = engine.forward(feeds)
+        feeds = [evaluate.Feed(num_cached_tokens, position, token_ids, [], image)]
+        logprobs, next_positions = engine.forward(feeds, first_slot=0)
         num_cached_tokens += len(token_ids)
         position = next_positions[0]
         return logprobs
