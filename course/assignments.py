@@ -61,7 +61,8 @@ ASSIGNMENTS = {
         Task("read a turn", ["tools.py:first_tag", "tools.py:parse_turn"], {
             "test_tools.py::test_the_four_kinds_of_turn": 6,
             "test_tools.py::test_thoughts_are_ignored": 6,
-            "test_tools.py::test_the_first_complete_tag_wins": 6,
+            "test_tools.py::test_the_first_complete_tag_wins": 4,
+            "test_tools.py::test_an_incomplete_tag_is_none": 2,
             "test_tools.py::test_boxes_that_are_refused": 4,
             "test_tools.py::test_sources_that_are_refused": 2,
             "test_tools.py::test_calls_that_are_refused": 4,
@@ -72,113 +73,155 @@ ASSIGNMENTS = {
             "test_tools.py::test_a_box_between_two_neighbouring_floats_still_holds_a_pixel": 4,
             "test_tools.py::test_how_narrow_a_box_may_be": 2,
             "test_tools.py::test_zoom_refuses_with_one_sentence": 3}),
-        Task("where a turn leads", ["tools.py:take_turn"], {
+        Task("the result of a turn", ["tools.py:take_turn"], {
             "test_tools.py::test_what_a_turn_leads_to_by_what_it_asks_for": 20}),
         Task("what the model sees", ["tools.py:size_for_model"], {
             "test_tools.py::test_sizes_that_the_model_sees_by_hand": 8,
             "test_tools.py::test_sizes_agree_with_qwens_own_processor": 6,
             "test_tools.py::test_resizing_keeps_a_fitting_image_and_repeats_nothing": 1}),
-        Task("is it right", ["tools.py:option_index", "tools.py:match_answer"], {
+        Task("is the answer right", ["tools.py:option_index", "tools.py:match_answer"], {
             "test_tools.py::test_open_answers": 4,
             "test_tools.py::test_multiple_choice": 6})]),
     2: Assignment("From a conversation to tensors, and to a loss", 6, [
         Task("positions and a packed batch", ["sft.py:mrope_positions", "sft.py:collate"], {
-            "test_sft.py::test_positions_by_hand": 12,
+            "test_sft.py::test_positions_by_hand": 8,
+            "test_sft.py::test_positions_of_patches_that_are_not_merged_by_hand": 4,
             "test_sft.py::test_positions_like_the_library_of_an_untrained_policy": 8,
-            "test_sft.py::test_a_packed_batch_by_hand": 10}),
-        Task("tokens and their mask", ["sft.py:encode"], {
+            "test_sft.py::test_a_packed_batch_by_hand": 4,
+            "test_sft.py::test_each_conversation_of_a_packed_batch_attends_to_itself": 2,
+            "test_sft.py::test_a_conversation_may_have_several_images": 2,
+            "test_sft.py::test_all_tensors_of_a_batch_are_on_the_policys_device": 2}),
+        Task("tokens and their loss mask", ["sft.py:encode"], {
             "test_sft.py::test_mask_covers_the_assistants_tokens_and_stop_tokens_only": 5,
             "test_sft.py::test_deliberate_mistakes_are_context_not_target": 5,
             "test_sft.py::test_a_question_cannot_inject_special_tokens": 3,
             "test_sft.py::test_a_conversation_by_hand": 8,
-            "test_sft.py::test_nothing_comes_behind_the_last_turn": 4}),
-        Task("log-probabilities of what was written", ["sft.py:vocab_logprobs", "sft.py:token_logprobs"], {
-            "test_sft.py::test_banned_ids_have_no_probability": 6,
-            "test_sft.py::test_logprobs_of_texts_equal_the_library": 8,
-            "test_sft.py::test_logits_never_exist_whole": 8,
-            "test_sft.py::test_nothing_written_is_still_connected": 3}),
-        Task("batches, epochs and the rate", ["sft.py:micro_batches", "sft.py:rows_of_step",
-                                              "sft.py:learning_rate"], {
-            "test_sft.py::test_micro_batches_keep_every_conversation_within_the_budget": 7,
-            "test_sft.py::test_step_rows_visit_every_row_once_per_epoch": 7,
-            "test_sft.py::test_learning_rate_by_hand": 6})]),
-    3: Assignment("The rollout engine: a cache over turns, draws, and drafts that cannot lie", 7, [
-        Task("a draw is a function of its own number",
-             ["evaluate.py:Engine.draw", "evaluate.py:Rollout.uniform"], {
-                 "test_evaluate.py::test_draw_follows_the_distribution": 10,
+            "test_sft.py::test_nothing_comes_after_the_last_turn": 4}),
+        Task("log-probabilities of the policy's tokens",
+             ["sft.py:vocab_logprobs", "sft.py:token_logprobs"], {
+                 "test_sft.py::test_suppressed_ids_have_no_probability": 4,
+                 "test_sft.py::test_the_softmax_of_a_bfloat16_model_is_in_float32": 2,
+                 "test_sft.py::test_logprobs_of_texts_equal_the_library": 8,
+                 "test_sft.py::test_logits_never_exist_whole": 8,
+                 "test_sft.py::test_logprobs_of_no_token_still_have_a_gradient": 3}),
+        Task("batches, epochs and the learning rate",
+             ["sft.py:micro_batches", "sft.py:rows_of_step", "sft.py:learning_rate"], {
+                 "test_sft.py::test_micro_batches_keep_every_conversation_within_the_budget": 7,
+                 "test_sft.py::test_steps_visit_every_row_once_per_epoch": 4,
+                 "test_sft.py::test_every_seed_and_every_epoch_has_its_own_order": 2,
+                 "test_sft.py::test_the_order_of_rows_leaves_other_random_streams_alone": 1,
+                 "test_sft.py::test_learning_rate_by_hand": 3,
+                 "test_sft.py::test_learning_rate_with_a_peak_of_4_by_hand": 3})]),
+    3: Assignment("The rollout engine: a cache over turns, samples, and drafts that change nothing",
+                  7, [
+        Task("a sample is a function of its own number",
+             ["evaluate.py:Engine.sample_tokens", "evaluate.py:Rollout.next_uniforms"], {
+                 "test_evaluate.py::test_sampling_follows_the_distribution": 6,
+                 "test_evaluate.py::"
+                 "test_a_suppressed_id_is_not_sampled_when_rounding_took_some_of_the_mass": 2,
+                 "test_evaluate.py::test_greedy_takes_the_most_likely_token": 2,
                  "test_evaluate.py::test_random_numbers_are_indexed_by_position": 10}),
-        Task("slots that attend each to itself",
-             ["evaluate.py:plan_spans", "evaluate.py:SlotCache.at"], {
+        Task("slots that each attend to themselves",
+             ["evaluate.py:plan_spans", "evaluate.py:plan_rows", "evaluate.py:SlotCache.plan"], {
                  "test_evaluate.py::test_spans_by_hand": 6,
-                 "test_evaluate.py::test_places_of_two_slots_by_hand": 7,
+                 "test_evaluate.py::test_rows_of_two_slots_by_hand": 3,
+                 "test_evaluate.py::test_the_plan_of_two_slots_by_hand": 2,
+                 "test_evaluate.py::test_each_span_has_its_own_length": 1,
+                 "test_evaluate.py::test_no_more_room_is_made_than_is_needed": 1,
                  "test_evaluate.py::test_attention_over_slots_of_an_untrained_policy": 12}),
-        Task("a table of drafts", ["evaluate.py:NgramProposer.learn", "evaluate.py:NgramProposer.after"], {
-            "test_evaluate.py::test_draft_table_by_hand": 12,
-            "test_evaluate.py::test_which_guess_is_followed": 8}),
-        Task("draft, and keep what agrees",
-             ["evaluate.py:Engine.guess", "evaluate.py:Engine.keep"], {
-                 "test_evaluate.py::test_what_is_drafted_by_hand": 8,
-                 "test_evaluate.py::test_what_is_kept_of_a_draft_by_hand": 13,
+        Task("a table of n-grams",
+             ["evaluate.py:NgramProposer.update", "evaluate.py:NgramProposer.propose"], {
+                 "test_evaluate.py::test_a_turn_is_proposed_after_it_was_written_once": 4,
+                 "test_evaluate.py::test_a_guess_that_is_often_wrong_is_replaced": 3,
+                 "test_evaluate.py::test_the_hit_rate_moves_by_a_fifth": 3,
+                 "test_evaluate.py::test_a_long_ngram_is_added_when_its_end_was_there_before": 2,
+                 "test_evaluate.py::test_the_longest_ngram_decides_even_if_a_shorter_one_is_right_"
+                 "more_often": 3,
+                 "test_evaluate.py::test_a_draft_has_at_most_max_tokens_and_leaves_the_"
+                 "conversation_alone": 3,
+                 "test_evaluate.py::test_a_full_table_is_cleared_and_continues_to_learn": 2}),
+        Task("propose, verify, accept",
+             ["evaluate.py:Engine.draft_for", "evaluate.py:Engine.accept"], {
+                 "test_evaluate.py::test_what_is_drafted_by_hand": 7,
+                 "test_evaluate.py::test_without_speculative_tokens_nothing_is_drafted": 1,
+                 "test_evaluate.py::test_what_is_accepted_of_a_draft_by_hand": 7,
+                 "test_evaluate.py::test_positions_go_back_by_what_was_rejected": 3,
+                 "test_evaluate.py::test_a_turn_is_over_when_it_is_full_or_stops": 3,
                  "test_evaluate.py::test_every_token_is_learned_once": 4}),
-        Task("Avg@K over turn budgets", ["evaluate.py:accuracy_per_question", "evaluate.py:avg_at_k"], {
-            "test_evaluate.py::test_avg_at_k_by_hand": 7,
-            "test_evaluate.py::test_benchmarks_are_scored_as_their_authors_do": 3})]),
-    4: Assignment("GRPO: advantages, the over-turn mask and the value of what is unfinished", 5, [
+        Task("Avg@K over turn budgets",
+             ["evaluate.py:accuracy_per_question", "evaluate.py:avg_at_k"], {
+                 "test_evaluate.py::test_avg_at_k_by_hand": 4,
+                 "test_evaluate.py::test_samples_that_agree_are_no_more_evidence_than_one": 3,
+                 "test_evaluate.py::test_a_question_counts_once_however_many_samples_it_has": 1,
+                 "test_evaluate.py::test_what_was_not_scored_is_not_wrong": 2})]),
+    4: Assignment("GRPO, the over-turn mask, and what an unfinished conversation is worth", 5, [
         Task("advantages of a group", ["rl.py:group_advantages"], {
             "test_rl.py::test_group_advantages_by_hand": 7,
             "test_rl.py::test_groups_do_not_know_of_each_other": 3,
             "test_rl.py::test_no_spread_means_no_advantage_and_never_nan": 4,
             "test_rl.py::test_a_number_needs_a_spread_too": 4,
             "test_rl.py::test_one_completed_response_outside_the_baseline_has_no_advantage": 3,
-            "test_rl.py::test_incomplete_responses_never_carry_advantage": 3,
+            "test_rl.py::test_masked_responses_never_carry_advantage": 3,
             "test_rl.py::test_the_advantages_of_many_groups_follow_that_gradient": 6}),
-        Task("the clipped loss and what it is divided by",
+        Task("the clipped loss and its denominator",
              ["rl.py:count_denominator", "rl.py:grpo_loss"], {
-                 "test_rl.py::test_grpo_loss_by_hand": 10,
+                 "test_rl.py::test_grpo_loss_by_hand": 8,
+                 "test_rl.py::test_a_response_without_a_token_adds_nothing_but_is_counted": 2,
                  "test_rl.py::test_grpo_loss_equals_the_formula": 6,
                  "test_rl.py::test_gradient_by_finite_differences": 3,
-                 "test_rl.py::test_micro_batches_add_up": 6,
+                 "test_rl.py::test_micro_batches_add_up": 9,
                  "test_rl.py::test_masked_responses_get_no_gradient_and_no_garbage": 6,
-                 "test_rl.py::test_nothing_completed_is_a_zero_loss_still_connected": 3,
-                 "test_rl.py::test_dual_clip_bounds_a_negative_advantage_by_hand": 3,
+                 "test_rl.py::test_nothing_kept_is_a_zero_loss_still_connected": 3,
                  "test_rl.py::test_unknown_flags_are_refused": 3}),
-        Task("who is masked, and what is step_baseline",
+        Task("who is masked, and the baseline of a step",
              ["rl.py:is_unfinished", "rl.py:is_kept", "rl.py:step_baseline"], {
                  "test_rl.py::test_who_is_masked": 10,
-                 "test_rl.py::test_what_is_subtracted_in_a_step": 10}),
-        Task("conversations that were played on", ["rl.py:truncate_rollout"], {
+                 "test_rl.py::test_the_baseline_of_a_step": 10}),
+        Task("conversations beyond the training cap", ["rl.py:truncate_rollout"], {
             "test_rl.py::test_outcome_trains_on_the_turns_before_the_cap": 10})]),
     5: Assignment("Data parallel by hand: sums that do not depend on who computes", 6, [
         Task("buckets", ["sft.py:make_buckets"], {"test_sft.py::test_buckets_by_hand": 15}),
-        Task("objects and weights of all ranks", ["sft.py:all_gather_objects", "sft.py:broadcast_weights"], {
-            "test_sft.py::test_one_process_needs_no_group": 4,
-            "test_sft.py::test_numbers_objects_and_weights_of_two_processes": 16}),
-        Task("gradients that travel while backward runs",
-             ["sft.py:Bucket.take_gradients", "sft.py:Optimizer.arrived", "sft.py:Optimizer.send",
-              "sft.py:Optimizer.receive"], {
+        Task("objects and weights of all ranks",
+             ["sft.py:all_gather_objects", "sft.py:broadcast_weights"], {
+                 "test_sft.py::test_one_process_needs_no_group": 4,
+                 "test_sft.py::test_numbers_objects_and_weights_of_two_processes": 16}),
+        Task("gradients that are sent while backward runs",
+             ["sft.py:Bucket.flatten_gradients", "sft.py:Optimizer.mark_ready",
+              "sft.py:Optimizer.reduce_bucket", "sft.py:Optimizer.wait_for_oldest"], {
                  "test_sft.py::test_gradients_of_a_bucket_by_hand": 5,
                  "test_sft.py::test_one_process_sums_its_micro_batches": 5,
                  "test_sft.py::test_gradients_of_two_processes_by_hand": 15,
-                 "test_sft.py::test_gradients_are_sent_while_backward_runs": 10,
-                 "test_sft.py::test_buckets_travel_in_their_order": 5,
-                 "test_sft.py::test_a_bucket_travels_whole_and_few_at_once": 5}),
-        Task("who trains on which conversations", ["rl.py:balance_by_tokens", "rl.py:mini_batches"], {
-            "test_rl.py::test_dealing_by_hand": 7,
-            "test_rl.py::test_conversations_are_dealt_out_by_length": 6,
-            "test_rl.py::test_minibatches_are_cut_from_the_groups_with_signal": 7})]),
-    6: Assignment("The sharded optimizer: pieces, float32 masters, and another world size", 7, [
-        Task("a step on pieces",
-             ["sft.py:Bucket.__init__", "sft.py:Optimizer.send", "sft.py:Optimizer.receive",
-              "sft.py:Optimizer.step", "sft.py:Optimizer.spread"], {
-                 "test_sft.py::test_a_bucket_by_hand": 15,
+                 "test_sft.py::test_gradients_are_reduced_while_backward_runs": 10,
+                 "test_sft.py::test_buckets_are_reduced_in_their_order": 5,
+                 "test_sft.py::test_a_bucket_is_reduced_once_all_its_gradients_are_complete": 2,
+                 "test_sft.py::test_few_buckets_are_in_flight_and_all_are_waited_for": 2,
+                 "test_sft.py::test_outside_of_the_optimizers_backward_nothing_is_reduced": 1}),
+        Task("who trains on which conversations",
+             ["rl.py:balance_by_tokens", "rl.py:mini_batches"], {
+                 "test_rl.py::test_balance_by_hand": 5,
+                 "test_rl.py::test_a_group_that_was_played_again_keeps_its_place": 2,
+                 "test_rl.py::test_conversations_are_balanced_by_tokens": 6,
+                 "test_rl.py::test_mini_batches_are_cut_from_the_groups_with_signal": 7})]),
+    6: Assignment("The sharded optimizer: shards, float32 masters, and another world size", 7, [
+        Task("a step on shards",
+             ["sft.py:Bucket.__init__", "sft.py:Optimizer.reduce_bucket",
+              "sft.py:Optimizer.wait_for_oldest", "sft.py:Optimizer.step",
+              "sft.py:Optimizer.all_gather_weights"], {
+                 "test_sft.py::test_a_bucket_by_hand": 11,
+                 "test_sft.py::test_a_bucket_has_no_more_padding_than_it_needs": 2,
+                 "test_sft.py::test_a_bucket_is_on_the_device_of_its_parameters": 2,
+                 "test_sft.py::"
+                 "test_naive_data_parallel_and_the_optimizer_give_the_same_gradients": 5,
                  "test_sft.py::test_which_messages_are_sent": 10,
-                 "test_sft.py::test_sharded_optimizer_equals_adamw_on_one_process": 25,
+                 "test_sft.py::test_sharded_optimizer_equals_adamw_on_one_process": 20,
                  "test_sft.py::test_a_gradient_within_the_limit_is_left_as_it_is": 5,
                  "test_sft.py::test_an_unhealthy_step_changes_nothing": 5,
                  "test_sft.py::test_steps_that_are_not_finite_are_skipped_and_counted": 10}),
-        Task("resume under another world size", ["sft.py:Optimizer.load"], {
-            "test_sft.py::test_state_is_cut_anew_by_hand": 18,
-            "test_sft.py::test_a_state_that_was_loaded_goes_on_like_the_one_that_was_saved": 12})]),
+        Task("resume under another world size",
+             ["sft.py:Optimizer.load", "sft.py:Bucket.reshard"], {
+                 "test_sft.py::test_state_is_resharded_by_hand": 14,
+                 "test_sft.py::test_the_state_of_another_model_is_refused": 4,
+                 "test_sft.py::test_a_loaded_state_continues_like_the_saved_one": 12})]),
 }
 
 
