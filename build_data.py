@@ -286,8 +286,8 @@ def positions_with(colour, nine_colours):
 def describe_colour(phrase_key, colour, nine_colours):
     """Return in words where a colour is among nine: those of a region's cells (phrase_key "region")
     or the wallpaper of the image's regions ("wallpaper").
-        region         I see red in top left.         I see no red.
-        wallpaper      I see red walls in top left.   I see no red walls."""
+        region         I see red in top-left.         I see no red.
+        wallpaper      I see red walls in top-left.   I see no red walls."""
     positions = positions_with(colour, nine_colours)
     if not positions:
         return PHRASES[f"no_{phrase_key}"].format(colour=colour)
@@ -434,8 +434,8 @@ def describe_todo_list(source, cells, regions):
 
 def lesson_on_todo_list(rng):
     """Return (question, reply) that need no image: a to-do list before and after one step.
-        Done: In observation_3 top left. Later right. Go top. What next?
-        Next: In observation_3 left. Later right. Go left."""
+        Done: In observation_3 top bottom. Later right. Go top. What next?
+        Next: In observation_3 bottom. Later right. Go bottom."""
     regions = rng.permutation(POSITIONS)[:rng.integers(0, 10)].tolist()
     cells = [POSITIONS[index] for index in sorted(rng.permutation(9)[:rng.integers(0, 4)])]
     source = f"observation_{rng.integers(1, 32)}"
@@ -581,10 +581,11 @@ def build_tiny(texts, seed):
     """Return (model, tokenizer, image processor): a Qwen2.5-VL with random weights that can learn
     the drawn world in minutes.
 
-    M-RoPE gives the axes t, h, w consecutive blocks of the frequencies theta^(-i/16). Neighbouring
-    image columns must differ by roughly 0.3 rad or more. Many frequencies must stay near zero, so
-    that a word can be found by its content hundreds of positions back. Hence there is no t block
-    (images have one frame), a short h block, and a moderate theta."""
+    A head of 32 numbers has 16 frequencies theta^(-i/16), fastest first: 1, 0.61, 0.37, 0.22, ...
+    rad per position. M-RoPE gives the first block to axis t, the next to h, the rest to w. To tell
+    neighbouring columns apart, w needs some of about 0.3 or more. So t has none (images have one
+    frame) and h only one. Slow ones let a word be found by its content hundreds of positions back.
+    A larger theta would leave too few fast ones, a smaller theta too few slow ones."""
     import torch  # here, so that drawing does not have to load it
     from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                               Qwen2VLImageProcessorPil)
@@ -615,6 +616,7 @@ def build_tiny(texts, seed):
     pad_id = token_ids["<|endoftext|>"]
     model.generation_config.eos_token_id = [token_ids["<|im_end|>"], pad_id]
     model.generation_config.pad_token_id = pad_id
+    # In this library both "edges" are areas in pixels, whatever their names say.
     image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 6000, "longest_edge": 8000})
     return model, tokenizer, image_processor
 

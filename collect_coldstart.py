@@ -18,7 +18,7 @@ that may hold the target before they go to the next region:
     recover         makes a call that the tool refuses, and corrects it
     search_again    overlooks the target, finds nothing, and scans all nine regions again
     recheck         looks at the target twice before it answers
-    guess           gives up after a few turns and answers with a guess, which it calls a guess.
+    guess           answers with a guess after 0 to 3 zooms, and calls it a guess.
                     Only correct guesses are kept, as with a real teacher: it tries again until the
                     guess is correct, MAX_ATTEMPTS times at most. The student learns to search, and
                     to guess now and then. RL has to unlearn the guessing
@@ -120,16 +120,16 @@ class Teacher:
 
     def turns(self):
         """Yield (text, learn) turn by turn, up to the answer."""
-        source = None  # of the newest view; the whole image has none
+        source = None  # what the newest view was cut from; the image was cut from nothing
         while True:
             # 1. Look at the newest view.
             is_true = True
             is_solved = False
             if source is None:
                 observed_text = self.look_at_image()
-            elif source == "original_image":
+            elif source == "original_image":  # a crop of the image is a region
                 observed_text, is_true = self.look_at_region()
-            else:
+            else:  # a crop of a region is a cell
                 observed_text, is_solved = self.look_at_cell()
             if is_solved:
                 yield answer_turn(observed_text, self.row["answer"]), True
@@ -138,7 +138,7 @@ class Teacher:
             if not self.candidates and not self.unseen_regions:
                 observed_text += PHRASES["again"]
                 self.unseen_regions = self.reading_order()
-            # 3. Strategy "guess" gives up after a few observations.
+            # 3. Strategy "guess" gives up after 0 to 3 observations.
             if self.num_observations == self.observations_before_guess:
                 self.pending_event = None
                 yield self.guess_turn(observed_text), True

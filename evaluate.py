@@ -8,8 +8,8 @@ When a conversation ends, the next one takes its slot at once.
 What differs from a textbook sampling loop and from the Mini-o3 paper:
 1. Token in, token out: sampled ids are appended as they are, with a loss mask and their
    log-probability. Text is decoded only to be parsed. Image placeholders can never be sampled.
-2. Every sampled token is a function of (seed, step, prompt, sample, position) and the logits. So a
-   sample does not depend on the batch, on slots or on processes (beyond rounding).
+2. Every sampled token is a function of the logits and of (seed, step, prompt, sample, number of the
+   token). So a sample does not depend on the batch, on slots or on processes (beyond rounding).
 3. Speculative decoding without a draft model and without an acceptance rule. N-grams that the
    policy wrote before propose a draft; one forward pass verifies it, by sampling at every position
    of the draft. By (2) a sampled token that equals the draft is the one that decoding token by
@@ -141,7 +141,10 @@ def open_and_preprocess(policy, path):
 
 
 # ---- The KV cache -------------------------------------------------------------------------------
-# In this section a row is one line of queries in an attention call.
+# In this section a row is one query: a new token of a slot, or padding, since every slot of a span
+# has as many rows as the slot with the most new tokens. A column is a place in a slot: token n of a
+# conversation is in column n. A span is b slots, w rows each, that attend over S columns. There are
+# H query heads and K key heads: H / K query heads share a key head, and a mask has a line for each.
 
 MAX_SPAN_SLOTS = 8      # slots that attend in one call
 MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
@@ -284,7 +287,7 @@ class SlotCache:
         num_columns = int((num_cached + num_new).max())
         self.reserve(num_columns)
         row_plan = plan_rows(first_slot, num_cached, num_new)
-        # In a mask every query head that shares a key head has a row of its own.
+        # The H / K queries of a row have the same last column, one line of the mask each.
         last_of_mask_row = row_plan.last_visible.repeat(self.queries_per_key)   # (P * H / K,)
         *indices, last_of_mask_row = to_device(
             self.device, row_plan.slot_of_token, row_plan.column_of_token, row_plan.row_of_token,
@@ -756,9 +759,9 @@ class Engine:
     # Without drafts draft_for() returns [], and accept() appends the one token that was sampled.
 
     def draft_for(self, rollout):
-        """Propose up to num_speculative_tokens tokens that the policy may write next. Never the
-        last token that fits in the turn, nor any after a token that ends the turn: the policy does
-        not write what comes then. No image placeholders."""
+        """Propose up to num_speculative_tokens tokens that the policy may write next. After a
+        draft that is accepted, accept() always appends one more token. So a draft holds neither a
+        token that ends the turn nor the last one that fits in it. No image placeholders."""
         if self.num_speculative_tokens == 0:
             return []
         num_left = self.limits.max_new_tokens - (len(rollout.token_ids) - rollout.turn_start)
@@ -1062,9 +1065,10 @@ def run_digest(level, rows, args, prompts):
 
 
 def play_level(engine, question_file, rows, digest, args, process):
-    """Play all questions of one file, num_samples times each, shared out over ranks. Samples that
-    an interrupted run of this digest has finished are not played again, whatever its number of
-    processes. Return all trajectory rows, ordered by question, then sample."""
+    """Play all questions of one file, num_samples times each, shared out over ranks. A question is
+    left out if an interrupted run of this digest, with any number of processes, has finished and
+    scored all of its samples. Otherwise all of them are played again. Return all trajectory rows,
+    ordered by question, then sample."""
     # 1. What is there already. No rank may add rows before all have read.
     journal = tools.Journal(journal_path(args, digest, process.rank),
                             args.out.glob(journal_path(args, digest, "*").name))

@@ -20,7 +20,7 @@ The mask is not neutral: it pays b for an unfinished conversation. Masking has t
 reward of b: in both cases the advantage r - b is 0. And subtracting b from all rewards changes no
 expected gradient, because E[grad log pi] = 0. So in expectation the policy climbs
 P(correct) + b P(unfinished). A guess therefore pays only where its probability of being right is
-above b (docs/mask.md).
+above b; otherwise running out of turns pays more (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
@@ -162,8 +162,8 @@ def is_unfinished(rollout, args):
     """Return whether the conversation ran out of turns or of context. With --mask_void a void one
     (its last turn has no call and no answer, or was cut at the token cap) counts as unfinished too.
 
-    This does not say whether the conversation is masked (see is_kept): --overturn_penalty also
-    applies to unfinished conversations."""
+    Whether such a conversation is masked is another question, see is_kept. With
+    --no-overturn_mask it is not: its reward counts, less --overturn_penalty."""
     if rollout.finish_reason == "void":
         return args.mask_void
     return rollout.finish_reason in ("over_turn", "over_context")
@@ -239,12 +239,12 @@ def assign_advantages(groups, args, baseline):
     # 1. Rewards and loss mask. NaN, where the judge failed, leaves the group without signal.
     rewards = torch.zeros(len(groups), args.group_size, dtype=torch.float64)                # (P, G)
     kept = torch.zeros(len(groups), args.group_size, dtype=torch.bool)                      # (P, G)
-    for row, group in enumerate(groups):
-        for column, rollout in enumerate(group):
+    for group_number, group in enumerate(groups):
+        for sample_number, rollout in enumerate(group):
             reward = math.nan if rollout.reward is None else rollout.reward
             penalty = args.overturn_penalty if is_unfinished(rollout, args) else 0.0
-            rewards[row, column] = reward - penalty
-            kept[row, column] = is_kept(rollout, args)
+            rewards[group_number, sample_number] = reward - penalty
+            kept[group_number, sample_number] = is_kept(rollout, args)
     # 2. Copies with their advantage.
     assigned_groups = []
     for group, advantages in zip(groups, group_advantages(rewards, kept, baseline).tolist()):
@@ -297,7 +297,8 @@ def validate(engine, held_out, args):
     """Play the held-out questions once, with at most --eval_turns turns.
 
     Returns (accuracy of all conversations, accuracy of the late ones). Late: took more than
-    --max_turns turns, so training would have left it unfinished. Either is None if there is no such
+    --max_turns turns, so training would have left it unfinished (step_baseline calls the second
+    accuracy unfinished_accuracy). Either is None if there is no such
     conversation or if the judge failed on one: the remaining scores would be mostly exact matches
     and overestimate the accuracy. The random numbers are the same at every evaluation, so the
     scores of two checkpoints differ by the policy only."""
@@ -502,7 +503,7 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
     num_scored = num_rollouts - total["num_unscored"]
     num_incorrect = total["answer"] - total["num_correct"] - total["num_unscored"]
     metrics = {
-        "reward": total["num_correct"] / max(num_scored, 1),
+        "reward": total["num_correct"] / max(num_scored, 1),    # without --overturn_penalty
         "unscored": total["num_unscored"] / num_rollouts,
         "num_rollouts": int(num_rollouts),
         "mean_turns": total["num_turns"] / num_rollouts,
@@ -633,10 +634,10 @@ def train(policy, questions, args, process):
                                                  questions, step, args, baseline)
         # 4. Evaluate, keep the best model.
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
-            accuracy, latest = validate(validation_engine, questions.held_out, args)
+            accuracy, late_accuracy = validate(validation_engine, questions.held_out, args)
             val_metrics["val_accuracy"] = accuracy
-            if latest is not None:
-                unfinished_accuracy = latest
+            if late_accuracy is not None:   # otherwise the one before is kept
+                unfinished_accuracy = late_accuracy
             if accuracy is not None and accuracy >= best_accuracy:
                 best_accuracy = accuracy
                 sft.export(policy, args.out)
@@ -767,8 +768,9 @@ def check_args(args):
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
                            "overturn_penalty"],
         any_number=["baseline"])
-    tools.check(args.eval_every or args.baseline != "estimate",
-                "--baseline estimate comes from the evaluations: set --eval_every above 0")
+    tools.check((args.eval_every and args.eval_size) or args.baseline != "estimate",
+                "--baseline estimate comes from the evaluations: set --eval_every and --eval_size "
+                "above 0")
     tools.check(args.overturn_penalty == 0 or not args.overturn_mask,
                 "--overturn_penalty needs --no-overturn_mask: a masked conversation has no reward "
                 "to take from")

@@ -189,6 +189,7 @@ def make_policy(model, tokenizer, image_processor, device, prompts=None, min_pix
     speed_up_vision_tower(model)
     model.to(device)
     model.requires_grad_(True)
+    # In these families both "edges" are areas in pixels, whatever their names say.
     min_pixels = min_pixels or image_processor.size["shortest_edge"]
     max_pixels = max_pixels or image_processor.size["longest_edge"]
     tools.check(min_pixels <= max_pixels,
@@ -1079,8 +1080,8 @@ def finite_or_none(value):
 
 def enable_gradient_checkpointing(model):
     """Recompute the layers' activations in backward. The library also makes the embeddings ask for
-    a gradient, which adapters need. Not here: a frozen vision tower would then keep its activations
-    and run a backward pass for nothing."""
+    a gradient, which adapters need. The last line undoes this: a frozen vision tower would
+    otherwise keep its activations and run a backward pass for nothing."""
     if hasattr(model, "activation_checkpointing_enable"):       # the name in newer versions
         model.activation_checkpointing_enable()
     else:
@@ -1229,8 +1230,8 @@ def parse_args():
     add("--warmup_ratio", type=float, default=0.1,
         help="fraction of steps with rising learning rate")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
-        help="do not train the vision tower and its projector; None: as in the paper, but train "
-             "them with --model tiny")
+        help="do not train the vision tower and its projector; None: frozen, as in the paper, "
+             "except with --model tiny")
     add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()
@@ -1347,9 +1348,11 @@ def agree_on_attempt(store, rank, num_ranks):
     """Return the number of this attempt to run, 1 for the first, the same on all ranks.
 
     After a crash torchrun --max_restarts starts new workers on the same store, which still holds
-    what the dead ones wrote, and the agents of several nodes may have counted different numbers of
-    restarts. So rank 0 counts. Every other rank writes a new random name, and rank 0 answers each
-    name that it finds, until all ranks have thanked for this attempt's number."""
+    what the dead ones wrote. The agents of several nodes may have counted different numbers of
+    restarts. So rank 0 counts. A new worker must not take the answer to its dead predecessor for
+    its own: it asks under a new random name, and the answer is stored under that name. Rank 0
+    answers whatever name it finds, perhaps a dead worker's, until every rank has thanked for this
+    attempt's number, which only a living one can do."""
     # 1. Any other rank: introduce yourself, wait for the number.
     if rank > 0:
         name = uuid.uuid4().hex

@@ -9,7 +9,7 @@ How a conversation ends (finish_reason):
     answer        The model gave an answer.
     void          The turn has neither a call nor an answer, or it was cut at its token cap (the
                   word is SimpleTIR's, arXiv 2509.02479).
-    over_turn     The model still asked to zoom when a cap on turns or images was reached.
+    over_turn     The model still called the tool when a cap on turns or images was reached.
     over_context  The next observation did not fit into the context (evaluate.py).
 
 A bad call is *refused*: the tool answers with an error, and the conversation continues. A valid
@@ -232,7 +232,8 @@ def size_for_model(width, height, min_pixels, max_pixels, factor=28):
 
     Both sides are multiples of `factor` (patch size x merge size), at least one factor, and keep
     the aspect ratio as well as this grid allows. The area is between min_pixels and max_pixels,
-    unless the view is a very long strip or no multiples fit between the limits.
+    except for very long strips, and where rounding steps over a limit because the two are close:
+    252 x 84 between 6000 and 8000 pixels becomes 140 x 28.
 
     >>> size_for_model(756, 756, min_pixels=6000, max_pixels=8000)
     (84, 84)"""
@@ -307,7 +308,7 @@ def zoom(views, call):
     views: PIL images, [original, observation 1, ...].
     call: {"bbox_2d": corners as fractions of the source, "source": its name}.
     Raise ToolError with a sentence for the model if the call is bad, if the source does not exist
-    yet, or if the crop is longer than MAX_ASPECT_RATIO times its width or height."""
+    yet, or if one side of the crop is more than MAX_ASPECT_RATIO times the other."""
     (x0, y0, x1, y1), source = validate_call(call)
     if source_index(source) >= len(views):
         raise ToolError(f"There is no {source} yet.")
@@ -388,8 +389,8 @@ def take_turn(views, text, turn_number, max_turns, max_images):
 
     views: the images so far, original first; the crop of a successful zoom is appended.
     turn_number: 1 for the first turn. max_images counts the original, too.
-    A refused call uses up one turn and the conversation continues. In the last allowed turn it
-    ends the conversation as over_turn; the error is stored."""
+    A refused call uses up one turn and the conversation continues. In the last allowed turn any
+    call ends it as over_turn, stored as a zoom or an error, as parse_turn reads it."""
     # 1. An answer, or neither answer nor call, ends the conversation.
     kind, content = parse_turn(text)
     if kind in ("answer", "void"):
@@ -625,9 +626,11 @@ def normalise(text):
     text = unicodedata.normalize("NFKC", text).lower()
     # An article in front of a word: "the fox", but not in "vitamin A".
     text = re.sub(r"\b(a|an|the)\s+(?=\W*\w)", " ", text)
-    # Punctuation before or after a word. Signs stay ("B+", "-5"), and so does the point of ".5".
-    text_words = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+|[^\w\s+-]+(?!\w)", " ", text).split()
-    return " ".join(text_words) or text.strip()  # punctuation only ("?") is compared as it is
+    # Punctuation before a word, but not the point of ".5". Signs are kept: "B+", "-5".
+    bare_text = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+", " ", text)
+    # Punctuation after a word.
+    bare_text = re.sub(r"[^\w\s+-]+(?!\w)", " ", bare_text)
+    return " ".join(bare_text.split()) or text.strip()  # only punctuation ("?") is kept as it is
 
 
 def option_index(text, options):

@@ -923,7 +923,8 @@ def test_other_baselines_are_refused(text):
 @pytest.mark.parametrize("flags, message", [
     (["--group_size", "1"], "--group_size must be at least 2"),
     (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
-    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every above 0"),
+    (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every and --eval_size above 0"),
+    (["--baseline", "estimate", "--eval_size", "0"], "set --eval_every and --eval_size above 0"),
     (["--eval_turns", "5"], "--eval_turns 5 is less than --max_turns 6"),
     (["--eval_turns", "5", "--baseline", "outcome", "--eval_every", "0"],
      "--eval_turns 5 is less than --max_turns 6")],
