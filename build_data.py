@@ -552,8 +552,9 @@ def project_texts(rows):
 def build_tokenizer(texts):
     """Return a byte-level BPE tokenizer trained on `texts`.
 
-    The strings of the protocol are single tokens, so a turn is short. A word that must be copied
-    is the same token everywhere. A digit is always a token of its own."""
+    The strings of the protocol are single tokens, so a turn is short. A frequent word is one token
+    with a space before it (in thoughts, where words are copied from turn to turn) and another one
+    without (in <answer>square</answer>). A digit is always a token of its own."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -581,11 +582,12 @@ def build_tiny(texts, seed):
     """Return (model, tokenizer, image processor): a Qwen2.5-VL with random weights that can learn
     the drawn world in minutes.
 
-    A head of 32 numbers has 16 frequencies theta^(-i/16), fastest first: 1, 0.61, 0.37, 0.22, ...
-    rad per position. M-RoPE gives the first block to axis t, the next to h, the rest to w. To tell
-    neighbouring columns apart, w needs some of about 0.3 or more. So t has none (images have one
-    frame) and h only one. Slow ones let a word be found by its content hundreds of positions back.
-    A larger theta would leave too few fast ones, a smaller theta too few slow ones."""
+    A head of 32 numbers has 16 frequencies theta^(-i/16): 1, 0.61, 0.37, 0.22, ... rad a position.
+    M-RoPE shares them out over the axes t, h, w, fastest first; mrope_section says how many each
+    gets. t gets none (images have one frame), h gets the first, w the other 15. w needs fast ones,
+    about 0.3 or more, to tell neighbouring columns apart, and slow ones, by which a word is found
+    by its content hundreds of positions back. A larger theta would leave too few fast ones, a
+    smaller one too few slow ones."""
     import torch  # here, so that drawing does not have to load it
     from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                               Qwen2VLImageProcessorPil)

@@ -81,8 +81,8 @@ class Teacher:
     candidate_source: the observation that shows this region.
     candidate_region: its index.
     unseen_regions: positions of the regions that have not been looked at.
-    pending_event: the strategy, until what it is named after (such as a guess) has happened; then
-        None.
+    pending_event: the strategy, until its mistake, second look or guess has happened; then None.
+        "scan", "shuffle" and "hint" have no event, and it stays.
     order: how the regions are ordered, one of "scan", "shuffle" and "hint"."""
 
     def __init__(self, row, strategy, rng):
@@ -143,13 +143,13 @@ class Teacher:
                 self.pending_event = None
                 yield self.guess_turn(observed_text), True
                 return
-            # 4. Zoom into the next view, perhaps after a deliberate mistake. This turn states
-            #    observed_text: it is learned only if that is true.
+            # 4. Perhaps make a deliberate mistake on the way. It is never learned.
             source, position = self.next_view()
             mistaken_text = self.mistaken_turn(observed_text, source, position)
             if mistaken_text is not None:
                 yield mistaken_text, False
                 observed_text = self.notice_mistake()
+            # 5. Zoom into the next view. The turn is learned unless it overlooks the target.
             yield self.zoom_turn(observed_text, source, position), is_true
             self.num_observations += 1
 
@@ -290,7 +290,8 @@ def solve(job, root, prompts, max_turns, seed):
     for num_attempts in range(1, MAX_ATTEMPTS + 1):
         teacher = Teacher(row, drawn_strategy, rng)
         turns, finish_reason, prediction = play(teacher, image, max_turns)
-        # A search that ended before its mistake or its guess is named after its order.
+        # A search that found the target before its mistake or its guess is named after its order.
+        # (search_again and recheck happen at the target, so no correct search misses them.)
         is_plain_search = teacher.pending_event in ("recover", "backtrack", "guess")
         trajectory = trajectory_row(row, prompts, turns, finish_reason, prediction, "scripted")
         trajectory["strategy"] = teacher.order if is_plain_search else drawn_strategy

@@ -10,11 +10,12 @@ What differs from a textbook sampling loop and from the Mini-o3 paper:
    log-probability. Text is decoded only to be parsed. Image placeholders can never be sampled.
 2. Every sampled token is a function of the logits and of (seed, step, prompt, sample, number of the
    token). So a sample does not depend on the batch, on slots or on processes (beyond rounding).
-3. Speculative decoding without a draft model and without an acceptance rule. N-grams that the
-   policy wrote before propose a draft; one forward pass verifies it, by sampling at every position
-   of the draft. By (2) a sampled token that equals the draft is the one that decoding token by
-   token would have sampled, and so is the first that differs. Conversations are the same with and
-   without drafts.
+3. Speculative decoding without a draft model and without a random acceptance test. N-grams that
+   the policy wrote before propose a draft, and one forward pass samples a token at every position
+   of it. As long as samples equal the draft, each was sampled after the right tokens. So was the
+   first sample that differs; it replaces the draft's token, and what comes after it is thrown
+   away. By (2) these are the tokens that decoding one by one would have sampled (see
+   Engine.accept).
 4. Accuracy at every turn budget T comes from one run with the largest budget: correct *and*
    finished within T turns. The policy is not told its budget, so its first T turns are the same.
 5. The standard error is over questions: the K samples of a question are not independent.
@@ -141,10 +142,11 @@ def open_and_preprocess(policy, path):
 
 
 # ---- The KV cache -------------------------------------------------------------------------------
-# In this section a row is one query: a new token of a slot, or padding, since every slot of a span
-# has as many rows as the slot with the most new tokens. A column is a place in a slot: token n of a
-# conversation is in column n. A span is b slots, w rows each, that attend over S columns. There are
-# H query heads and K key heads: H / K query heads share a key head, and a mask has a line for each.
+# A slot holds one conversation; its token n is in column n. A span is b neighbouring slots that
+# attend in one call, over S columns. Each has w rows, w being the most new tokens of a slot in the
+# span. A row (in this section only) is one query: a new token of the slot, or padding.
+# There are H query heads and K key heads. H / K query heads share a key head, so a mask has H / K
+# equal lines per row.
 
 MAX_SPAN_SLOTS = 8      # slots that attend in one call
 MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
@@ -202,7 +204,7 @@ def plan_rows(first_slot, num_cached, num_new):
     most new tokens of its span. Return a RowPlan.
 
     Slots 2 and 3 have 5 and 6 cached tokens and get 1 and 2 new ones. They are one span, and row 1
-    is padding. plan_rows(2, [5, 6], [1, 2]) returns:
+    is padding. plan_rows(2, np.array([5, 6]), np.array([1, 2])) returns:
         spans              one: rows 0 to 3, slots 2 and 3, width 2, num_columns 8
         slot_of_token      [2, 3, 3]
         column_of_token    [5, 6, 7]
@@ -717,10 +719,11 @@ class Engine:
         """Score a finished conversation, and give its slot to the next one.
 
         Slots are kept roughly sorted, longest first, since a span is as long as its longest
-        conversation. So the longest conversation of the next group of MAX_SPAN_SLOTS slots moves
-        into the free slot, the longest of the group after that into the slot that is free now, and
-        so on. The new conversation starts in the last group. With groups of two and these lengths,
-        when the conversation in the second slot has ended:
+        conversation. For this the slots are seen as blocks of MAX_SPAN_SLOTS, whatever spans a pass
+        has. The longest conversation of the next block moves into the free slot, the longest of the
+        block after that into the slot that is free now, and so on. The new conversation starts in
+        the last block. With blocks of two and these lengths, when the conversation in the second
+        slot has ended:
 
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
 
@@ -732,12 +735,12 @@ class Engine:
         rollout.uniforms = []
         if self.progress is not None:
             self.progress.update()
-        # 2. Hand the free slot on to the last group.
+        # 2. Hand the free slot on to the last block.
         free_slot = slot
-        first_of_next_group = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
-        for first in range(first_of_next_group, len(self.slots), MAX_SPAN_SLOTS):
-            next_group = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
-            longest = max(next_group, key=lambda other: self.slots[other].num_cached_tokens)
+        first_of_next_block = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
+        for first in range(first_of_next_block, len(self.slots), MAX_SPAN_SLOTS):
+            next_block = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
+            longest = max(next_block, key=lambda other: self.slots[other].num_cached_tokens)
             self.move(longest, free_slot)
             free_slot = longest
         # 3. Fill it.

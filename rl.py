@@ -9,18 +9,18 @@ reinforcement learning): M = 0 for an unfinished conversation, else 1. With the 
 group, their standard deviation s, a baseline b, and the ratio rho of a token's probability under
 the trained policy to that under the sampling policy:
 
-    A'_i = M_i (r_i - b) / (s + eps)                                  i: conversations, t: tokens
+    A'_i = M_i (r_i - b) / (s + eps), 0 where s = 0                   i: conversations, t: tokens
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
 So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
 trained with 6 turns keeps searching at 32.
 
-The mask is not neutral: it pays b for an unfinished conversation. Masking has the same effect as a
-reward of b: in both cases the advantage r - b is 0. And subtracting b from all rewards changes no
-expected gradient, because E[grad log pi] = 0. So in expectation the policy climbs
-P(correct) + b P(unfinished). A guess therefore pays only where its probability of being right is
-above b; otherwise running out of turns pays more (docs/mask.md).
+The mask is not neutral. A masked conversation has A' = 0, and so would one with the reward b. So
+masking acts like these rewards: 1 for a right answer, 0 for a wrong one, b for an unfinished
+conversation. (Subtracting b from all three changes no expected gradient, because E[grad log pi] is
+0.) Apart from the division by s and by sum(M), the policy climbs P(correct) + b P(unfinished): a
+guess pays only where its probability of being right is above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
@@ -33,9 +33,10 @@ What differs from textbook GRPO and from the paper:
    Nothing depends on how micro-batches are cut or on the number of processes.
 5. Old log-probabilities come from the sampler, token by token. Their mismatch to the trainer's own
    is logged.
-6. A group has signal if some A'_i is not 0. One without signal (a zero-variance group) gets another
-   question, at most --resample times. If it still has no signal, it is dropped from the update and
-   counted. Mini-batches are cut from the groups with signal.
+6. If all rewards of a group are equal (s = 0), all its A' are 0, even where r differs from a fixed
+   b: such a zero-variance group has no signal. Nor has a group in which every conversation is
+   masked. It gets another question, at most --resample times. If it still has no signal, it is
+   dropped from the update and counted. Mini-batches are cut from the groups with signal.
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
 8. The checkpoint that is kept is the best on held-out questions at the *large* turn budget
    (--eval_turns). Within the training cap, a policy that guesses looks better than one that keeps

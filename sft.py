@@ -82,7 +82,7 @@ for math_dtype in (torch.float32, torch.float64):
 FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)    # hashable, by identity: evaluate.py caches results by policy
 class Policy:
     """A model with everything that is needed to talk to it.
 
@@ -353,8 +353,9 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
 
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
                      **kwargs):
-    """Text attention, as transformers calls it. query: (B, H, T, D); key and value: (B, K, S, D)
-    with K <= H heads. Return ((B, T, H, D), None).
+    """Text attention, as transformers calls it. query: (1, H, T, D). key and value: (1, K, T, D)
+    with K <= H heads or, with a KV cache, what its update() has returned: (num_slots, K, length,
+    D) in evaluate.py. Return ((1, T, H, D), None).
 
     transformers hands unknown keyword arguments of model(...) on to this function. So whoever runs
     the model decides who attends to whom, by model(..., attend=function): attend_packed below in
@@ -472,8 +473,9 @@ def token_logprobs(policy, batch, chunk_size=4096):
     (N,), in the order of batch["loss_positions"]. If the policy wrote no token, the empty result
     still has a gradient function.
 
-    The vocabulary is computed at those positions only, chunk_size at a time, and again in backward:
-    with 152k ids and 32k tokens the logits would otherwise be the largest tensor by far."""
+    The vocabulary is computed at those positions only. More than chunk_size of them are computed
+    chunk by chunk, and again in backward: with 152k ids and 32k tokens the logits would otherwise
+    be the largest tensor by far."""
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)
@@ -1124,8 +1126,9 @@ def end_step(run, args, steps_done, total_steps, device):
                 "a row (these steps were skipped); lower --lr and start again, or continue from "
                 "the last checkpoint with --resume")
     must_stop = steps_done < total_steps and run.stop_signal.reached_any_rank(device)
-    # Right after a skipped step the weights may be broken. A regular checkpoint waits for a better
-    # step, so that it does not push out an older state.
+    # A loss that is not finite may come from weights that an earlier step has broken. So after a
+    # skipped step the regular checkpoint is left out, until the next one is due: it could push out
+    # an older, healthy state.
     is_due = steps_done % args.save_every == 0 and num_skipped == 0
     if must_stop or is_due or steps_done == total_steps:
         save_state(args.out, run.optimizer, steps_done, args.keep_checkpoints)
@@ -1271,9 +1274,9 @@ def main():
 
 # ---- Two faster parts of the library's vision tower ---------------------------------------------
 # Only speed: without this section, and its call in make_policy, results are the same (within
-# rounding). On a CPU embed_patches saves an eighth of an evaluation, and windows_flash nothing. That
-# one is for GPUs, where the library's loop waits for the device in every layer and launches some
-# 9,000 kernels for an image of a million pixels in the 7B tower (counted, not measured).
+# rounding). On a CPU embed_patches saves an eighth of an evaluation, and windows_flash nothing.
+# That one is for GPUs, where the library's loop waits for the device in every layer and launches
+# some 9,000 kernels for an image of a million pixels in the 7B tower (counted, not measured).
 
 
 def speed_up_vision_tower(model):
@@ -1351,10 +1354,11 @@ def agree_on_attempt(store, rank, num_ranks):
 
     After a crash torchrun --max_restarts starts new workers on the same store, which still holds
     what the dead ones wrote. The agents of several nodes may have counted different numbers of
-    restarts. So rank 0 counts. A new worker must not take the answer to its dead predecessor for
-    its own: it asks under a new random name, and the answer is stored under that name. Rank 0
-    answers whatever name it finds, perhaps a dead worker's, until every rank has thanked for this
-    attempt's number, which only a living one can do."""
+    restarts. So rank 0 counts.
+        1. A worker asks under a new random name (hello): no old answer can be meant for it.
+        2. Rank 0 answers every name that it finds, perhaps a dead worker's.
+        3. A worker that has its answer thanks for this attempt's number. No dead worker has this
+           number, so rank 0 knows who lives, and returns when all ranks have thanked."""
     # 1. Any other rank: introduce yourself, wait for the number.
     if rank > 0:
         name = uuid.uuid4().hex

@@ -13,9 +13,9 @@ How a conversation ends (finish_reason):
     over_context  The next observation did not fit into the context (evaluate.py).
 
 A bad call is *refused*: the tool answers with an error, and the conversation continues. A valid
-zoom beyond a cap is *not carried out*, and the conversation ends. The last stored turn of a
-conversation never has an observation, and replay() skips it: its zoom was beyond a cap (over_turn),
-or its crop did not fit (over_context).
+zoom beyond a cap is *not carried out*, and the conversation ends. In the last allowed turn any
+call, good or bad, ends it. So the last stored turn never has an observation. If it holds a zoom,
+the zoom was beyond a cap (over_turn) or its crop did not fit (over_context): replay() skips it.
 
 What differs from the Mini-o3 paper (arXiv 2509.07969) and its code:
 1. Model output is parsed with json and explicit checks. A bad call is answered with one sentence
