@@ -165,6 +165,7 @@ def draw_background(rng, scene):
 
 def draw_shape(draw, shape, center_x, center_y, radius, fill):
     """Fill one shape, in pixels. Factors of the radius give the four shapes similar areas."""
+    # Shapes that the library can draw.
     if shape == "circle":
         draw.circle((center_x, center_y), radius, fill=fill)
         return
@@ -173,6 +174,7 @@ def draw_shape(draw, shape, center_x, center_y, radius, fill):
         draw.rectangle([center_x - half_side, center_y - half_side,
                         center_x + half_side, center_y + half_side], fill=fill)
         return
+    # The others are polygons: the angle and the distance from the centre of every corner.
     if shape == "triangle":
         center_y += 0.15 * radius
         corner_angles = -np.pi / 2 + 2 * np.pi / 3 * np.arange(3)
@@ -512,10 +514,15 @@ def make_instructions(scene_index, out, seed, min_pixels, max_pixels):
         view_for_model = tools.resize_for_model(view, min_pixels, max_pixels)
         save_image(view_for_model, out / image_path, quality=95)
         for question, reply in lessons:
-            rows.append({"id": f"instruct_{scene_index:05d}_{len(rows):02d}", "image": image_path,
-                         "question": question, "answer": reply, "source": "synthetic_instruct",
-                         "system": "", "turns": [{"text": reply}]})
+            row_id = f"instruct_{scene_index:05d}_{len(rows):02d}"
+            rows.append(instruction_row(row_id, image_path, question, reply))
     return rows
+
+
+def instruction_row(row_id, image_path, question, reply):
+    """Return a trajectory row of one turn, without a system text."""
+    return {"id": row_id, "image": image_path, "question": question, "answer": reply,
+            "source": "synthetic_instruct", "system": "", "turns": [{"text": reply}]}
 
 
 # ---- The tiny model: a Qwen2.5-VL of 1.6 M parameters, a tokenizer made from our texts ----------
@@ -643,7 +650,7 @@ def map_in_processes(function, jobs, num_workers, title, initial=0):
 
 
 def end_with_parent():
-    """End this worker if its parent is killed. Otherwise it would wait for jobs forever."""
+    """Make this worker end if its parent is killed. Otherwise it would wait for jobs forever."""
     def wait_for_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -677,6 +684,14 @@ def parse_args():
     add("--seed", type=int, default=0, help="another seed draws and shuffles differently")
     add("--out", type=Path, help="folder to write to; None is data, or data/NAME with --import")
     args = parser.parse_args()
+    check_args(args, parser)
+    args.source = args.source or Path("data/train.jsonl")
+    args.out = args.out or Path("data", args.data_set or "")
+    return args
+
+
+def check_args(args, parser):
+    """Raise InputError for flags that make no sense, alone or together."""
     # 1. Values that make no sense.
     tools.check_number_flags(args, ["seed"])
     check(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
@@ -695,13 +710,10 @@ def parse_args():
     misplaced_flags = [f"--{name}" for name in sorted(meaningless_flags)
                        if getattr(args, name) != parser.get_default(name)]
     check(not misplaced_flags, f"{' and '.join(misplaced_flags)} cannot be used {mode}")
-    # 3. Files and folders.
+    # 3. The folder to import from.
     if args.data_set:
         check(args.source, "--import needs --source, the folder of the downloaded data set")
         check(args.source.exists(), f"--source {args.source} does not exist")
-    args.source = args.source or Path("data/train.jsonl")
-    args.out = args.out or Path("data", args.data_set or "")
-    return args
 
 
 def write_rows(path, rows, noun):
@@ -739,6 +751,7 @@ def draw_world(args):
 
 
 def main():
+    """Draw the world, import a data set or filter questions."""
     args = parse_args()
     if args.data_set:
         from extras import import_data

@@ -48,8 +48,9 @@ from pathlib import Path
 import numpy as np
 
 import tools
-from build_data import (PHRASES, POSITIONS, SHAPES, colours_of, describe_cell, describe_colour,
-                        describe_rest, map_in_processes, position_box, positions_with)
+from build_data import (COLOURS, PHRASES, POSITIONS, SHAPES, colours_of, describe_cell,
+                        describe_colour, describe_rest, map_in_processes, position_box,
+                        positions_with)
 
 # how often each strategy is drawn
 STRATEGIES = {"scan": 0.13, "shuffle": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
@@ -313,10 +314,22 @@ def trajectory_row(row, prompts, turns, finish_reason, prediction, teacher_name)
 def check_layout(row):
     """Raise InputError unless row is a question with the layout that the scripted teacher reads."""
     tools.check_question(row)
-    has_layout = all(row.get(field) for field in ("objects", "wallpaper", "colour",
-                                                  "target_attribute"))
-    tools.check(has_layout, "the scripted teacher needs questions with a layout ('objects', "
-                "'wallpaper'), as build_data.py draws them")
+    objects = row.get("objects")
+    wallpaper = row.get("wallpaper")
+    has_objects = isinstance(objects, list) and len(objects) > 0 and all(map(is_object, objects))
+    has_wallpaper = isinstance(wallpaper, list) and len(wallpaper) == 9
+    has_target = row.get("colour") in COLOURS and isinstance(row.get("target_attribute"), str)
+    tools.check(has_objects and has_wallpaper and has_target,
+                "the scripted teacher needs questions with a layout ('objects', 'wallpaper'), as "
+                "build_data.py draws them")
+
+
+def is_object(value):
+    """Return whether a value of a row is [region, cell, colour, shape, digit]."""
+    if not isinstance(value, list) or [type(part) for part in value] != [int, int, str, str, int]:
+        return False
+    region, cell, colour, shape, _ = value
+    return 0 <= region < 9 and 0 <= cell < 9 and colour in COLOURS and shape in SHAPES
 
 
 # ---- The collection -----------------------------------------------------------------------------
@@ -380,6 +393,7 @@ def print_counts(name, values):
 
 
 def parse_args():
+    """Return the flags. Raise InputError for values that cannot be right."""
     parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -415,6 +429,7 @@ def parse_args():
 
 
 def main():
+    """Collect trajectories and print what came of the questions."""
     # 1. Read the questions. Only the scripted teacher needs to know where the objects lie.
     args = parse_args()
     is_scripted = args.teacher == "scripted"

@@ -141,6 +141,21 @@ def open_and_preprocess(policy, path):
     return image, policy.preprocess_images([image])[0]
 
 
+def make_rollouts(rows, num_samples, root, prompt_numbers, prompts):
+    """Return num_samples new Rollouts of every row, ordered by row, then sample. root and
+    prompt_numbers: see Engine.run."""
+    roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
+    if prompt_numbers is None:
+        prompt_numbers = range(len(rows))
+    rollouts = []
+    for row, row_root, prompt_number in zip(rows, roots, prompt_numbers):
+        system = tools.system_text(row, prompts)
+        for sample_number in range(num_samples):
+            rollouts.append(Rollout(row=row, root=row_root, system=system,
+                                    prompt_number=prompt_number, sample_number=sample_number))
+    return rollouts
+
+
 # ---- The KV cache -------------------------------------------------------------------------------
 # A slot holds one conversation; its token n is in column n. A span is b neighbouring slots that
 # attend in one call, over S columns. Each has w rows, w being the most new tokens of a slot in the
@@ -407,7 +422,8 @@ class Feed(NamedTuple):
 
     @property
     def num_sampled(self):
-        """A token is sampled after the last pending token, and after each token of the draft."""
+        """Return how many tokens are sampled: one after the last pending token, and one after each
+        token of the draft."""
         return len(self.draft_ids) + 1 if self.pending_ids else 0
 
 
@@ -474,15 +490,7 @@ class Engine:
         row that enters its random stream (default: its index). progress: has an update() per
         finished conversation. Raise InputError if a prompt does not fit in max_model_len."""
         # 1. All conversations, in the order in which they are played and returned.
-        roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
-        if prompt_numbers is None:
-            prompt_numbers = range(len(rows))
-        rollouts = []
-        for row, folder, prompt_number in zip(rows, roots, prompt_numbers):
-            system = tools.system_text(row, self.policy.prompts)
-            for sample_number in range(num_samples):
-                rollouts.append(Rollout(row=row, root=folder, system=system,
-                                        prompt_number=prompt_number, sample_number=sample_number))
+        rollouts = make_rollouts(rows, num_samples, root, prompt_numbers, self.policy.prompts)
         # 2. A cache with a slot for each of them, up to max_num_seqs.
         model = self.policy.model
         num_slots = min(self.max_num_seqs, len(rollouts))
@@ -492,7 +500,7 @@ class Engine:
         # 3. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
         self.waiting = collections.deque(rollouts)
         self.slots = []
-        self.prompt_images = sft.prefetch(self.load_image, zip(rows, roots))
+        self.prompt_images = sft.prefetch(self.load_image, rollouts[::num_samples])
         self.progress = progress
         was_training = model.training
         model.eval()
@@ -506,10 +514,9 @@ class Engine:
             self.judge.wait()
         return rollouts
 
-    def load_image(self, row_and_root):
-        """Return a question's image and the copy of it that the model sees."""
-        row, root = row_and_root
-        return open_and_preprocess(self.policy, Path(root) / row["image"])
+    def load_image(self, rollout):
+        """Return the image of a rollout's question and the copy of it that the model sees."""
+        return open_and_preprocess(self.policy, Path(rollout.root) / rollout.row["image"])
 
     def start_next(self, slot):
         """Start the next waiting conversation in a free slot, and return it. The prompt's last
@@ -698,6 +705,7 @@ class Engine:
     def append_observation(self, rollout):
         """Append the tool's message, with the crop after a zoom. If it and one more turn do not
         fit, the conversation ends as over_context."""
+        # 1. The ids of the message. The crop's grid says how many image tokens they contain.
         turn = rollout.turns[-1]
         image_grid = None
         if "zoom" in turn:
@@ -705,13 +713,15 @@ class Engine:
         message_ids = self.policy.tool_message_ids(
             turn, turn_number=len(rollout.turns), num_observations=len(rollout.views) - 1,
             grid=image_grid)
+        # 2. Do they fit? A conversation must never be cut in the middle of a turn.
         num_tokens = len(rollout.token_ids) + len(message_ids)
         if num_tokens + self.limits.max_new_tokens > self.limits.max_model_len:
             rollout.finish_reason = "over_context"
             return
+        # 3. Append them. The crop is cut into patches in the background.
         rollout.append(message_ids, False)
         rollout.turn_start = len(rollout.token_ids)
-        if "zoom" in turn:  # the crop is cut into patches in the background
+        if "zoom" in turn:
             rollout.pending_image = self.loader.submit(self.policy.preprocess_images,
                                                        rollout.views[-1:])
 
@@ -859,10 +869,12 @@ class NgramProposer:
         for index in range(start, len(token_ids)):
             token_id = token_ids[index]
             for ngram_size in self.ngram_sizes:
+                # An n-gram that was never seen before: this token is the guess.
                 ngram = tuple(token_ids[index - ngram_size:index])
                 if ngram not in self.guesses:
                     self.guesses[ngram] = (token_id, 0.7)
                     break
+                # A known one: was its guess right? A guess that is rarely right is replaced.
                 guessed_id, hit_rate = self.guesses[ngram]
                 is_hit = guessed_id == token_id
                 hit_rate += 0.2 * (is_hit - hit_rate)
@@ -1013,6 +1025,7 @@ def percent(mean, error):
 def print_table(table, budgets, num_samples):
     """Print what summarise() returns as Markdown tables: a line per level, with its accuracy at
     every turn budget; then its unscored samples and its categories, where there are some."""
+    # 1. Accuracy at every turn budget, and how conversations ended.
     print(f"Avg@{num_samples} in % (standard error) when at most T turns are allowed")
     rows = []
     for level, summary in table.items():
@@ -1023,6 +1036,7 @@ def print_table(table, budgets, num_samples):
         rows.append(cells + conversation_cells(summary))
     print_rows(["level", *(f"T={turn_budget}" for turn_budget in budgets), "turns (correct)",
                 *FINISH_REASONS], rows)
+    # 2. What the numbers above leave out, and categories, where questions have them.
     for level, summary in table.items():
         if summary.get("unscored"):
             print(f"{level}: {summary['unscored']} of {summary['samples']} samples have no score, "
@@ -1118,6 +1132,7 @@ def add_rollout_flags(group):
 
 
 def add_judge_flags(parser):
+    """Add the flags of every stage that may ask a judge."""
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", metavar="URL",
                        help="an OpenAI-compatible server that is asked whether other words mean "
@@ -1135,27 +1150,36 @@ def make_judge(args, rank):
     return Judge(client, args.out, rank)
 
 
+def make_limits(args, max_turns):
+    """Return the Limits of conversations of at most max_turns turns."""
+    return Limits(max_turns, args.max_images or max_turns, args.max_new_tokens, args.max_model_len)
+
+
+def make_engine(policy, args, max_turns, judge, greedy=False):
+    """Return an Engine whose conversations have at most max_turns turns."""
+    return Engine(policy, make_limits(args, max_turns), args.max_num_seqs, seed=args.seed,
+                  greedy=greedy, judge=judge, num_speculative_tokens=args.num_speculative_tokens)
+
+
 def is_served(args):
+    """Return whether --model is the URL of a server."""
     return args.model.startswith(("http://", "https://"))
 
 
 def make_player(args, prompts, process):
     """Return what plays the questions: an Engine with a policy, or a ServedPlayer with a server."""
     max_turns = max(args.budgets)
-    limits = Limits(max_turns, args.max_images or max_turns, args.max_new_tokens,
-                    args.max_model_len)
     judge = make_judge(args, process.rank)
     if is_served(args):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
-        return ServedPlayer(client, Rollout, prompts, limits, args.max_num_seqs, seed=args.seed,
-                            judge=judge, greedy=args.greedy)
+        return ServedPlayer(client, make_rollouts, prompts, make_limits(args, max_turns),
+                            args.max_num_seqs, seed=args.seed, judge=judge, greedy=args.greedy)
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, hint="torchrun --nproc_per_node=2 rl.py (or name "
                                                    "another with --model)")
-    return Engine(policy, limits, args.max_num_seqs, seed=args.seed, greedy=args.greedy,
-                  judge=judge, num_speculative_tokens=args.num_speculative_tokens)
+    return make_engine(policy, args, max_turns, judge, args.greedy)
 
 
 def write_results(levels, engine, args):
@@ -1178,6 +1202,7 @@ def write_results(levels, engine, args):
 
 
 def parse_args():
+    """Return the flags. Raise InputError for values that cannot be right."""
     parser = argparse.ArgumentParser(description="Avg@K over turn budgets.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model and data")
@@ -1227,6 +1252,7 @@ def check_level_names(args):
 
 
 def main():
+    """Play the questions of every level, and report Avg@K over turn budgets."""
     args = parse_args()
     process = sft.setup_distributed()
     prompts = tools.load_prompts(args.prompts)

@@ -438,6 +438,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         return micro_batch, encode_rollouts(policy, micro_batch)
 
     def loss_of(encoded):
+        """Return the loss of an encoded micro-batch, and note its statistics."""
         micro_batch, batch = encoded
         logprobs, old_logprobs, mask = compute_logprobs(policy, micro_batch, batch)         # (B, T)
         advantages = logprobs.new_tensor([rollout.advantage for rollout in micro_batch])    # (B,)
@@ -465,10 +466,12 @@ def update_policy(policy, optimizer, rollouts, args, lr):
 
 def count_rollouts(played_rollouts):
     """Return a Counter with sums over the conversations that this rank played in a step."""
+    # All names, so that every rank has the same ones in the same order.
     counts = collections.Counter(
         num_rollouts=0, num_unscored=0, num_correct=0, num_turns=0, num_turns_correct=0,
         num_sampled_tokens=0, negative_logprobs=0.0)
     counts.update(dict.fromkeys(evaluate.FINISH_REASONS, 0))
+    # Every conversation; then those that were correct.
     for rollout in played_rollouts:
         counts["num_rollouts"] += 1
         counts["num_turns"] += len(rollout.turns)
@@ -597,17 +600,9 @@ def read_history(out):
     return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
 
 
-def make_engine(policy, args, max_turns, judge):
-    """Return an engine whose conversations have at most max_turns turns."""
-    limits = evaluate.Limits(max_turns=max_turns, max_images=args.max_images or max_turns,
-                             max_new_tokens=args.max_new_tokens, max_model_len=args.max_model_len)
-    return evaluate.Engine(policy, limits, args.max_num_seqs, seed=args.seed, judge=judge,
-                           num_speculative_tokens=args.num_speculative_tokens)
-
-
 def train(policy, questions, args, process):
-    """Run the loop: a step, and now and then an evaluation, a dump, a checkpoint. The model in
-    --out is the best one that was evaluated, or the last one if none was."""
+    """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
+    in --out is the best one that was evaluated, or the last one if none was."""
     # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
     run = sft.start_training(policy, args, process, args.freeze_vision, args.steps)
     is_main = process.rank == 0
@@ -619,8 +614,8 @@ def train(policy, questions, args, process):
     # 2. Two engines: validation has a larger turn budget, and so has training with "outcome".
     judge = evaluate.make_judge(args, process.rank)
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
-    training_engine = make_engine(policy, args, training_turns, judge)
-    validation_engine = make_engine(policy, args, args.eval_turns, judge)
+    training_engine = evaluate.make_engine(policy, args, training_turns, judge)
+    validation_engine = evaluate.make_engine(policy, args, args.eval_turns, judge)
     progress_bar = tools.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
                                       total=args.steps, disable=not is_main, desc="rl")
     for step in progress_bar:
@@ -642,11 +637,11 @@ def train(policy, questions, args, process):
             if accuracy is not None and accuracy >= best_accuracy:
                 best_accuracy = accuracy
                 sft.export(policy, args.out)
-        # 5. Log, dump, checkpoint.
+        # 5. Log, save rollouts, checkpoint.
         if is_main:
             write_metrics(log_file, progress_bar, {
                 **metrics, **val_metrics, "unfinished_accuracy": unfinished_accuracy})
-            if steps_done % args.dump_every == 0:
+            if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
         if sft.end_step(run, args, steps_done, args.steps, policy.device):
             return
@@ -684,6 +679,7 @@ def baseline_flag(text):
 
 
 def parse_args(description="GRPO with over-turn masking."):
+    """Return the flags. Raise InputError for values that cannot be right."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model and data")
@@ -755,8 +751,8 @@ def parse_args(description="GRPO with over-turn masking."):
     add("--eval_turns", type=int, default=32,
         help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
              "that counts in the end")
-    add("--dump_every", type=int, default=4,
-        help="steps between dumps of 8 conversations to --out/rollouts/")
+    add("--save_rollouts_every", type=int, default=4,
+        help="steps after which 8 conversations are saved to --out/rollouts/")
     args = parser.parse_args()
     check_args(args)
     return args
@@ -764,11 +760,15 @@ def parse_args(description="GRPO with over-turn masking."):
 
 def check_args(args):
     """Raise InputError for flags that make no sense, alone or together."""
+    # Each alone.
     tools.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
                            "overturn_penalty"],
         any_number=["baseline"])
+    tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
+                "conversations about one question")
+    # Two that contradict each other.
     tools.check((args.eval_every and args.eval_size) or args.baseline != "estimate",
                 "--baseline estimate comes from the evaluations: set --eval_every and --eval_size "
                 "above 0")
@@ -779,8 +779,6 @@ def check_args(args):
     tools.check(not uses_eval_turns or args.eval_turns >= args.max_turns,
                 f"--eval_turns {args.eval_turns} is less than --max_turns {args.max_turns}: it is "
                 "the larger budget, of evaluations and of --baseline outcome")
-    tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
-                "conversations about one question")
 
 
 def load_questions(args):
@@ -800,6 +798,7 @@ def load_questions(args):
 
 
 def main():
+    """Train a policy by GRPO, as the flags say."""
     args = parse_args()
     process = sft.setup_distributed()
     tools.check(args.prompts_per_step >= process.world_size,

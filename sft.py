@@ -353,9 +353,9 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
 
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
                      **kwargs):
-    """Text attention, as transformers calls it. query: (1, H, T, D). key and value: (1, K, T, D)
-    with K <= H heads or, with a KV cache, what its update() has returned: (num_slots, K, length,
-    D) in evaluate.py. Return ((1, T, H, D), None).
+    """Compute text attention, as transformers calls it. query: (1, H, T, D). key and value:
+    (1, K, T, D) with K <= H heads or, with a KV cache, what its update() has returned:
+    (num_slots, K, length, D) in evaluate.py. Return ((1, T, H, D), None).
 
     transformers hands unknown keyword arguments of model(...) on to this function. So whoever runs
     the model decides who attends to whom, by model(..., attend=function): attend_packed below in
@@ -1211,6 +1211,7 @@ def add_training_flags(group, weight_decay, save_every):
 
 
 def parse_args():
+    """Return the flags. Raise InputError for values that cannot be right."""
     parser = argparse.ArgumentParser(description="Supervised fine-tuning on conversations.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model and data")
@@ -1243,6 +1244,7 @@ def parse_args():
 
 
 def main():
+    """Train a policy on trajectory rows, as the flags say."""
     # 1. The data.
     args = parse_args()
     process = setup_distributed()
@@ -1311,7 +1313,7 @@ def plan_windows(borders):
 
 def windows_flash(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
                   **kwargs):
-    """Vision attention, one batched call for all windows of one length. query, key, value:
+    """Compute vision attention, one batched call for all windows of one length. query, key, value:
     (1, H, S, D). Return ((1, S, H, D), None).
 
     The library calls the attention once per window, in a Python loop, unless the implementation's

@@ -28,6 +28,7 @@ This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
+import errno
 import json
 import math
 import os
@@ -84,7 +85,10 @@ def run(main):
         sys.exit(f"{script_name}: error: {error}")
     except OSError as error:  # disk full, no permission; no file is half-written (write_atomic)
         file_name = error.filename or "while writing"
-        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name})")
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; earlier files are untouched: free the disk or change --out and run again"
+        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name})"
+                 f"{advice if is_full else ''}")
     except RuntimeError as error:  # of torch.distributed, if the process of another rank has ended
         if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
@@ -448,11 +452,13 @@ def parse_json(text):
 def read_jsonl(path, check_row=None, hint=""):
     """Return the rows of a JSONL file, a list of dicts. check_row(row) may raise InputError with
     what is wrong in a row. hint: the command that makes the file, told if it does not exist."""
+    # 1. Is there such a file?
     path = Path(path)
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
         advice = f"; make it with: {hint}" if hint else ""
         raise InputError(f"{path} {problem}{advice}")
+    # 2. Its rows. Whatever is wrong with one is told with its line.
     rows = []
     with path.open("rb") as file:
         for line_number, line in enumerate(file, start=1):
@@ -513,6 +519,8 @@ class Journal:
         os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def read_complete_lines(self, journal_path):
+        """Return the rows of a journal, without a last line that was cut short. Raise InputError
+        if another line is damaged."""
         complete_lines = journal_path.read_bytes().split(b"\n")[:-1]
         try:
             return [parse_json(line.decode("utf-8")) for line in complete_lines]
@@ -536,6 +544,7 @@ class Journal:
 
 def check_question(row):
     """Raise InputError unless the row is a question whose image is inside the data's folder."""
+    # What every question has.
     for field in ("id", "image", "question", "answer"):
         value = row.get(field)
         check(isinstance(value, str) and value.strip(),
@@ -544,6 +553,7 @@ def check_question(row):
     check(not image_path.is_absolute() and ".." not in image_path.parts,
           f"image path '{row['image']}' must stay inside the folder of this file")
 
+    # The answer must be one of the options.
     options = row.get("options")
     if options is not None:
         is_filled_list = isinstance(options, list) and len(options) > 0
@@ -553,8 +563,12 @@ def check_question(row):
               f"the answer '{row['answer']}' is none of the options, neither by letter nor by its "
               "words")
 
-    check(row.get("system") is None or isinstance(row["system"], str),
-          "field 'system' must be a string or absent")
+    # What only some questions have.
+    for field in ("system", "source", "category", "cycle"):
+        check(row.get(field) is None or isinstance(row[field], str),
+              f"field '{field}' must be a string or absent")
+    check(row.get("level") in (None, "easy", "medium", "hard"),
+          "field 'level' must be easy, medium, hard or absent")
     if row.get("user") is not None:
         check(isinstance(row["user"], str) and row["user"].count("<image>") == 1,
               "field 'user' must be a string with <image> exactly once, or absent")

@@ -262,7 +262,7 @@ def blank(source, names, label):
 
 
 def blank_tasks(folder, number, task_indices):
-    """Remove the bodies of these tasks' functions in a copy."""
+    """Remove the bodies of these tasks' functions from a copy."""
     for task_index in task_indices:
         for function in ASSIGNMENTS[number].tasks[task_index].functions:
             file, name = function.split(":")
@@ -347,7 +347,8 @@ def grade_task(task):
 
 
 def grade(number):
-    """Grade a student's copy: print the points of every task, write grade.json."""
+    """Grade a student's copy. Print the points of every task, and write grade.json."""
+    # 1. every task on its own
     rows = []
     for task_number, task in enumerate(ASSIGNMENTS[number].tasks, 1):
         failed = {test: message for test, message in grade_task(task).items() if message}
@@ -357,6 +358,7 @@ def grade(number):
         print(f"task {task_number}, {task.title}: {points} of {maximum} points", flush=True)
         for test, message in failed.items():
             print(f"    {task.tests[test]} points lost, tests/{test}: {message}", flush=True)
+    # 2. the sum
     points = sum(row["points"] for row in rows)
     maximum = sum(row["of"] for row in rows)
     print(f"assignment {number}: {points} of {maximum} points")
@@ -369,7 +371,7 @@ def grade(number):
 
 @contextlib.contextmanager
 def copied(number, blank_indices=(), mutant=None):
-    """Give a temporary copy of the project, with some tasks blank and one mutant applied."""
+    """Yield a temporary copy of the project, with some tasks blank and one mutant applied."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "copy"
         copy_project(folder)
@@ -384,6 +386,7 @@ def copied(number, blank_indices=(), mutant=None):
 
 
 def stripped_lines(text):
+    """Return the lines of a text without indentation."""
     return [line.strip() for line in text.splitlines()]
 
 
@@ -480,6 +483,7 @@ def prove(number):
 
 
 def print_list():
+    """Print a line about every assignment."""
     for number, (title, hours, tasks) in ASSIGNMENTS.items():
         functions = ", ".join(function for task in tasks for function in task.functions)
         points = sum(sum(task.tests.values()) for task in tasks)
@@ -488,6 +492,8 @@ def print_list():
 
 
 def main():
+    """Do what the command line asks for."""
+    # 1. flags
     parser = argparse.ArgumentParser(
         description="List, start and grade assignments; prove that their graders are right.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -496,8 +502,10 @@ def main():
                         help="which assignment; prove without a number: all")
     parser.add_argument("folder", type=Path, nargs="?", help="of the new copy (start)")
     args = parser.parse_args()
+    # 2. a student's copy has no mutants, and its own assignment is blank already
     if args.action in ("start", "prove") and not (ROOT / "course" / "mutants.py").exists():
         sys.exit(f"this is a student's copy: {args.action} is for the project itself")
+    # 3. the action
     if args.action == "list":
         print_list()
     elif args.action == "prove":

@@ -1,10 +1,14 @@
-"""Calculate what a run of rl.py needs: memory per GPU on 1 to 64 of them, with advice where that is
-too much; disk; hours. Only the model's configuration is read. The flags are those of
-the run, that is, of rl.py:
+"""Calculate what a run of rl.py needs: memory per GPU on 1 to 64 GPUs, disk and hours. Where a GPU
+has too little memory, print which flags would help.
+
+Only the model's configuration is read, no weights. The flags are those of rl.py, so that the
+command of a run works here, too:
 
     python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --micro_batch_tokens 32768 \\
         --max_model_len 32768 --max_num_seqs 16 --gradient_checkpointing --shard_optimizer
 """
+
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -24,7 +28,7 @@ GPU_BANDWIDTH = 3.35e12
 def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model_len,
                 shard_optimizer, gradient_checkpointing=True, freeze_vision=False,
                 chunk_size=4096):
-    """Return {part: bytes} on each of `num_ranks` processes. The model's tensors may be on the meta
+    """Return {name: bytes} on each of `num_ranks` processes. The model's tensors may be on the meta
     device.
 
     With N parameters of w bytes (N' of them trained), W ranks, T tokens per micro-batch, L layers
@@ -32,9 +36,9 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
         weights       w N
         gradients     F N' / W and three buckets in flight; not sharded: w N' + F N'
         optimizer     2 F N' and, if w < F, F N' for master weights; / W if sharded
-        activations   gradient checkpointing: w T D L + one layer's own; without: L layers' own. One
-                      layer's own: w T times 7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K more where
-                      queries and keys are normalised (Qwen3-VL)
+        activations   gradient checkpointing: w T D L + those of one layer; without: those of L
+                      layers. Those of one layer: w T times 7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K
+                      more where queries and keys are normalised (Qwen3-VL)
         logits        min(T, chunk_size) V (w + 3 F): projected, in float32, without suppressed ids,
                       normalised
         vision        what the tower needs beyond that, see vision_memory
@@ -43,73 +47,124 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
                       once), w times max(3 D + 3 Q + 4 K, 5 D + 3 ff) each, or the tower's if that
                       is more
     """
-    # 1. parameters: N, N', w, F, W
+    w, F = value_sizes(model)
+    vocab_size = model.lm_head.weight.shape[0]
+    # 1. an update: the state of training, then the peak of one micro-batch
+    gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision)
+    activations = text_activations(model, micro_batch_tokens, gradient_checkpointing)
+    logits = min(micro_batch_tokens, chunk_size) * vocab_size * (w + 3 * F)
+    vision_kept, vision_peak = vision_memory(model, micro_batch_tokens, gradient_checkpointing,
+                                             freeze_vision)
+    # 2. rollouts: the cache, and the peak of one forward pass; nothing is kept for a backward pass
+    _, vision_prefill = vision_memory(model, max_model_len, gradient_checkpointing, frozen=True)
+
+    return {"weights": w * sum(p.numel() for p in model.parameters()),
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "activations": activations,
+            "logits": logits,
+            # the tower's peak comes before or after the text's activations and logits exist
+            "vision": max(vision_kept, vision_peak - activations - logits),
+            "KV cache": cache_memory(model, max_num_seqs * max_model_len),
+            "prefill": max(text_prefill(model, max_model_len), vision_prefill)}
+
+
+# The functions below calculate the lines of the table above, in its letters.
+
+
+def value_sizes(model):
+    """Return (w, F): the bytes of a weight, and of a value of the optimizer's state."""
+    w = model.lm_head.weight.element_size()
+    return w, max(4, w)
+
+
+class TextSizes(NamedTuple):
+    """Sizes of the text model."""
+    L: int      # layers
+    D: int      # width
+    Q: int      # width of all queries
+    K: int      # width of all keys
+    ff: int     # width of the MLP
+
+
+def text_sizes(model):
+    """Return the TextSizes of a model."""
+    config = model.config.text_config
+    return TextSizes(L=config.num_hidden_layers, D=config.hidden_size,
+                     Q=sft.head_size(config) * config.num_attention_heads,
+                     K=sft.head_size(config) * config.num_key_value_heads,
+                     ff=config.intermediate_size)
+
+
+def training_state(model, num_ranks, shard_optimizer, freeze_vision):
+    """Return the bytes of gradients, and of the optimizer."""
     frozen = set(model.model.visual.parameters()) if freeze_vision else set()
     trained = [p for p in model.parameters() if p not in frozen]
-    num_params = sum(p.numel() for p in model.parameters())
-    num_trained = sum(p.numel() for p in trained)
-    head = model.lm_head.weight     # (V, D)
-    w = head.element_size()
-    F = max(4, w)
+    num_trained = sum(p.numel() for p in trained)       # N'
     num_shards = num_ranks if shard_optimizer else 1
+    w, F = value_sizes(model)
 
-    # 2. gradients and the optimizer's state
-    buckets = sft.make_buckets(trained[::-1])
-    largest_bucket = max(sum(p.numel() for p in bucket) for bucket in buckets)
+    # 1. gradients: those that are summed over micro-batches, and those of the last backward pass
     if shard_optimizer and num_ranks > 1:
+        buckets = sft.make_buckets(trained[::-1])
+        largest_bucket = max(sum(p.numel() for p in bucket) for bucket in buckets)
         model_gradients = 3 * F * largest_bucket
     else:
         model_gradients = w * num_trained
-    optimizer_bytes = 2 * F
-    if w < F:
-        optimizer_bytes += F
+    gradients = F * num_trained // num_shards + model_gradients
 
-    # 3. the text model's activations, and the logits
-    text = model.config.text_config
-    L, D, ff = text.num_hidden_layers, text.hidden_size, text.intermediate_size
-    Q = sft.head_size(text) * text.num_attention_heads
-    K = sft.head_size(text) * text.num_key_value_heads
+    # 2. two moments, and the master weights of parameters that are not in float32 themselves
+    bytes_per_parameter = 2 * F
+    if w < F:
+        bytes_per_parameter += F
+    return gradients, bytes_per_parameter * num_trained // num_shards
+
+
+def text_activations(model, num_tokens, gradient_checkpointing):
+    """Return the bytes that the text model keeps for the backward pass of a micro-batch."""
+    L, D, Q, K, ff = text_sizes(model)
+    w, _ = value_sizes(model)
     layer_width = 7 * D + 3 * Q + 2 * K + 4 * ff
     if hasattr(model.model.language_model.layers[0].self_attn, "q_norm"):
         layer_width += 2 * Q + 2 * K
-    layer = w * micro_batch_tokens * layer_width
-    activations = L * layer
+    one_layer = w * num_tokens * layer_width
     if gradient_checkpointing:
-        activations = w * micro_batch_tokens * D * L + layer
-    logits = min(micro_batch_tokens, chunk_size) * head.shape[0] * (w + 3 * F)
+        return w * num_tokens * D * L + one_layer
+    return L * one_layer
 
-    # 4. the vision tower, and rollouts
-    vision_kept, vision_peak = vision_memory(model, micro_batch_tokens, gradient_checkpointing,
-                                             freeze_vision)
-    text_prefill = w * max_model_len * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
-    _, vision_prefill = vision_memory(model, max_model_len, gradient_checkpointing, frozen=True)
 
-    return {"weights": w * num_params,
-            "gradients": F * num_trained // num_shards + model_gradients,
-            "optimizer": optimizer_bytes * num_trained // num_shards,
-            "activations": activations,
-            "logits": logits,
-            "vision": max(vision_kept, vision_peak - activations - logits),
-            "KV cache": 2 * w * L * K * max_num_seqs * max_model_len,
-            "prefill": max(text_prefill, vision_prefill)}
+def cache_memory(model, num_tokens):
+    """Return the bytes of keys and values of this many tokens."""
+    sizes = text_sizes(model)
+    w, _ = value_sizes(model)
+    return 2 * w * sizes.L * sizes.K * num_tokens
+
+
+def text_prefill(model, num_tokens):
+    """Return the peak of a text layer's forward pass without a backward pass, in bytes: in its
+    attention or in its MLP."""
+    _, D, Q, K, ff = text_sizes(model)
+    w, _ = value_sizes(model)
+    return w * num_tokens * max(3 * D + 3 * Q + 4 * K, 5 * D + 3 * ff)
 
 
 def vision_memory(model, num_tokens, gradient_checkpointing, frozen):
-    """Return bytes of the vision tower's activations if all tokens are of images: (what is kept
+    """Return the bytes of the vision tower's activations if all tokens are of images: (what is kept
     while the text's activations exist, the peak before or after that).
 
     P = 4 patches a token, width V, layers L, MLPs of n matrices and width ff, m mergers:
-        trained       gradient checkpointing: w P V (L + 5 m) is kept; after the text's backward one
-                      layer's own is added: w P (V L + 12 V + 2 n ff). Without, both are
+        trained       gradient checkpointing: w P V (L + 5 m) is kept; after the text's backward
+                      pass that of one layer is added: w P (V L + 12 V + 2 n ff). Without, both are
                       w P L (12 V + (n + 1) ff)
         frozen        nothing is kept. A forward pass takes P max(10 w V + 4 F V, 3 w V + 3 w ff)
     """
     visual = model.model.visual
     config = model.config.vision_config
-    w = model.lm_head.weight.element_size()
-    F = max(4, w)
+    w, F = value_sizes(model)
     P = num_tokens * config.spatial_merge_size**2
-    V, L, ff = config.hidden_size, config.depth, config.intermediate_size
+    V = config.hidden_size
+    L = config.depth
+    ff = config.intermediate_size
     if frozen:
         return 0, P * max((10 * w + 4 * F) * V, 3 * w * (V + ff))
     n = sum(isinstance(module, torch.nn.Linear) for module in visual.blocks[0].mlp.modules())
@@ -123,7 +178,9 @@ def vision_memory(model, num_tokens, gradient_checkpointing, frozen):
 def phases(plan):
     """Return the bytes held during rollouts and during an update."""
     only_rollout = plan["KV cache"] + plan["prefill"]
-    return plan["weights"] + plan["optimizer"] + only_rollout, sum(plan.values()) - only_rollout
+    rollout = plan["weights"] + plan["optimizer"] + only_rollout
+    update = sum(plan.values()) - only_rollout
+    return rollout, update
 
 
 def fits(plan):
@@ -133,7 +190,7 @@ def fits(plan):
 
 
 def in_gb(num_bytes):
-    """Return bytes as a text in GB (1e9), below 0.1 GB with three decimals."""
+    """Return a number of bytes as a text in GB (1e9), below 0.1 GB with three decimals."""
     decimals = 1
     if 0 < num_bytes < 1e8:
         decimals = 3
@@ -159,10 +216,8 @@ def plan_seconds(model, args, num_ranks):
     flops = 2 * num_tokens * (text_passes * text_params + 4 * tower_passes * tower_params)
 
     # 2. bytes that one decoding pass reads; a conversation is half as long on average
-    token_cache = plan_memory(model, 1, micro_batch_tokens=1, max_num_seqs=1, max_model_len=1,
-                              shard_optimizer=False)["KV cache"]
     bytes_per_pass = (2 * (text_params + tower_params)
-                      + args.max_num_seqs * token_cache * num_tokens / 2)
+                      + args.max_num_seqs * cache_memory(model, 1) * num_tokens / 2)
 
     # 3. seconds of this rank's conversations
     num_rollouts = args.prompts_per_step * args.group_size / num_ranks
@@ -187,6 +242,7 @@ def read_model(path):
 def advise(model, num_ranks, flags):
     """Return one line about flags with which a run fits on the GPUs, "" if it fits already. Flags
     are changed one after the other, the mildest first, until it fits."""
+    # 1. change flags of a copy
     changes = {"gradient_checkpointing": True, "shard_optimizer": True,
                "max_num_seqs": max(1, flags["max_num_seqs"] // 4),
                "micro_batch_tokens": max(1, flags["micro_batch_tokens"] // 4),
@@ -199,6 +255,7 @@ def advise(model, num_ranks, flags):
             flags[flag] = value
             added += f" --{flag}" if value is True else f" --{flag} {value}"
             plan = plan_memory(model, num_ranks, **flags)
+    # 2. say which
     if not added:
         return ""
     if fits(plan):

@@ -450,13 +450,13 @@ def exemplar_messages(rows, root, client, prompts):
 class ServedPlayer:
     """Plays questions with a served model, as evaluate.Engine does with a policy.
 
-    rollout_class: evaluate.Rollout. limits: evaluate.Limits.
+    make_rollouts: the function of evaluate.py. limits: evaluate.Limits.
     """
 
-    def __init__(self, client, rollout_class, prompts, limits, num_threads, seed=0, judge=None,
+    def __init__(self, client, make_rollouts, prompts, limits, num_threads, seed=0, judge=None,
                  greedy=False):
         self.client = client
-        self.rollout_class = rollout_class
+        self.make_rollouts = make_rollouts
         self.prompts = prompts
         self.limits = limits
         self.num_threads = num_threads
@@ -473,14 +473,10 @@ class ServedPlayer:
         tools.check(not self.client.stopped.is_set(), f"{self.client.url} gives no usable replies "
                     f"({self.client.failures()}); run the same command again, it continues where "
                     "it was")
-        if prompt_numbers is None:
-            prompt_numbers = range(len(rows))
-        rollouts = []
-        for row, prompt_number in zip(rows, prompt_numbers):
-            for sample_number in range(num_samples):
-                rollouts.append(self.rollout_class(
-                    row=row, root=root, system=tools.system_text(row, self.prompts),
-                    prompt_number=prompt_number, sample_number=sample_number, reward=None))
+        # No reward until a conversation was played and scored.
+        rollouts = self.make_rollouts(rows, num_samples, root, prompt_numbers, self.prompts)
+        for rollout in rollouts:
+            rollout.reward = None
         for _ in map_in_threads(self.client, self.play, rollouts, self.num_threads):
             if progress is not None:
                 progress.update()

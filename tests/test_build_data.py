@@ -23,7 +23,7 @@ import build_data
 import tools
 from build_data import COLOURS, LEVELS, POSITIONS, SHAPES
 from extras import crash
-from support.launch import Forked, run_script
+from support.launch import Forked, refused, run_script
 
 
 def scenes(count=120):
@@ -745,20 +745,11 @@ def test_every_image_of_every_row_opens(built):
 SMALL = ["--train", 1, "--val", 1, "--test", 1, "--scenes", 1, "--workers", 1]
 
 
-def refused(monkeypatch, *flags):
-    """The one line with which the command refuses these flags, without its name. Python prints it
-    on stderr and exits with code 1."""
-    monkeypatch.setattr(sys, "argv", ["build_data.py", *map(str, flags)])
-    with pytest.raises(SystemExit, match=r"build_data\.py: error: ") as stop:
-        tools.run(build_data.main)
-    return stop.value.code.removeprefix("build_data.py: error: ")
-
-
 @pytest.mark.parametrize("flags", [
     ["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", 0], ["--workers", 0], ["--seed", -1],
     ["--min_pixels", 0], ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
-def test_a_bad_number_is_one_line(monkeypatch, tmp_path, flags):
-    line = refused(monkeypatch, *SMALL, *flags, "--out", tmp_path / "out")
+def test_a_bad_number_is_one_line(tmp_path, flags):
+    line = refused("build_data.py", *SMALL, *flags, "--out", tmp_path / "out")
     assert "\n" not in line and flags[0] in line
     assert not (tmp_path / "out").exists()
 
@@ -784,7 +775,7 @@ RANGE = "--pass_rate_range must be two pass rates, 0 <= LOW <= HIGH <= 1"
      "--pass_rate_range cannot be used without --import or --filter")], ids=str)
 def test_flags_that_do_not_belong_together_are_one_line(monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert refused(monkeypatch, *flags).startswith(message)
+    assert refused("build_data.py", *flags).startswith(message)
     assert list(tmp_path.iterdir()) == []
 
 

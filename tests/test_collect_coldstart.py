@@ -624,6 +624,19 @@ def test_the_questions_are_not_overwritten(small):
     assert (small / "train.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("changes", [
+    {"objects": [["x"]]}, {"objects": [[0, 9, "red", "star", 1]]},
+    {"objects": [[0, 1, "red", "star"]]}, {"objects": [[0, 1, "red", "star", "1"]]},
+    {"objects": [[0, 1, "grey", "star", 1]]}, {"objects": "x"}, {"objects": []},
+    {"wallpaper": ["red"] * 8}, {"wallpaper": "red"}, {"colour": "grey"}, {"colour": 1},
+    {"target_attribute": 7}], ids=str)
+def test_a_damaged_layout_is_refused_by_line(small, changes):
+    first, second = tools.read_jsonl(small / "train.jsonl")
+    tools.write_jsonl(small / "train.jsonl", [first, {**second, **changes}])
+    with pytest.raises(tools.InputError, match="train.jsonl:2: .*layout"):
+        tools.read_jsonl(small / "train.jsonl", collect_coldstart.check_layout)
+
+
 @pytest.mark.parametrize("key", ["objects", "wallpaper", "colour", "target_attribute"])
 def test_questions_without_a_layout_are_refused_by_line(small, key):
     first, second = tools.read_jsonl(small / "train.jsonl")

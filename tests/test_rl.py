@@ -762,7 +762,7 @@ def runs(trained_folder, world, tmp_path_factory):
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
     common = ["rl.py", "--model", trained_folder,
               "--data", world / "seen.jsonl", world / "seen2.jsonl",
-              "--prompts", prompts, *COMMON, "--save_every", 1, "--dump_every", 2,
+              "--prompts", prompts, *COMMON, "--save_every", 1, "--save_rollouts_every", 2,
               "--eval_every", 2, "--eval_data", world / "seen2.jsonl",
               "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")

@@ -90,7 +90,8 @@ def end_of_run(monkeypatch, error):
 
 @pytest.mark.parametrize("error, message", [
     (tools.InputError("--lr 0 must be a number above 0"), "--lr 0 must be a number above 0"),
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (while writing)"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (while writing); "
+     "earlier files are untouched: free the disk or change --out and run again"),
     (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied (out/x)"),
 ], ids=["a user's mistake", "disk full", "no permission"])
 def test_what_a_user_can_cause_is_one_line(monkeypatch, error, message):
@@ -870,7 +871,8 @@ def test_good_questions(changes):
     {"image": "/etc/passwd"}, {"image": "../secret.jpg"}, {"image": "images/../../secret.jpg"},
     {"image": ".."},
     {"options": []}, {"options": "red"}, {"options": [1, 2]}, {"options": ["red", "blue"]},
-    {"system": 5}, {"system": ["a"]},
+    {"system": 5}, {"system": ["a"]}, {"source": ["a"]}, {"category": 5}, {"cycle": 1},
+    {"level": "extreme"}, {"level": 1},
     {"user": 5}, {"user": "no picture"}, {"user": "<image><image>"}])
 def test_bad_questions(changes):
     with pytest.raises(tools.InputError) as error:

@@ -4,6 +4,7 @@ what the page says."""
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import subprocess
 
@@ -34,12 +35,14 @@ def run_line(line):
         checked(run_here(*words))
 
 
-def run_python(block):
-    """Run a block "python - <<'END' ... END" in this process and return what it prints."""
-    source = block.split("\n", 1)[1].rsplit("END", 1)[0]
+def run_python(block, folder):
+    """Run a block "python - <<'END' ... END" in this process, as a file in `folder`, and return
+    what it prints."""
+    script = folder / "block.py"
+    script.write_text(block.split("\n", 1)[1].rsplit("END", 1)[0], encoding="utf-8")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(source, {})
+        runpy.run_path(str(script))
     return printed.getvalue()
 
 
@@ -50,7 +53,7 @@ def test_every_command_runs_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         if block.startswith("python - <<'END'\n"):
-            printed = run_python(block)
+            printed = run_python(block, tmp_path)
         else:
             for line in re.sub(r"\\\n", " ", block).splitlines():
                 run_line(line)

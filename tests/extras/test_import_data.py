@@ -27,20 +27,20 @@ import build_data
 import sft
 import tools
 from extras import crash, import_data
-from support.launch import Forked, run_script
+from support.launch import Forked, refused, run_script
 
 # ---- Small data sets ----------------------------------------------------------------------------
 
 
 def picture(number=0, size=(60, 40), kind="PNG"):
-    """Bytes of an image file; each number is another image."""
+    """Return the bytes of an image file. Each number is another image."""
     file = io.BytesIO()
     Image.new("RGB", size, (number % 256, 3 * number % 256, 200)).save(file, kind)
     return file.getvalue()
 
 
 def bomb(side):
-    """A PNG that claims side x side pixels."""
+    """Return a PNG that claims side x side pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
               for part in (header, b"IDAT" + zlib.compress(bytes(100)), b"IEND"))
@@ -73,17 +73,8 @@ def write_parquet(path, rows, **more):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, **more)
 
 
-def refused(monkeypatch, *flags):
-    """The one line with which the command refuses these flags, without its name; Python prints it
-    on stderr and exits with code 1."""
-    monkeypatch.setattr(sys, "argv", ["build_data.py", *map(str, flags)])
-    with pytest.raises(SystemExit, match=r"build_data\.py: error: ") as stop:
-        tools.run(build_data.main)
-    return stop.value.code.removeprefix("build_data.py: error: ")
-
-
 def imported(capsys, name, source, out, seed=0):
-    """Import; returns ({split: rows}, {split: (read, written)}, {"3 skipped: why (first:
+    """Import a data set. Return ({split: rows}, {split: (read, written)}, {"3 skipped: why (first:
     file:row)", ...})."""
     capsys.readouterr()
     import_data.import_data(name, source, out, seed)
@@ -105,7 +96,7 @@ def imported(capsys, name, source, out, seed=0):
 
 
 def probe(name, number, folder="VisualProbe_Hard", image=None, **more):
-    """A row of VisualProbe."""
+    """Return a row of VisualProbe."""
     return {"doc_id": f"{name}_{number}", "problem": f"<image>\nWhat is {number}?",
             "solution": "White.", "images": [image or f"{folder}/data/{number}.jpg"],
             "data_source": name, **more}
@@ -227,7 +218,7 @@ def test_vstar_keeps_the_options_in_their_order(tmp_path, capsys):
 
 
 def in_question(row):
-    """The options as the question lists them: {letter: text}."""
+    """Return the options as the question lists them: {letter: text}."""
     return dict(re.findall(r"^\(([A-Z])\) (.*)$", row["question"], re.MULTILINE))
 
 
@@ -410,7 +401,7 @@ def talk(texts, system=SYSTEM):
 
 def cold_row(texts, sizes=((400, 300), (196, 308), (112, 84)), sample=5, rollout=2, system=SYSTEM,
              **more):
-    """A row with as many images as the texts show."""
+    """Return a row with as many images as the texts show."""
     shown = sum(text.count("<image>") for text in texts[::2])
     images = [{"bytes": picture(i, size), "path": None} for i, size in enumerate(sizes[:shown])]
     names = [f"{i}.png" for i in range(shown)]
@@ -607,7 +598,7 @@ def test_a_table_without_rows_is_counted(tmp_path, capsys):
 def test_parquet_without_pyarrow_is_one_line(monkeypatch, tmp_path):
     write(tmp_path / "hr_bench_4k.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    line = refused(monkeypatch, "--import", "hrbench", "--source", tmp_path, "--out", tmp_path)
+    line = refused("build_data.py", "--import", "hrbench", "--source", tmp_path, "--out", tmp_path)
     assert line == "reading .parquet files needs pyarrow: pip install pyarrow"
 
 
@@ -634,10 +625,10 @@ def test_a_broken_parquet_file_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", list(import_data.IMPORTERS))
-def test_a_folder_without_the_data_set_is_one_line(monkeypatch, tmp_path, name):
+def test_a_folder_without_the_data_set_is_one_line(tmp_path, name):
     write(tmp_path / "in" / "readme.txt", "nothing")
     source, out = tmp_path / "in", tmp_path / "out"
-    line = refused(monkeypatch, "--import", name, "--source", source, "--out", out)
+    line = refused("build_data.py", "--import", name, "--source", source, "--out", out)
     expected = import_data.IMPORTERS[name].expected
     assert line == f"{source}: nothing to import; {name} expects {expected}"
     assert not out.exists()
@@ -675,7 +666,7 @@ def test_a_killed_import_leaves_no_half_file_and_the_next_run_ends_the_same(tmp_
 
 
 def peak_memory(name, source, out):
-    """Most bytes that Python objects took while a data set was imported."""
+    """Return the most bytes that Python objects took while a data set was imported."""
     tracemalloc.start()
     import_data.import_data(name, source, out, 0)
     peak = tracemalloc.get_traced_memory()[1]
@@ -707,7 +698,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, suffix):
 
 
 def with_rates(folder, rates):
-    """Ten questions q0, ..., q9 and a file with these rates: {number: rate}."""
+    """Write ten questions q0, ..., q9 and a file with these rates: {number: rate}. Return the
+    command that filters them, and the questions."""
     questions = [{"id": f"q{i}", "image": f"{i}.png", "question": "?", "answer": "a",
                   "colour": "red"} for i in range(10)]
     source, known = folder / "train.jsonl", folder / "train.rates.jsonl"

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def run_here(script, *args):
             torch.set_num_threads(num_threads)
             signal.signal(signal.SIGTERM, sigterm_handler)
     return subprocess.CompletedProcess(args, exit_code, stdout.getvalue(), stderr.getvalue())
+
+
+def refused(script, *flags):
+    """Return the one line with which a stage refuses these flags, without its name. Python prints
+    the line on stderr and exits with code 1."""
+    beginning = f"{script}: error: "
+    with (pytest.MonkeyPatch.context() as patch,
+          pytest.raises(SystemExit, match=re.escape(beginning)) as stop):
+        patch.setattr("sys.argv", [script, *map(str, flags)])
+        tools.run(importlib.import_module(Path(script).stem).main)
+    return stop.value.code.removeprefix(beginning)
 
 
 @functools.cache
