@@ -144,6 +144,8 @@ def prepare(folder):
 
 
 def main():
+    """Run every case whole and killed, and print whether the weights are the same. Exit with 1 if
+    some are not."""
     parser = argparse.ArgumentParser(
         description="Kill training at random moments; the weights must not change.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)

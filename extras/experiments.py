@@ -55,9 +55,11 @@ def measure_shares(rows):
 def measure(folder):
     """Return the row of extras/experiments.jsonl about one run, which was evaluated into
     results/NAME.seedN and trained in checkpoints/NAME.seedN. Levels have the same weight."""
+    # 1. what evaluation and training have written
     name, _, seed = folder.name.rpartition(".seed")
     table = report.read_table(folder)
     steps = tools.read_jsonl(Path("checkpoints") / folder.name / "metrics.jsonl")
+    # 2. figures of all levels, and their means
     level_shares = [measure_shares(tools.read_jsonl(folder / f"{level}.jsonl")) for level in LEVELS]
     mean_shares = {}
     for kind in SHARES:
@@ -84,6 +86,7 @@ def format_seeds(values, scale=100):
 def print_tables(runs):
     """Print accuracy by level over turns, and shares at 32 turns. runs: {name: its rows, one for
     each seed}."""
+    # 1. accuracy
     for level in ("mean", "hard"):
         table = []
         for name, rows in runs.items():
@@ -92,6 +95,7 @@ def print_tables(runs):
             table.append([f"`{name}`", str(len(rows)), *cells])
         evaluate.print_rows([level, "seeds", *(f"T={budget}" for budget in BUDGETS)], table)
         print()
+    # 2. shares, turns and tokens
     table = []
     for name, rows in runs.items():
         cells = [format_seeds([row["shares"][kind] for row in rows]) for kind in SHARES]
@@ -102,21 +106,13 @@ def print_tables(runs):
                          "1,000 tokens sampled in RL"], table)
 
 
-def draw_line(axes, xs, seeds, label):
-    """Draw one line with 95% intervals. seeds: for every x the values of all seeds."""
-    figures = [report.over_seeds(values) for values in seeds]
-    axes.errorbar(xs, [100 * mean for mean, _ in figures],
-                  [100 * (half or 0) for _, half in figures],
-                  marker="o", markersize=4, capsize=3, label=label)
-
-
 def draw(runs, path):
     """Draw the mean accuracy of the levels with its 95% interval over seeds: over turns, for some
     ways to treat unfinished conversations; and at 6 and at 32 turns over the baseline b."""
     from matplotlib.figure import Figure
 
-    def accuracies(name, budget):
-        return [row["accuracy"]["mean"][budget] for row in runs[name]]
+    def accuracy(name, budget):
+        return report.over_seeds([row["accuracy"]["mean"][budget] for row in runs[name]])
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_turns, over_baseline = figure.subplots(1, 2)
@@ -125,16 +121,17 @@ def draw(runs, path):
     turns = [int(budget) for budget in BUDGETS]
     for name, label in CURVES.items():
         if name in runs:
-            draw_line(over_turns, turns, [accuracies(name, budget) for budget in BUDGETS], label)
-    over_turns.set_xscale("log", base=2)
-    over_turns.set_xticks(turns, BUDGETS, minor=False)
-    over_turns.set(xlabel="turns allowed at test time", title="RL with at most 4 turns")
+            figures = [accuracy(name, budget) for budget in BUDGETS]
+            report.draw_line(over_turns, turns, figures, label)
+    report.label_turns(over_turns, turns)
+    over_turns.set(title="RL with at most 4 turns")
 
     # 2. over the baseline
     names = [name for name in BASELINES if name in runs]
     for budget in ("6", "32"):
-        draw_line(over_baseline, [BASELINES[name] for name in names],
-                  [accuracies(name, budget) for name in names], f"{budget} turns")
+        figures = [accuracy(name, budget) for name in names]
+        report.draw_line(over_baseline, [BASELINES[name] for name in names], figures,
+                         f"{budget} turns")
     over_baseline.set(xlabel="baseline b, paid for an unfinished conversation",
                       title="the same, over b")
 
@@ -146,6 +143,7 @@ def draw(runs, path):
 
 
 def main():
+    """Add the runs that are named, then print the tables and draw the chart of all runs."""
     parser = argparse.ArgumentParser(description="Print the tables of docs/experiments.md.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="folders NAME.seedN to add")

@@ -83,6 +83,8 @@ def format_shares(labels, order):
 
 
 def main():
+    """Print the shares of kinds and of plans, for every level of every evaluation."""
+    # 1. flags
     parser = argparse.ArgumentParser(
         description="Print what happened in every conversation of an evaluation, by kind.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -90,6 +92,7 @@ def main():
     parser.add_argument("--data", type=Path, default=Path("data"),
                         help="folder of the questions with their layout")
     args = parser.parse_args()
+    # 2. one level after the other; its questions have the layout, which its results have not
     for folder in args.results:
         levels = [level for level in LEVELS if (folder / f"{level}.jsonl").exists()]
         tools.check(levels, f"{folder} has no easy, medium or hard.jsonl; make them with: "

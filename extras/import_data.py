@@ -163,22 +163,20 @@ def strip_letters(options):
             options = ast.literal_eval(options.strip())  # reads constants and runs nothing
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             options = []
-    if not isinstance(options, list):
-        options = []
-    letters = []
+    message = "options are not a list of (A), (B), ... in this order"
+    check(isinstance(options, list) and 1 <= len(options) <= len(string.ascii_uppercase), message)
     texts = []
-    for option in options:
-        match = re.fullmatch(r"\(?([A-Z])[).:]\s*(.*\S)\s*", str(option), re.DOTALL)
-        letters.append(match and match[1])
-        texts.append(match and match[2])
-    check(letters and letters == list(string.ascii_uppercase[:len(letters)]),
-          "options are not a list of (A), (B), ... in this order")
+    for letter, option in zip(string.ascii_uppercase, options):
+        match = re.fullmatch(rf"\(?{letter}[).:]\s*(.*\S)\s*", str(option), re.DOTALL)
+        check(match, message)
+        texts.append(match[1])
     return texts
 
 
 def parse_conversation(record):
     """Return the texts [system, user, reply, user, reply, ...] of a cold-start record, and a hash
     of the conversation up to each reply. Equal hashes mean equal beginnings of one rollout."""
+    # 1. the texts
     try:
         messages = [(message["from"], message["value"])
                     for message in json.loads(record["conversations"])]
@@ -191,11 +189,12 @@ def parse_conversation(record):
     has_pairs = len(messages) > 2 and roles[1:] == ["human", "gpt"] * (len(messages) // 2)
     check(has_pairs and all(isinstance(text, str) for text in texts),
           "conversation is not texts by system, human, gpt, ..., gpt in turn")
+    # 2. a hash after every reply; hashed are: rollout, system, user, reply, user, reply, ...
     rollout_name = repr([record.get("sample_index"), record.get("rollout_index")])
-    parts = [rollout_name, *map(json.dumps, texts)]
+    hashed_texts = [rollout_name, *map(json.dumps, texts)]
     hashes = []
-    for end in range(4, len(parts) + 1, 2):  # parts: rollout, system, user, reply, user, reply, ...
-        hashes.append(hashlib.sha256("".join(parts[:end]).encode()).hexdigest())
+    for end in range(4, len(hashed_texts) + 1, 2):
+        hashes.append(hashlib.sha256("".join(hashed_texts[:end]).encode()).hexdigest())
     return texts, hashes
 
 
@@ -324,8 +323,8 @@ def files_with_label_a(paths):
 
 
 def hashes_of_beginnings(paths):
-    """Return the hashes of all beginnings of conversations that continue in some row. Reads no
-    image."""
+    """Return the hashes of all beginnings of conversations that continue in some row. No image is
+    read."""
     found_hashes = set()
     for path in tools.progress_bar(paths, desc="beginnings", unit=" files"):
         for _, record in read_records(path, ["conversations", "sample_index", "rollout_index"]):
@@ -443,6 +442,7 @@ def has_same_shape(stored_image, crop_size):
 def finish_row(draft, out, seed):
     """Return a draft's row, and how many of its observations differ in shape. The image is stored,
     once for all rows that share it. Raise ValueError if the row cannot be used."""
+    # 1. the fields
     data, suffix, image = decode_image(draft.image)
     image_path = f"images/{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
     row = {"id": draft.row["id"], "image": image_path, **draft.row}
@@ -452,6 +452,7 @@ def finish_row(draft, out, seed):
     if draft.conversation is not None:
         fields, num_differing = trajectory_fields(draft.conversation, draft.observations, image)
         row |= fields
+    # 2. the row is checked before its image is stored
     tools.json_line(row).encode()  # half a surrogate pair raises UnicodeEncodeError
     if "turns" in row:
         tools.check_trajectory(row)
@@ -476,9 +477,11 @@ def import_rows(make_draft, origins, out_path, seed):
     """Yield the rows of one output file, then print what was read, written and skipped. Only ids
     stay in memory. Raise InputError if there is no row."""
     ids = set()
-    counts = collections.Counter()   # {note: how often},
+    counts = collections.Counter()   # {note: how often}
     first_locations = {}             # {note: "file:row" of the first time}
     num_read = 0
+
+    # 1. a row for every record; a record that cannot be used is counted under its reason
     records = tools.progress_bar(read_all_records(origins), desc=out_path.stem, unit=" rows")
     for origin, location, record in records:
         num_read += 1
@@ -498,6 +501,8 @@ def import_rows(make_draft, origins, out_path, seed):
             first_locations.setdefault(note, location)
         ids.add(row["id"])
         yield row
+
+    # 2. the notes
     print(f"{out_path}: {num_read} rows read, {len(ids)} written")
     for note, count in counts.items():
         print(f"    {count} {note} (first: {first_locations[note]})")
@@ -545,6 +550,7 @@ def read_pass_rates(paths):
     rates = {}
 
     def check_rate(row):
+        """Raise InputError unless a row has a rate, the same as before. Add it to the rates."""
         row_id = row.get("id")
         rate = row.get("pass_rate")
         check(isinstance(row_id, str) and type(rate) in (int, float) and 0 <= rate <= 1,
@@ -565,6 +571,7 @@ def filter_questions(rate_files, source, lowest, highest):
     With a pass rate of 0.1 or 0.9, all 16 rollouts of a question agree with probability 0.19 (no
     advantage, nothing learned). Closer to 0 or 1 this soon happens in most groups.
     """
+    # 1. choose; rates that are left at the end belong to no question
     rates = read_pass_rates(rate_files)
     rows = tools.read_questions(source, hint="python build_data.py")
     kept_rows = []
@@ -582,6 +589,7 @@ def filter_questions(rate_files, source, lowest, highest):
             num_above += 1
         else:
             kept_rows.append({**row, "pass_rate": rate})
+    # 2. print and write
     out_path = source.with_name(f"{source.stem}_filtered.jsonl")
     print(f"{out_path}: {len(kept_rows)} questions kept with a pass rate from {lowest} to "
           f"{highest}, left out: {num_below} below, {num_above} above, {num_unrated} without a "

@@ -174,6 +174,7 @@ def comparison(level, experiments):
 def print_published(tables):
     """Print every run next to the published figures, at its largest budget. Only levels are shown
     whose questions are those of a benchmark. tables: {run: table.json}."""
+    # 1. our accuracies, and the benchmarks among them
     ours = {}       # {run: {benchmark: accuracy}}
     for run, table in tables.items():
         ours[run] = {}
@@ -184,6 +185,7 @@ def print_published(tables):
                if any(benchmark in figures for figures in ours.values())]
     if not columns:
         return
+    # 2. a row for every published model, then one for every run
     rows = [[f"{model}, published", *(str(figures[index]) for index in columns)]
             for model, figures in PUBLISHED.items()]
     for run, figures in ours.items():
@@ -222,6 +224,7 @@ def read_trajectories(folders, tables, data):
     """
     image_folders = {file.stem: file.parent for file in data}
     runs = {}
+    # each level has a file of rows, except for the mean over levels
     for run, folder in folders.items():
         runs[run] = []
         for level, level_table in tables[run].items():
@@ -285,6 +288,21 @@ def save_chart(figure, path):
     print(f"drew {path}")
 
 
+def draw_line(axes, xs, figures, label, linestyle="-"):
+    """Draw one line with 95% intervals, in %. figures: for every x a pair (mean, half)."""
+    means = [100 * mean for mean, _ in figures]
+    halves = [100 * (half or 0) for _, half in figures]
+    axes.errorbar(xs, means, halves, label=label, marker="o", markersize=4, capsize=3,
+                  linestyle=linestyle)
+
+
+def label_turns(axes, budgets):
+    """Label the x axis of a chart of accuracy over turns."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, budgets, minor=False)
+    axes.set(xlabel="turns allowed at test time")
+
+
 def draw_accuracy(levels, path):
     """Draw accuracy over turns with 95% intervals, one panel per level (needs matplotlib)."""
     from matplotlib.figure import Figure
@@ -294,15 +312,11 @@ def draw_accuracy(levels, path):
     for axes, (level, experiments) in zip(panels, levels.items()):
         for index, (name, figures) in enumerate(experiments.items()):
             budgets = [int(budget) for budget in figures["accuracy"]]
-            means = [100 * mean for mean, _ in figures["accuracy"].values()]
-            halves = [100 * (half or 0) for _, half in figures["accuracy"].values()]
             # after ten lines the colours repeat
-            axes.errorbar(budgets, means, halves, label=name, marker="o", markersize=4, capsize=3,
-                          linestyle="-" if index < 10 else "--")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, budgets, minor=False)
-        axes.set(title=level, ylim=(0, 100), ylabel="accuracy, %",
-                 xlabel="turns allowed at test time")
+            linestyle = "-" if index < 10 else "--"
+            draw_line(axes, budgets, figures["accuracy"].values(), name, linestyle)
+        label_turns(axes, budgets)
+        axes.set(title=level, ylim=(0, 100), ylabel="accuracy, %")
         axes.grid(alpha=0.3)
         axes.legend()
     save_chart(figure, path)
@@ -387,6 +401,7 @@ def draw_correct_trajectory(rows, path):
 
 
 def parse_args():
+    """Return the flags. Raise InputError if the chart cannot be drawn, before anything is read."""
     parser = argparse.ArgumentParser(description="Tables, a page and pictures of evaluations.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -405,6 +420,7 @@ def parse_args():
 
 
 def main():
+    """Print the tables, write the page, and draw what is asked for."""
     args = parse_args()
     # 1. read and compare
     folders = by_name((folder, folder) for folder in args.runs)

@@ -73,7 +73,7 @@ class ChatClient:
 
     used counts replies, retries, tokens (see COSTS) and failures by their reason.
     stopped is set when no more requests are to be sent.
-    Raises InputError if the URL or the key cannot be valid.
+    InputError is raised if the URL or the key cannot be valid.
     """
 
     def __init__(self, url, name=None, role="model", min_pixels=40_000, max_pixels=2_000_000,
@@ -109,7 +109,7 @@ class ChatClient:
     def reply(self, messages, max_tokens, temperature=1.0, seed=None, attempts=None):
         """Return the model's next message: (text, whether it was cut at max_tokens).
 
-        Raises ServerError if all attempts fail or if the server refuses this request. Raises
+        Raise ServerError if all attempts fail or if the server refuses this request. Raise
         ContextFull if it refuses the request for its length, InputError if it refuses all requests.
         """
         pause = self.pause
@@ -156,7 +156,7 @@ class ChatClient:
             raise ServerError(reason) from None
 
     def read(self, completion):
-        """Return (text, whether it was cut) of a chat completion; raise any error if it is none."""
+        """Return (text, whether it was cut) of a chat completion. Raise any error if it is none."""
         choice = completion.choices[0]
         message = choice.message
         text = message.content
@@ -262,6 +262,7 @@ def map_in_threads(client, function, jobs, num_threads):
     GIVE_UP such jobs in a row the other jobs are not started.
     """
     def result_or_none(job):
+        """Return function(job), or None after counting why the server gave no usable reply."""
         try:
             return function(job)
         except ServerError as error:
@@ -302,7 +303,7 @@ def play(client, row, image, prompts, limits, seed=None, first_messages=(), cut=
     limits: PlayLimits or evaluate.Limits.
     first_messages: messages before the question, instead of the system prompt.
     cut: drop what the model writes after its call or answer. It can only be made up.
-    Return (turns, finish_reason, prediction). Raises the errors of client.reply.
+    Return (turns, finish_reason, prediction). Raise the errors of client.reply.
     """
     # 1. The system prompt, or other messages, and the question.
     messages = list(first_messages)
@@ -378,7 +379,8 @@ class ServedTeacher:
                 yield trajectory
 
     def solve(self, job):
-        """Return the trajectory row of one question. Raises ServerError without a usable reply."""
+        """Return the trajectory row of one question. Raise ServerError if there is no usable
+        reply."""
         question_index, row = job
         seed = int(np.random.default_rng([self.seed, question_index]).integers(2**31))
         image = tools.open_image(self.root / row["image"])
@@ -555,7 +557,7 @@ class Judge:
         self.waiting.clear()
 
     def ask(self, key, max_replies=3):
-        """Return a verdict from the served model; an unclear reply is asked for again."""
+        """Return a verdict from the served model. After an unclear reply, ask again."""
         _, question, answer, prediction = key
         texts = {"question": question, "reference": answer, "prediction": prediction}
         messages = [{"role": "system", "content": JUDGE_PROMPT},

@@ -18,8 +18,8 @@ def conversation(kind, text, reward, finish_reason="answer"):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A run of four conversations a level: a correct and an incorrect one, a lucky guess, an
-    unfinished one; and its two steps of training."""
+    """Write a run, evaluated and trained, and return its results. A level has four conversations: a
+    correct and an incorrect one, a lucky guess, an unfinished one. Training had two steps."""
     rows = [conversation("shape", "Answer star.", 1.0), conversation("digit", "Answer 7.", 0.0),
             conversation("shape", "Guess star.", 1.0),
             conversation("digit", "Go top.", 0.0, "over_turn")]

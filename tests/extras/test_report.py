@@ -49,7 +49,7 @@ def evaluated(accuracy, error, turns, samples=400):
 
 @pytest.fixture
 def levels():
-    """Three seeds of "full", and "llama-3.1"."""
+    """Return the figures of three seeds of "full", and of "llama-3.1"."""
     tables = {}
     for seed, (accuracy, turns) in enumerate([(0.2, 7.0), (0.3, None), (0.4, 8.0)]):
         accuracies = {"6": accuracy, "32": accuracy + 0.5}
@@ -139,7 +139,7 @@ def test_a_chart_is_a_png_or_svg(tmp_path, monkeypatch):
 
 @pytest.fixture
 def page(world, tmp_path, monkeypatch):
-    """The page about two runs. The first has a correct trajectory, an incorrect one whose text
+    """Write the page about two runs, and return its path. The first has a correct trajectory, an incorrect one whose text
     attacks the page, and an unscored one; the second has 150 correct ones."""
     row = tools.read_jsonl(world / "coldstart.jsonl")[0]
     attack = dict(row, reward=0.0, prediction=EVIL, finish_reason="void",

@@ -321,7 +321,7 @@ class Oracle:
 
 @pytest.fixture
 def questions(world, tmp_path):
-    """Six questions that differ, with their images, in tmp_path."""
+    """Write six questions that differ, with their images, into tmp_path, and return them."""
     rows = list({row["question"]: row
                  for row in tools.read_jsonl(world / "train.jsonl")}.values())[:6]
     for row in rows:

@@ -30,6 +30,7 @@ def install():
 
     @functools.wraps(library_make_policy)
     def make_policy(model, *args, **kwargs):
+        """Make the model exact if it is in float64, then its policy."""
         if model.dtype == torch.float64:
             # the module of transformers that defines this model family
             library = sys.modules[type(model).__module__]

@@ -47,6 +47,7 @@ def start(args, nproc, nodes, restarts, port, folder, env, out, err):
 
 
 def main():
+    """Import everything, then answer requests until stdin ends."""
     # Imports are here because the worker processes that a data stage spawns import this file.
     for name in ("collect_coldstart", "rl", "torch.distributed.launcher.api"):
         importlib.import_module(name)

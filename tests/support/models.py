@@ -83,6 +83,7 @@ def narrowed(name, tokenizer):
     """Return a released model's configuration with two narrow layers of text and three of vision.
     Head size, rotary embedding, patches and windows stay; the vocabulary is the tokenizer's."""
     config = copy.deepcopy(RELEASED[name])
+    # 1. the text model; a family either nests its configuration or has it at the top
     if "text_config" in config:
         text_config = config["text_config"]
         num_heads = 2
@@ -94,6 +95,7 @@ def narrowed(name, tokenizer):
     text_config.update(vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=2,
                        num_attention_heads=num_heads, num_key_value_heads=1,
                        intermediate_size=128)
+    # 2. the vision tower; its last layer attends to the whole image, and is merged into the text
     vision_config = config["vision_config"]
     vision_config.update(depth=3, hidden_size=64, num_heads=4, intermediate_size=96,
                          out_hidden_size=hidden_size)

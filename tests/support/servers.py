@@ -40,6 +40,8 @@ class ChatHandler(BaseHTTPRequestHandler):
     """Answer one request as the server's behave() says."""
 
     def do_POST(self):
+        """Answer a request."""
+        # 1. what behave() says
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append((self.path, dict(self.headers), body))
         answer = self.server.behave(body)
@@ -51,6 +53,7 @@ class ChatHandler(BaseHTTPRequestHandler):
                                        "message": {"role": "assistant", "content": answer}}],
                           "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
             answer = 200, {}, json.dumps(completion).encode()
+        # 2. send it
         status, headers, content = answer
         self.send_response(status)
         for name, value in {"content-type": "application/json",
@@ -87,6 +90,7 @@ def engine_behind_a_server(policy):
 
     @torch.inference_mode()
     def behave(body):
+        """Return a text as it is, and a reply that was cut as the server's whole response."""
         with lock:
             text, is_complete = continue_greedily(policy, body["messages"], body["max_tokens"])
         if is_complete:
