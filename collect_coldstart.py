@@ -317,8 +317,10 @@ def check_layout(row):
     objects = row.get("objects")
     wallpaper = row.get("wallpaper")
     has_objects = isinstance(objects, list) and len(objects) > 0 and all(map(is_object, objects))
-    has_wallpaper = isinstance(wallpaper, list) and len(wallpaper) == 9
-    has_target = row.get("colour") in COLOURS and isinstance(row.get("target_attribute"), str)
+    has_wallpaper = (isinstance(wallpaper, list) and len(wallpaper) == 9
+                     and all(isinstance(colour, (str, type(None))) for colour in wallpaper))
+    has_target = (isinstance(row.get("colour"), str) and row["colour"] in COLOURS
+                  and isinstance(row.get("target_attribute"), str))
     tools.check(has_objects and has_wallpaper and has_target,
                 "the scripted teacher needs questions with a layout ('objects', 'wallpaper'), as "
                 "build_data.py draws them")

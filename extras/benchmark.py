@@ -67,6 +67,7 @@ import evaluate
 import rl
 import sft
 import tools
+from extras.plan import GPU_BANDWIDTH, GPU_FLOPS
 from support.memory import LiveBytes
 from support.models import wide
 
@@ -229,6 +230,7 @@ def play_with_generate(policy, rollouts, **options):
     still play."""
     num_turns = max(len(rollout.turns) for rollout in rollouts)
     for turn_index in range(num_turns):
+        # 1. the conversations that have this turn, up to its beginning
         prompts = []
         scripts = []
         images = []
@@ -238,6 +240,7 @@ def play_with_generate(policy, rollouts, **options):
                 prompts.append(rollout.token_ids[:start])
                 scripts.append(rollout.token_ids[start:end])
                 images += images_before(policy, rollout, start)
+        # 2. write it, and parse it as an agent has to
         output = generate(policy, prompts, scripts, images, **options)          # (B, T)
         longest = max(len(prompt) for prompt in prompts)
         texts = policy.tokenizer.batch_decode(output[:, longest:])
@@ -259,6 +262,7 @@ def play_with_cache(policy, rollouts, check=False):
             rollout.token_ids, [grid for _, grid in rollout.images], policy.image_token_id,
             policy.merge_size)                                                  # (3, T)
         for start, end in turn_spans(rollout):
+            # 1. write a turn; of the images, the model gets those that are not in the cache yet
             images = images_before(policy, rollout, start)
             text_positions = torch.arange(start)[None]                          # (1, T)
             position_ids = torch.cat([text_positions, positions[:, :start]])[:, None]   # (4, 1, T)
@@ -272,6 +276,7 @@ def play_with_cache(policy, rollouts, check=False):
                 **image_inputs(images[num_images:], policy.device))
             cache = output.past_key_values
             num_images = len(images)
+            # 2. compare with a forward pass over the whole conversation
             if check:
                 whole = policy.model.model(
                     input_ids=torch.tensor([rollout.token_ids[:end - 1]]),
@@ -299,6 +304,7 @@ def play_warm(engine, rows, args, proposer):
 
 
 def case_rollout(args, process):
+    """Compare our rollouts with a loop around `generate` that plays the same conversations."""
     ours = load_policy(args, process)
     peer = load_policy(args, process, library=True)
     rows = read_questions(args, process)
@@ -311,6 +317,8 @@ def case_rollout(args, process):
 
 
 def case_drafts(args, process):
+    """Compare rollouts with drafts, without drafts, and with `generate`. Then compare them for a
+    policy that writes at random."""
     ours = load_policy(args, process)
     peer = load_policy(args, process, library=True)
     rows = read_questions(args, process)
@@ -351,8 +359,12 @@ def case_drafts(args, process):
 
 
 def case_cached(args, process):
-    """Two conversations of each group, since the peer's time is proportional to their number. Ours
-    plays all, and is charged for these two."""
+    """Compare our rollouts with `generate` and a cache that is carried over turns.
+
+    The peer plays two conversations of each group, since its time is proportional to their number.
+    Ours plays all, and is charged for these two.
+    """
+    # 1. the same conversations for both; the peer's cache must be right
     ours = load_policy(args, process)
     peer = load_policy(args, process, library=True)
     rows = read_questions(args, process)
@@ -360,6 +372,7 @@ def case_cached(args, process):
     all_rollouts = play_cold(engine, rows, args)
     some = [rollout.with_images(peer) for rollout in all_rollouts[::max(1, args.group_size // 2)]]
     play_with_cache(peer, some[:4], check=True)
+    # 2. the times
     share = num_sampled_tokens(some) / num_sampled_tokens(all_rollouts)
     our_time = share * clock(lambda: play_cold(engine, rows, args))
     peer_time = clock(lambda: play_with_cache(peer, some))
@@ -405,9 +418,13 @@ def record_attention(engine, rows, args):
 
 
 def case_prompt(args, process):
-    """Record the attention calls of a run and play them again: as they were, and without the
-    columns of the prompts, which all slots with the same question then read in one call. Combining
-    the two parts would cost more; that is not counted."""
+    """Time what a run would save if a group read its prompt's keys and values only once.
+
+    The attention calls of a run are recorded and made again: as they were, and without the columns
+    of the prompts, which all slots with the same question then read in one call. To combine the two
+    results would cost more; that is not counted.
+    """
+    # 1. record a run; only the shapes of keys and values matter
     policy = load_policy(args, process)
     rows = read_questions(args, process)
     engine = evaluate.Engine(policy, LIMITS)
@@ -417,11 +434,14 @@ def case_prompt(args, process):
     keys = torch.randn(longest)
     prompt_keys = keys[:1, :, :prompt_length]                                   # (1, K, S, D)
 
+    # 2. both ways to attend, for one layer
     def as_it_was():
+        """Make all calls as they were."""
         for call in calls:
             call.plan.attend(call.query, keys, keys, 1.0)
 
     def prompts_once():
+        """Make all calls without the prompts, and one call for the prompt of every question."""
         for call in calls:
             call.without_prompts(prompt_length).attend(call.query, keys, keys, 1.0)
             num_slots, num_key_heads = call.key_shape[:2]
@@ -431,6 +451,7 @@ def case_prompt(args, process):
                 torch.nn.functional.scaled_dot_product_attention(
                     query.flatten(2, 3), prompt_keys, prompt_keys)
 
+    # 3. the times, for all layers
     num_layers = policy.model.config.text_config.num_hidden_layers
     sides = {"whole run": lambda: play_cold(engine, rows, args),
              f"attention x {num_layers}": lambda: [as_it_was() for _ in range(num_layers)],
@@ -469,6 +490,11 @@ def training_settings(args, **changes):
     return argparse.Namespace(**settings)
 
 
+def sft_step(policy, optimizer, sequences, settings):
+    """Return a function that takes one optimizer step of sft.py on these sequences."""
+    return partial(sft.train_step, policy, optimizer, sequences, 1e-5, settings)
+
+
 def our_trainer(policy, weight_decay=0.0, shard=False):
     """Return our optimizer for all parameters of a policy."""
     optimizer = sft.Optimizer(sft.trainable_parameters(policy, freeze_vision=False), 1e-5,
@@ -496,16 +522,15 @@ def peer_step(model, optimizer):
 
 
 def case_sft(args, process):
+    """Compare one optimizer step of sft.py with one on a padded batch with `labels`."""
     policy = load_policy(args, process)
     peer, module, peer_optimizer = peer_trainer(args, process)
     sequences = encode_rows(policy, read_trajectories(args, process), args)
     optimizer = our_trainer(policy, weight_decay=0.01)
-    settings = training_settings(args)
-
-    def our_step():
-        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
+    our_step = sft_step(policy, optimizer, sequences, training_settings(args))
 
     def step_of_peer():
+        """Let the model itself compute the loss of all conversations at once."""
         module(**padded_batch(peer, sequences), use_cache=False).loss.backward()
         peer_step(peer.model, peer_optimizer)
 
@@ -515,15 +540,11 @@ def case_sft(args, process):
 
 
 def case_rate(args, process):
-    """How fast an update computes, next to the machine's rate on matrices of the model's own
-    sizes."""
+    """Print the FLOP/s of an update next to the machine's own on matrices of the model's sizes."""
     policy = load_policy(args, process)
     sequences = encode_rows(policy, read_trajectories(args, process), args)
     optimizer = our_trainer(policy, weight_decay=0.01)
-    settings = training_settings(args)
-
-    def our_step():
-        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
+    our_step = sft_step(policy, optimizer, sequences, training_settings(args))
 
     # 1. an update
     with FlopCounterMode(display=False) as counter:
@@ -544,6 +565,7 @@ def case_rate(args, process):
             product_seconds += min(clock(lambda: x @ weight.T) for _ in range(10))
         product_flops += 2 * args.micro_batch_tokens * weight.numel()
 
+    # 3. the rates
     rate = flops / seconds / 1e9
     product_rate = product_flops / product_seconds / 1e9
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
@@ -565,23 +587,26 @@ class Loss(torch.nn.Module):
 
 
 def case_ddp(args, process):
-    """Only the data parallel differs: torch's DistributedDataParallel around the very same forward
-    pass, and torch's AdamW."""
+    """Compare our data parallel with torch's.
+
+    Only the data parallel differs: torch's DistributedDataParallel is around the same forward pass,
+    and the peer has torch's AdamW.
+    """
     if process.world_size == 1:
         say("ddp: needs torchrun --nproc_per_node=2")
         return
+    # 1. both sides start from the same weights and have the same conversations
     ours = load_policy(args, process)
     peer = load_policy(args, process)
     sequences = encode_rows(ours, read_trajectories(args, process), args)
     optimizer = our_trainer(ours)
-    settings = training_settings(args)
+    our_step = sft_step(ours, optimizer, sequences, training_settings(args))
     wrapped = torch.nn.parallel.DistributedDataParallel(Loss(peer))
     adam = torch.optim.AdamW(sft.trainable_parameters(peer, freeze_vision=False), 1e-5, fused=True)
 
-    def our_step():
-        sft.train_step(ours, optimizer, sequences, 1e-5, settings)
-
     def step_of_peer():
+        """Take a step on the same micro-batches. Gradients are reduced in the last one's backward
+        pass."""
         micro_batches = list(sft.micro_batches(sequences, args.micro_batch_tokens))
         for index, micro_batch in enumerate(micro_batches):
             is_last = index + 1 == len(micro_batches)
@@ -589,6 +614,7 @@ def case_ddp(args, process):
                 wrapped(sft.collate(peer, micro_batch)).backward()
         peer_step(wrapped, adam)
 
+    # 2. the times, and what is sent
     alternate(f"ddp: {len(sequences)} conversations a process, {process.world_size} processes",
               our_step, step_of_peer, args.repeats)
     measure_traffic(ours, optimizer, wrapped, peer, sequences[:1])
@@ -600,6 +626,7 @@ def measure_traffic(policy, optimizer, wrapped, peer, sequences):
     num_bytes = {"ours": 0, "peer": 0}
     all_reduce = torch.distributed.all_reduce
 
+    # 1. both sides' all-reduce, with a count
     def counted(tensor, *args, **kwargs):
         num_bytes["ours"] += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, *args, **kwargs)
@@ -609,6 +636,7 @@ def measure_traffic(policy, optimizer, wrapped, peer, sequences):
         num_bytes["peer"] += buffer.numel() * buffer.element_size()
         return all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
 
+    # 2. one backward pass each
     wrapped.register_comm_hook(None, hook)
     wrapped(sft.collate(peer, sequences)).backward()
     torch.distributed.all_reduce = counted
@@ -624,10 +652,7 @@ def our_sharded_step(args, process):
     sequences = encode_rows(policy, read_trajectories(args, process), args)
     optimizer = our_trainer(policy, shard=True)
     settings = training_settings(args, micro_batch_tokens=10**6)
-
-    def step():
-        sft.train_step(policy, optimizer, sequences, 1e-5, settings)
-    return step
+    return sft_step(policy, optimizer, sequences, settings)
 
 
 def fully_sharded_step(args, process):
@@ -651,11 +676,13 @@ def fully_sharded_step(args, process):
 
 
 def case_fsdp(args, process):
-    """Our sharded optimizer against torch's fully_shard(reshard_after_forward=False) with bfloat16
-    weights and float32 reduction: time, and the peak of living tensor storages during a step."""
+    """Compare our sharded optimizer with torch's fully_shard(reshard_after_forward=False), with
+    bfloat16 weights and float32 reduction: time, and the peak of living tensor storages in a
+    step."""
     if process.world_size == 1:
         say("fsdp: needs torchrun --nproc_per_node=2")
         return
+    # 1. memory: the second step already has the optimizer's state
     steps = []
     peaks = []
     for make_step in (our_sharded_step, fully_sharded_step):
@@ -665,6 +692,7 @@ def case_fsdp(args, process):
             step()
         steps.append(step)
         peaks.append(memory.peak)
+    # 2. time
     num_rows = len(read_trajectories(args, process))
     alternate(f"fsdp: {num_rows} conversations a process, {process.world_size} processes",
               steps[0], steps[1], args.repeats)
@@ -673,7 +701,7 @@ def case_fsdp(args, process):
 
 
 def assign_advantages(rollouts, settings, group_size):
-    """Set the advantage of every rollout. Returns advantages and loss mask, (B,) each."""
+    """Set the advantage of every rollout. Return advantages and loss mask, (B,) each."""
     num_groups = len(rollouts) // group_size
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     kept = torch.tensor([rl.is_kept(rollout, settings) for rollout in rollouts])
@@ -685,8 +713,9 @@ def assign_advantages(rollouts, settings, group_size):
 
 
 def case_grpo(args, process):
-    """One update on the same groups. The peer runs all conversations through the model, with logits
-    at every position."""
+    """Compare one GRPO update with a peer's on the same groups. The peer runs all conversations
+    through the model, with logits at every position."""
+    # 1. rollouts and their advantages
     policy = load_policy(args, process)
     peer, module, peer_optimizer = peer_trainer(args, process)
     rows = read_questions(args, process)
@@ -700,10 +729,12 @@ def case_grpo(args, process):
     denominator = max(1, int(kept.sum()))
     optimizer = our_trainer(policy)
 
+    # 2. both updates
     def our_step():
         rl.update_policy(policy, optimizer, rollouts, settings, 1e-5)
 
     def step_of_peer():
+        """Take a step over padded micro-batches of --micro_batch_size conversations."""
         for first in range(0, len(rollouts), args.micro_batch_size):
             chosen = slice(first, first + args.micro_batch_size)
             batch = padded_batch(peer, [rollout.with_images(peer) for rollout in rollouts[chosen]])
@@ -720,6 +751,7 @@ def case_grpo(args, process):
                          kept[chosen].to(policy.device), denominator=denominator).backward()
         peer_step(peer.model, peer_optimizer)
 
+    # 3. the times
     num_with_signal = int((advantages != 0).sum())
     alternate(f"grpo: {len(rollouts)} conversations, {num_with_signal} with signal",
               our_step, step_of_peer, args.repeats)
@@ -746,8 +778,9 @@ def time_updates(policy, rollouts, batches):
 
 
 def case_images(args, process, max_pixels=2_000_000):
-    """One group whose image, and first crop, have two megapixels; a conversation per micro-batch.
-    The peer opens the image once, and encodes it again for every conversation."""
+    """Compare how long an update waits for images: one group whose image, and first crop, have two
+    megapixels, a conversation per micro-batch. The peer opens the image once, and preprocesses it
+    again for every conversation."""
     policy = load_policy(args, process)
     policy.max_pixels = max_pixels
     call = json.dumps({"bbox_2d": [0.1, 0.1, 0.8, 0.8], "source": "original_image"})
@@ -768,6 +801,7 @@ def case_images(args, process, max_pixels=2_000_000):
 
         # 2. both ways to prepare the batches
         def batches_of_peer():
+            """Yield the batch of one conversation after the other."""
             for rollout in rollouts:
                 views = tools.replay(rollout.to_row(), image)
                 yield sft.collate(policy, [replace(rollout,
@@ -776,6 +810,8 @@ def case_images(args, process, max_pixels=2_000_000):
         sides = {"the peer": batches_of_peer(),
                  "ours": sft.prefetch(partial(rl.encode_rollouts, policy),
                                       [[rollout] for rollout in rollouts])}
+
+        # 3. the times
         policy.model.train()
         sft.trainable_parameters(policy, freeze_vision=True)
         for name, batches in sides.items():
@@ -807,6 +843,7 @@ def measure_growth(policy, rows, args, title, num_rollouts, max_turns, pixels_fa
 
 
 def case_growth(args, process):
+    """Print what our rollouts cost as conversations, turns and pixels grow."""
     policy = load_policy(args, process)
     rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
     measure = partial(measure_growth, policy, rows, args)
@@ -868,8 +905,8 @@ def count_stages(num_gpus, num_prompts, group_size, num_turns, turn_tokens, view
 
 def case_paper(args, process, num_gpus=8, num_prompts=32, group_size=16, num_turns=4,
                turn_tokens=250, view_tokens=1500, text_tokens=250, num_slots=16):
-    """FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table. Nothing
-    is run.
+    """Print FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table.
+    Nothing is run.
 
     A conversation has T = text + turns (view + sampled) tokens: `view` image tokens and `sampled`
     tokens a turn. With N parameters in L text layers of width D:
@@ -894,7 +931,8 @@ def case_paper(args, process, num_gpus=8, num_prompts=32, group_size=16, num_tur
         "| stage | PFLOP | TB of memory | GB over links | seconds |\n|---|---|---|---|---|")
     total_seconds = 0
     for name, (flops, memory, link) in stages.items():
-        seconds = max(flops / (0.4 * 989e12), memory / (0.6 * 3.35e12)) + link / (0.6 * 450e9)
+        seconds = max(flops / (0.4 * GPU_FLOPS), memory / (0.6 * GPU_BANDWIDTH))
+        seconds += link / (0.6 * 450e9)
         total_seconds += seconds
         say(f"| {name} | {flops / 1e15:.2f} | {memory / 1e12:.2f} | {link / 1e9:.1f} | "
             f"{seconds:.1f} |")
@@ -970,8 +1008,8 @@ def play_scripted(policy, row, folder, script, filler_id, limits, num_rollouts, 
 
 
 def case_large(args, process, group_size=16, num_turns=4, turn_tokens=250):
-    """The rollouts and the update of one question as in `paper`. Its optimizer is left out, because
-    it does not fit on one GPU."""
+    """Time the rollouts and the update of one question as in `paper`. The optimizer is left out,
+    because it does not fit on one GPU."""
     if not args.layers and not torch.cuda.is_available():
         say("large: needs a GPU with 80 GB (or --layers 2)")
         return
@@ -1023,6 +1061,7 @@ CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
 
 
 def parse_args():
+    """Return the flags. Raise InputError for a case that does not exist."""
     parser = argparse.ArgumentParser(
         description="Compare this code with what a user would write with the library.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1041,6 +1080,7 @@ def parse_args():
     add("--layers", type=int, help="layers of the model of `large`, and of its tower; none: all")
     add("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
+    # what the parser itself does not check
     for name in args.cases:
         tools.check(name in CASES, f"there is no case {name}: choose from {', '.join(CASES)}")
     tools.check_number_flags(args)
@@ -1048,6 +1088,7 @@ def parse_args():
 
 
 def main():
+    """Run the cases that are named, or all."""
     args = parse_args()
     process = sft.setup_distributed()
     for name in args.cases or CASES:

@@ -56,7 +56,9 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     vision_kept, vision_peak = vision_memory(model, micro_batch_tokens, gradient_checkpointing,
                                              freeze_vision)
     # 2. rollouts: the cache, and the peak of one forward pass; nothing is kept for a backward pass
+    cache = cache_memory(model, max_num_seqs * max_model_len)
     _, vision_prefill = vision_memory(model, max_model_len, gradient_checkpointing, frozen=True)
+    prefill = max(text_prefill(model, max_model_len), vision_prefill)
 
     return {"weights": w * sum(p.numel() for p in model.parameters()),
             "gradients": gradients,
@@ -65,8 +67,8 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
             "logits": logits,
             # the tower's peak comes before or after the text's activations and logits exist
             "vision": max(vision_kept, vision_peak - activations - logits),
-            "KV cache": cache_memory(model, max_num_seqs * max_model_len),
-            "prefill": max(text_prefill(model, max_model_len), vision_prefill)}
+            "KV cache": cache,
+            "prefill": prefill}
 
 
 # The functions below calculate the lines of the table above, in its letters.

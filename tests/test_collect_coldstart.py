@@ -576,11 +576,6 @@ def test_a_leftover_of_another_collection_never_leaks_in(folder, killed, change)
         assert row["system"] == tools.load_prompts(folder / "prompts.json")["system"]
 
 
-def test_a_killed_worker_is_reported_and_nothing_hangs():
-    with pytest.raises(tools.InputError, match="killed"):
-        list(build_data.map_in_processes(os._exit, [1], 1, "jobs"))
-
-
 # ---- The command: a user's mistakes -------------------------------------------------------------
 
 
@@ -627,8 +622,9 @@ def test_the_questions_are_not_overwritten(small):
 @pytest.mark.parametrize("changes", [
     {"objects": [["x"]]}, {"objects": [[0, 9, "red", "star", 1]]},
     {"objects": [[0, 1, "red", "star"]]}, {"objects": [[0, 1, "red", "star", "1"]]},
-    {"objects": [[0, 1, "grey", "star", 1]]}, {"objects": "x"}, {"objects": []},
-    {"wallpaper": ["red"] * 8}, {"wallpaper": "red"}, {"colour": "grey"}, {"colour": 1},
+    {"objects": [[0, 1, "grey", "star", 1]]}, {"objects": [[-1, 0, "red", "star", 1]]},
+    {"objects": "x"}, {"objects": []}, {"wallpaper": "redredred"}, {"wallpaper": [None] * 8},
+    {"wallpaper": [1] * 9}, {"colour": "grey"}, {"colour": 1},
     {"target_attribute": 7}], ids=str)
 def test_a_damaged_layout_is_refused_by_line(small, changes):
     first, second = tools.read_jsonl(small / "train.jsonl")

@@ -6,7 +6,6 @@ the same ids.
 """
 
 import argparse
-import collections
 import itertools
 import json
 from dataclasses import replace
@@ -776,10 +775,21 @@ def test_a_turn_is_over_when_it_is_full_or_stops(make_tiny):
     stop = policy.im_end_id
     for stop_id in policy.stop_ids:
         assert Verdict(policy, [], [stop_id]).is_over
+    # a stop token that differs from the draft is appended, and nothing after it
     verdict = Verdict(policy, [7], [stop, 8])
-    assert verdict.is_over and verdict.rollout.token_ids == [5, 6, stop]
-    assert not Verdict(policy, [7, 8, 9], [7, 3, 9, stop]).is_over
-    assert Verdict(policy, [7], [7, 8], turn_start=4 - LIMITS.max_new_tokens).is_over
+    rollout = verdict.rollout
+    assert verdict.is_over and rollout.token_ids == [5, 6, stop]
+    assert (rollout.loss_mask[2:], rollout.logprobs) == ([True], [0.0])
+    assert (rollout.num_cached_tokens, rollout.next_position) == (2, 2)
+    # one that was sampled after a wrong token does not count
+    verdict = Verdict(policy, [7, 8, 9], [7, 3, 9, stop])
+    rollout = verdict.rollout
+    assert not verdict.is_over and rollout.token_ids == [5, 6, 7, 3]
+    assert (rollout.loss_mask[2:], rollout.logprobs) == ([True, True], [0.0, -0.5])
+    assert (rollout.num_cached_tokens, rollout.next_position) == (3, 3)
+    # full
+    verdict = Verdict(policy, [7], [7, 8], turn_start=4 - LIMITS.max_new_tokens)
+    assert verdict.is_over and verdict.engine.counts["accepted_tokens"] == 1
     assert not Verdict(policy, [7], [7, 8], turn_start=5 - LIMITS.max_new_tokens).is_over
 
 

@@ -220,6 +220,14 @@ def test_grpo_loss_by_hand(flags, objective):
     assert rl.grpo_loss(*worked_batch(), **flags).item() == pytest.approx(-objective, abs=1e-12)
 
 
+def test_a_negative_advantage_is_not_clipped_from_above_by_hand():
+    """Ratio 8. A = -1: min(8 x -1, 1.3 x -1) = -8. A = 1: min(8, 1.3) = 1.3."""
+    new = torch.full((2, 1), math.log(8.0))
+    loss = rl.grpo_loss(new, torch.zeros(2, 1), torch.tensor([-1.0, 1.0]), masks("1", "1"),
+                        masks("11")[0])
+    assert loss.item() == pytest.approx((8 - 1.3) / 2)
+
+
 def test_a_response_without_a_token_adds_nothing_but_is_counted():
     zeros = torch.zeros(1, 2)
     empty = (zeros, zeros, torch.ones(1), zeros.bool(), torch.tensor([True]))

@@ -1499,6 +1499,10 @@ def test_the_order_of_rows_leaves_other_random_streams_alone():
     assert (numpy.random.get_state()[1] == numpy_state).all()
     assert random.getstate() == python_state
     assert torch.equal(torch.get_rng_state(), torch_state)
+    # nor are the rows themselves changed
+    rows = [{"index": index} for index in range(7)]
+    sft.rows_of_step(rows, 0, 21, seed=1)
+    assert rows == [{"index": index} for index in range(7)]
 
 
 def test_checkpointing_gives_the_same_gradients(each_family, rows, world):
@@ -1573,6 +1577,17 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(num_skipped, stops, tmp_pat
         assert not sft.end_step(run, args, 7, 9, "cpu")
     # the weights may be broken: nothing was saved
     assert not list(tmp_path.iterdir())
+
+
+def test_unhealthy_steps_in_a_row_end_the_run(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = sft.Optimizer([weight], 0.1, 0.0)
+    for _ in range(sft.MAX_SKIPPED_STEPS):
+        optimizer.backward([None], lambda _: weight.sum())
+        optimizer.step(0.1, 1.0, healthy=False)
+    args = SimpleNamespace(out=tmp_path, save_every=7)
+    with pytest.raises(tools.InputError, match="step 7: .* not finite 5 times in a row"):
+        sft.end_step(sft.TrainingRun(optimizer, 0, None), args, 7, 9, "cpu")
 
 
 def two_nodes(args, restarts=0):

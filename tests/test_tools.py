@@ -873,7 +873,7 @@ def test_good_questions(changes):
     {"options": []}, {"options": "red"}, {"options": [1, 2]}, {"options": ["red", "blue"]},
     {"system": 5}, {"system": ["a"]}, {"source": ["a"]}, {"category": 5}, {"cycle": 1},
     {"level": "extreme"}, {"level": 1},
-    {"user": 5}, {"user": "no picture"}, {"user": "<image><image>"}])
+    {"user": 5}, {"user": ""}, {"user": "no picture"}, {"user": "<image><image>"}])
 def test_bad_questions(changes):
     with pytest.raises(tools.InputError) as error:
         tools.check_question(question(**changes))

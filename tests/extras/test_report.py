@@ -139,8 +139,9 @@ def test_a_chart_is_a_png_or_svg(tmp_path, monkeypatch):
 
 @pytest.fixture
 def page(world, tmp_path, monkeypatch):
-    """Write the page about two runs, and return its path. The first has a correct trajectory, an incorrect one whose text
-    attacks the page, and an unscored one; the second has 150 correct ones."""
+    """Write the page about two runs, and return its path. The first has a correct trajectory, an
+    incorrect one whose text attacks the page, and an unscored one. The second has 150 correct
+    ones."""
     row = tools.read_jsonl(world / "coldstart.jsonl")[0]
     attack = dict(row, reward=0.0, prediction=EVIL, finish_reason="void",
                   turns=[dict(turn, text=EVIL) for turn in row["turns"]])
