@@ -591,9 +591,11 @@ def build_tiny(texts, seed):
 
     A head of 32 numbers has 16 frequencies theta^(-i/16): 1, 0.61, 0.37, 0.22, ... rad a position.
     M-RoPE shares them out over the axes t, h, w, fastest first; mrope_section says how many each
-    gets. t gets none (images have one frame), h gets the first, w the other 15. w needs fast ones,
-    about 0.3 or more, to tell neighbouring columns apart, and slow ones, by which a word is found
-    by its content hundreds of positions back. A larger theta would leave too few fast ones, a
+    gets. t gets none (images have one frame), h gets the first, w the other 15. Text tokens have
+    the same position on all axes (sft.mrope_positions), so w serves the text, too. It needs fast
+    frequencies, about 0.3 or more, to tell neighbouring columns apart, and slow ones, which hardly
+    turn over hundreds of positions, so that a word that far back can be found by its content. A
+    larger theta would leave too few fast ones, a
     smaller one too few slow ones."""
     import torch  # here, so that drawing does not have to load it
     from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,

@@ -98,7 +98,7 @@ class Teacher:
         # A strategy that is not an order of the regions needs one.
         if strategy in ("scan", "shuffle", "hint"):
             self.order = strategy
-        elif strategy == "search_again":
+        elif strategy == "search_again":  # it visits all regions, in whatever order
             self.order = "hint"
         else:
             self.order = str(rng.choice(["hint", "scan", "shuffle"]))
@@ -444,6 +444,7 @@ def main():
     served_teacher = None
     if not is_scripted:
         from extras.served import make_teacher
+        # Functions are handed over, since extras must not import this file, which is running.
         served_teacher = make_teacher(args, prompts, solve, trajectory_row)
     trajectories, correct_ones = collect(rows, args, prompts, served_teacher)
     print_summary(trajectories, correct_ones, args, served_teacher)

@@ -10,12 +10,11 @@ What differs from a textbook sampling loop and from the Mini-o3 paper:
    log-probability. Text is decoded only to be parsed. Image placeholders can never be sampled.
 2. Every sampled token is a function of the logits and of (seed, step, prompt, sample, number of the
    token). So a sample does not depend on the batch, on slots or on processes (beyond rounding).
-3. Speculative decoding without a draft model and without a random acceptance test. N-grams that
-   the policy wrote before propose a draft, and one forward pass samples a token at every position
-   of it. As long as samples equal the draft, each was sampled after the right tokens. So was the
-   first sample that differs; it replaces the draft's token, and what comes after it is thrown
-   away. By (2) these are the tokens that decoding one by one would have sampled (see
-   Engine.accept).
+3. Speculative decoding without a draft model and without a random acceptance test. A table of
+   n-grams that the policy wrote guesses the next tokens: the draft. One forward pass samples the
+   token after each of them. Samples are kept up to and including the first that differs from the
+   draft. Each of these was sampled after the right tokens, so by (2) it is the one that decoding
+   one by one would have sampled (see Engine.accept).
 4. Accuracy at every turn budget T comes from one run with the largest budget: correct *and*
    finished within T turns. The policy is not told its budget, so its first T turns are the same.
 5. The standard error is over questions: the K samples of a question are not independent.
@@ -157,11 +156,15 @@ def make_rollouts(rows, num_samples, root, prompt_numbers, prompts):
 
 
 # ---- The KV cache -------------------------------------------------------------------------------
-# A slot holds one conversation; its token n is in column n. A span is b neighbouring slots that
-# attend in one call, over S columns. Each has w rows, w being the most new tokens of a slot in the
-# span. A row (in this section only) is one query: a new token of the slot, or padding.
-# There are H query heads and K key heads. H / K query heads share a key head, so a mask has H / K
-# equal lines per row.
+# A slot holds one conversation; its token n is in column n. In a forward pass the slots have
+# different numbers of new tokens. One attention call per slot would be slow, and one call for all
+# would pad every slot to the largest. So neighbouring slots with about as many new tokens are one
+# span, and a span is one call:
+#     b   its slots
+#     w   most new tokens of one of its slots; the other slots are padded, so it has b * w rows
+#     S   its columns: as many as its longest conversation has, new tokens included
+# A row (in this section only) is one query: a new token, or padding. There are H query heads and K
+# key heads. H / K query heads share a key head, so a mask has H / K equal lines per row.
 
 MAX_SPAN_SLOTS = 8      # slots that attend in one call
 MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
@@ -659,7 +662,7 @@ class Engine:
 
     def feed_positions(self, feed):
         """Return the M-RoPE positions of a feed's tokens, (3, n), and the position after them."""
-        if feed.image is None:
+        if feed.image is None:  # as mrope_positions does, but without tensors: faster
             next_position = feed.position + len(feed.token_ids)
             return np.tile(np.arange(feed.position, next_position), (3, 1)), next_position
         _, image_grid = feed.image
@@ -772,9 +775,10 @@ class Engine:
     # Without drafts draft_for() returns [], and accept() appends the one token that was sampled.
 
     def draft_for(self, rollout):
-        """Propose up to num_speculative_tokens tokens that the policy may write next. After a
-        draft that is accepted, accept() always appends one more token. So a draft holds neither a
-        token that ends the turn nor the last one that fits in it. No image placeholders."""
+        """Propose up to num_speculative_tokens tokens that the policy may write next.
+        accept() appends one token more than it accepts of the draft. So the draft leaves room for
+        that token in the turn, and ends before a token that ends the turn, since nothing comes
+        after it. It holds no image placeholders."""
         if self.num_speculative_tokens == 0:
             return []
         num_left = self.limits.max_new_tokens - (len(rollout.token_ids) - rollout.turn_start)
@@ -1174,6 +1178,7 @@ def make_player(args, prompts, process):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
+        # make_rollouts is handed over, since extras must not import this file, which is running.
         return ServedPlayer(client, make_rollouts, prompts, make_limits(args, max_turns),
                             args.max_num_seqs, seed=args.seed, judge=judge, greedy=args.greedy)
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,

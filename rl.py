@@ -6,8 +6,9 @@ reward is 1 if the answer is right, else 0. A conversation that ran out of turns
 (finish reasons over_turn and over_context) is called *unfinished*; gymnasium says truncated, the
 official code says exceed_mask. The one new thing here is the loss mask M (Mini-o3, section on
 reinforcement learning): M = 0 for an unfinished conversation, else 1. With the rewards r of a
-group, their standard deviation s, a baseline b, and the ratio rho of a token's probability under
-the trained policy to that under the sampling policy:
+group, a baseline b, the standard deviation s of the rewards (if b is a fixed number, unfinished
+conversations enter s with b), and the ratio rho of a token's probability under the trained policy
+to that under the sampling policy:
 
     A'_i = M_i (r_i - b) / (s + eps), 0 where s = 0                   i: conversations, t: tokens
     J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
@@ -16,27 +17,34 @@ So running out of turns is not punished. Without the mask (--no-overturn_mask) i
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
 trained with 6 turns keeps searching at 32.
 
-The mask is not neutral. A masked conversation has A' = 0, and so would one with the reward b. So
-masking acts like these rewards: 1 for a right answer, 0 for a wrong one, b for an unfinished
-conversation. (Subtracting b from all three changes no expected gradient, because E[grad log pi] is
-0.) Apart from the division by s and by sum(M), the policy climbs P(correct) + b P(unfinished): a
-guess pays only where its probability of being right is above b (docs/mask.md).
+The mask is not neutral. A masked conversation has A' = 0, as one with the reward b would have. So
+masking acts like the rewards 1 for a right answer, 0 for a wrong one and b for an unfinished
+conversation, all minus b; and a constant changes no expected gradient, because E[grad log pi] is 0.
+Apart from the division by s and by sum(M), the policy climbs P(correct) + b P(unfinished): a guess
+pays only where its probability of being right is above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
-2. What b is: --baseline. The paper leaves it open. "group", the group's success rate, is the choice
-   of the official code. Our default is 0.5 for every question: a guess with a lower probability
-   loses, and a faster search gains.
+2. What b is: --baseline. The paper leaves it open.
+       a number    the same for every question. Default 0.5: a guess with a lower probability
+                   loses, and a faster search gains
+       group       the group's success rate (official code)
+       completed   the success rate of its kept conversations
+       estimate    the accuracy, at the last evaluation, of conversations that took more than
+                   --max_turns turns
+       outcome     nothing is masked: conversations are played to --eval_turns and scored by how
+                   they end; only their first --max_turns turns are trained on. b is as in "group"
 3. Divisor: the paper's sum(M) by default. --divisor all counts masked conversations too (official
    code).
 4. Denominators are counted once over the whole mini-batch on all ranks, and gradients are summed.
    Nothing depends on how micro-batches are cut or on the number of processes.
 5. Old log-probabilities come from the sampler, token by token. Their mismatch to the trainer's own
    is logged.
-6. If all rewards of a group are equal (s = 0), all its A' are 0, even where r differs from a fixed
-   b: such a zero-variance group has no signal. Nor has a group in which every conversation is
-   masked. It gets another question, at most --resample times. If it still has no signal, it is
-   dropped from the update and counted. Mini-batches are cut from the groups with signal.
+6. If all rewards that enter s are equal (s = 0), all A' of the group are 0, even where r differs
+   from a fixed b: the group has no signal. Nor has one in which all conversations are masked, or in
+   which the judge failed. It gets another question, at most --resample times. If it still has no
+   signal, it is dropped from the update and counted. Mini-batches are cut from the groups with
+   signal.
 7. A conversation with A'_i = 0 has no gradient and is not run through the model in the update.
 8. The checkpoint that is kept is the best on held-out questions at the *large* turn budget
    (--eval_turns). Within the training cap, a policy that guesses looks better than one that keeps
@@ -163,8 +171,8 @@ def is_unfinished(rollout, args):
     """Return whether the conversation ran out of turns or of context. With --mask_void a void one
     (its last turn has no call and no answer, or was cut at the token cap) counts as unfinished too.
 
-    Whether such a conversation is masked is another question, see is_kept. With
-    --no-overturn_mask it is not: its reward counts, less --overturn_penalty."""
+    An unfinished conversation is masked (see is_kept), except with --no-overturn_mask: then its
+    reward counts, less --overturn_penalty."""
     if rollout.finish_reason == "void":
         return args.mask_void
     return rollout.finish_reason in ("over_turn", "over_context")
@@ -185,7 +193,7 @@ def step_baseline(args, unfinished_accuracy):
     turns, so that training would have left them unfinished. It is the last result of `validate`,
     None before the first one."""
     if not args.overturn_mask or args.baseline == "outcome":
-        return "group"      # nothing is masked, so nothing is paid: an ordinary baseline
+        return "group"      # nothing is masked: an ordinary baseline
     if args.baseline != "estimate":
         return args.baseline
     if unfinished_accuracy is None:     # 0.0 is an estimate like any other
@@ -222,6 +230,7 @@ def pick_questions(num_questions, prompt_numbers, seed, step):
 
 def truncate_rollout(rollout, max_turns):
     """Return a copy of a rollout with only its first max_turns turns, their tokens and log-probs.
+    Only --baseline outcome plays longer ones.
 
     Reward and finish reason stay those of the whole conversation. A rollout of at most max_turns
     turns is returned as it is. Rollouts hold no images: with_images cuts those of the turns."""
@@ -234,6 +243,11 @@ def truncate_rollout(rollout, max_turns):
                    turns=rollout.turns[:max_turns], turn_ends=rollout.turn_ends[:max_turns])
 
 
+def reward_or_nan(rollout):
+    """Return the reward of a rollout, NaN if the judge failed."""
+    return math.nan if rollout.reward is None else rollout.reward
+
+
 def assign_advantages(groups, args, baseline):
     """Return the groups as they are trained on: copies with their A', cut at the training cap.
     groups: P lists of G finished rollouts. baseline: of group_advantages."""
@@ -242,7 +256,7 @@ def assign_advantages(groups, args, baseline):
     kept = torch.zeros(len(groups), args.group_size, dtype=torch.bool)                      # (P, G)
     for group_number, group in enumerate(groups):
         for sample_number, rollout in enumerate(group):
-            reward = math.nan if rollout.reward is None else rollout.reward
+            reward = reward_or_nan(rollout)
             penalty = args.overturn_penalty if is_unfinished(rollout, args) else 0.0
             rewards[group_number, sample_number] = reward - penalty
             kept[group_number, sample_number] = is_kept(rollout, args)
@@ -297,12 +311,11 @@ VALIDATION_STEP = 2**31     # training never gets here: validation has random st
 def validate(engine, held_out, args):
     """Play the held-out questions once, with at most --eval_turns turns.
 
-    Returns (accuracy of all conversations, accuracy of the late ones). Late: took more than
-    --max_turns turns, so training would have left it unfinished (step_baseline calls the second
-    accuracy unfinished_accuracy). Either is None if there is no such
-    conversation or if the judge failed on one: the remaining scores would be mostly exact matches
-    and overestimate the accuracy. The random numbers are the same at every evaluation, so the
-    scores of two checkpoints differ by the policy only."""
+    Return (accuracy, unfinished_accuracy). The second is the accuracy of the conversations that
+    took more than --max_turns turns: training would have left them unfinished. Either is None if
+    there is no such conversation, or if the judge failed on one: the remaining scores would be
+    mostly exact matches and overestimate the accuracy. The random numbers are the same at every
+    evaluation, so the scores of two checkpoints differ by the policy only."""
     # 1. This rank's share of the questions, which may be empty.
     prompt_numbers = list(range(sft.get_rank(), len(held_out), sft.world_size()))
     rows = [held_out[index][0] for index in prompt_numbers]
@@ -311,18 +324,17 @@ def validate(engine, held_out, args):
     rollouts = engine.run(rows, 1, image_folders, prompt_numbers)
     engine.free_cache()     # the update and saving need the memory
     # 2. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
-    counts = {"correct": 0.0, "late": 0, "late_correct": 0.0}
+    counts = {"correct": 0.0, "beyond_cap": 0, "beyond_cap_correct": 0.0}
     for rollout in rollouts:
-        reward = math.nan if rollout.reward is None else rollout.reward
-        counts["correct"] += reward
+        counts["correct"] += reward_or_nan(rollout)
         if len(rollout.turns) > args.max_turns:
-            counts["late"] += 1
-            counts["late_correct"] += reward
+            counts["beyond_cap"] += 1
+            counts["beyond_cap_correct"] += reward_or_nan(rollout)
     total = sft.all_reduce_dict(counts, engine.policy.device)
     accuracy = sft.finite_or_none(total["correct"] / len(held_out))
-    if total["late"] == 0:
+    if total["beyond_cap"] == 0:
         return accuracy, None
-    return accuracy, sft.finite_or_none(total["late_correct"] / total["late"])
+    return accuracy, sft.finite_or_none(total["beyond_cap_correct"] / total["beyond_cap"])
 
 
 # ---- The update ---------------------------------------------------------------------------------
@@ -383,8 +395,9 @@ def mini_batches(groups_with_signal, args, device):
 
     groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups;
     their sizes differ by at most one. So a step in which few groups have signal takes fewer
-    optimizer steps, not noisier ones. All ranks must call this and get the same result, because
-    they must take the same number of optimizer steps."""
+    optimizer steps, not noisier ones. Without any signal there is one mini-batch, and it is empty.
+    All ranks must call this and get the same result, because they must take the same number of
+    optimizer steps."""
     has_signal = [int(group_index in groups_with_signal)
                   for group_index in range(args.prompts_per_step)]
     group_indices = np.flatnonzero(sft.all_reduce(has_signal, device))
@@ -428,8 +441,8 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         response_mask(rollouts, "cpu"), kept, divisor=args.divisor, aggregation=args.aggregation,
         max_response_tokens=max_response_tokens)
     denominator = sft.all_reduce([my_denominator.item()], policy.device)[0]
-    if denominator == 0:
-        return statistics   # no signal: a step would move the weights by momentum alone
+    if denominator == 0:    # the one, empty mini-batch of a step without any signal
+        return statistics   # a step would move the weights by momentum alone
     # 2. Share the conversations that have a gradient among the ranks; cut this rank's share.
     my_rollouts = balance_by_tokens([rollout for rollout in rollouts if rollout.advantage != 0])
     micro_batches = list(sft.micro_batches(my_rollouts, args.micro_batch_tokens))
@@ -442,7 +455,8 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         micro_batch, batch = encoded
         logprobs, old_logprobs, mask = compute_logprobs(policy, micro_batch, batch)         # (B, T)
         advantages = logprobs.new_tensor([rollout.advantage for rollout in micro_batch])    # (B,)
-        # A' != 0 implies M = 1: all of these are kept.
+        # The mask has acted already: a masked conversation has A' = 0 and was left out above, and
+        # M is in the denominator. So all of these are kept.
         all_kept = torch.ones_like(advantages, dtype=torch.bool)                            # (B,)
         loss = grpo_loss(logprobs, old_logprobs, advantages, mask, all_kept,
                          clip_low=args.clip_low, clip_high=args.clip_high,
@@ -630,10 +644,10 @@ def train(policy, questions, args, process):
                                                  questions, step, args, baseline)
         # 4. Evaluate, keep the best model.
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
-            accuracy, late_accuracy = validate(validation_engine, questions.held_out, args)
+            accuracy, new_estimate = validate(validation_engine, questions.held_out, args)
             val_metrics["val_accuracy"] = accuracy
-            if late_accuracy is not None:   # otherwise the one before is kept
-                unfinished_accuracy = late_accuracy
+            if new_estimate is not None:    # otherwise the one before is kept
+                unfinished_accuracy = new_estimate
             if accuracy is not None and accuracy >= best_accuracy:
                 best_accuracy = accuracy
                 sft.export(policy, args.out)

@@ -3,14 +3,16 @@ its own turns.
 
 This file introduces the policy (the tiny Qwen2.5-VL of build_data.py, or a pretrained Qwen2.5-VL or
 Qwen3-VL), how a conversation becomes token ids + loss mask + images, log-probabilities, data
-parallel with a sharded AdamW by hand, and checkpoints. rl.py and evaluate.py import them.
+parallel with a sharded AdamW by hand, and checkpoints. rl.py and evaluate.py import them. The last
+two sections, after the command, only add speed and survive SIGTERM and restarts.
 
 What differs from a textbook fine-tuning script and from the Mini-o3 paper:
 1. Loss only on the assistant's tokens, the stop token included. A turn marked "learn": false (a
    teacher's deliberate mistake) is context, not target.
 2. A batch is packed: its conversations lie end to end in one row, and each attends only to itself.
    So there is neither padding nor an attention mask.
-3. Positions are explicit (three axes, M-RoPE), from one function that the rollout engine uses too.
+3. Positions are explicit (three axes, M-RoPE). One function computes those of images, for the
+   rollout engine, too.
 4. Ids that a policy may never write (image placeholders, unused rows of the vocabulary) are
    excluded from the softmax, here as in the sampler.
 5. The loss is divided by the number of tokens (or responses) of the *global* batch, and gradients
@@ -353,14 +355,15 @@ def mrope_positions(token_ids, image_grids, image_token_id, merge_size, start=0)
 
 def per_conversation(module, query, key, value, attention_mask, scaling=None, attend=None,
                      **kwargs):
-    """Compute text attention, as transformers calls it. query: (1, H, T, D). key and value:
-    (1, K, T, D) with K <= H heads or, with a KV cache, what its update() has returned:
-    (num_slots, K, length, D) in evaluate.py. Return ((1, T, H, D), None).
+    """Compute text attention, as every layer of transformers calls it. query (1, H, T, D) ->
+    ((1, T, H, D), None).
 
-    transformers hands unknown keyword arguments of model(...) on to this function. So whoever runs
-    the model decides who attends to whom, by model(..., attend=function): attend_packed below in
-    training, the key-value cache of evaluate.py in rollouts. Without it: the library's
-    attention."""
+    transformers hands keyword arguments that it does not know on to this function. So whoever runs
+    the model decides who attends to whom, by model(..., attend=function):
+        training    attend_packed below. key and value: (1, K, T, D), K <= H heads
+        rollouts    CachePlan.attend of evaluate.py. key and value: those of the whole KV cache,
+                    (num_slots, K, length, D), as CachePlan.update has returned them
+        without     the library's attention, for its `generate`"""
     if attend is not None:
         return attend(query, key, value, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
@@ -392,8 +395,8 @@ def collate(policy, sequences):
         pixel_values     (sum of patches, C), and
         image_grid_thw   (images, 3), both only if there are images
         attend           not a tensor: the attention function above, for these conversations
-    Example: two conversations, an image (four tokens I) and a word, and three words. The policy
-    wrote the last token of the first and the last two of the second:
+    Example: two conversations. The first is an image (four tokens I) and a word, the second is
+    three words. The policy wrote 101, 103 and 104:
         input_ids        [[  I   I   I   I 101 102 103 104]]
         position_ids     [[[ 0   0   0   0   2   0   1   2]],
                           [[ 0   0   1   1   2   0   1   2]],
@@ -447,13 +450,16 @@ def prefetch(function, items):
     """Yield function(item) of each item, in order. While the caller uses one result, a thread
     computes the next one."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        # A lazy generator: next() submits one more item.
-        futures = (thread.submit(function, item) for item in items)
-        future = next(futures, None)
-        while future is not None:
+        future = None       # of the item before
+        for item in items:
+            if future is None:
+                future = thread.submit(function, item)
+                continue
             result = future.result()
-            future = next(futures, None)
+            future = thread.submit(function, item)
             yield result
+        if future is not None:
+            yield future.result()
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -479,7 +485,8 @@ def token_logprobs(policy, batch, chunk_size=4096):
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)
-    # 2. The token at t is predicted at t - 1.
+    # 2. The token at t is predicted at t - 1, in the same conversation: the first token of one is
+    #    never in the loss.
     loss_positions = batch["loss_positions"]
     hidden_states = hidden_states[loss_positions - 1]                                   # (N, D)
     targets = batch["input_ids"][0, loss_positions]                                     # (N,)
@@ -542,7 +549,8 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 @dataclass
 class Process:
-    """This process among those of the run. attempt: 1, or more after torchrun has restarted it."""
+    """This process among those of the run. rank and world_size are those of get_rank() and
+    world_size(), which functions below ask. attempt: 1, or more after torchrun has restarted it."""
     rank: int
     world_size: int
     device: torch.device
@@ -564,7 +572,8 @@ def setup_distributed():
     elif num_ranks > 1 and "LOCAL_WORLD_SIZE" in os.environ:
         num_threads = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, num_threads))
-    # 2. The group. After a restart it must not read the keys of the one that crashed.
+    # 2. The group. After a restart it must not read the keys of the one that crashed (see
+    #    agree_on_attempt, at the end of this file).
     attempt = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_ranks > 1 and not dist.is_initialized():
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
@@ -733,12 +742,13 @@ class Optimizer:
     2006.15704, sections 3.2.2 and 3.2.3), and with shard=True a sharded state, as in ZeRO stage 2
     (arXiv 1910.02054).
 
-    Parameters are put into buckets in the order in which backward completes their gradients, last
-    layer first. A hook on every parameter starts the reduction of a bucket as soon as all of its
-    gradients are complete: an all-reduce, or, if sharded, a reduce-scatter, in which a rank
-    receives the sum of its own shard only. Buckets are always reduced in the same order, so ranks
-    whose batches differ call the same collectives. Then the global norm is clipped, each rank
-    updates its shard, and the new weights are all-gathered.
+    Buckets of matrices come first, then those of vectors (norms and biases, few bytes), each in
+    about the order in which backward completes gradients, last layer first. A hook on every
+    parameter starts the reduction of a bucket as soon as all of its gradients are complete: an all-
+    reduce, or, if sharded, a reduce-scatter, in which a rank receives the sum of its own shard
+    only. Buckets are always reduced in the same order, so ranks whose batches differ call the same
+    collectives. Then the global norm is clipped, each rank updates its shard, and the new weights
+    are all-gathered.
 
     Bytes per parameter on one of W ranks, weights of w bytes (w = 2: bfloat16), besides a few
     buckets in flight:
@@ -876,13 +886,14 @@ class Optimizer:
     @torch.no_grad()
     def all_gather_weights(self):
         """Copy the masters into the weights of every rank."""
-        works = []
+        in_flight = []      # what is sent must live until work.wait() returns
         for bucket in self.buckets:
             if bucket.master.dtype != bucket.shard.dtype:   # else they are the same memory
                 bucket.shard.copy_(bucket.master)
             if self.is_sharded:
-                works.append(all_gather(bucket.flat, bucket.shard.clone(), async_op=True))
-        for work in works:
+                shard = bucket.shard.clone()
+                in_flight.append((all_gather(bucket.flat, shard, async_op=True), shard))
+        for work, _ in in_flight:
             work.wait()
 
     def state(self):
@@ -1356,20 +1367,19 @@ def agree_on_attempt(store, rank, num_ranks):
 
     After a crash torchrun --max_restarts starts new workers on the same store, which still holds
     what the dead ones wrote. The agents of several nodes may have counted different numbers of
-    restarts. So rank 0 counts.
-        1. A worker asks under a new random name (hello): no old answer can be meant for it.
-        2. Rank 0 answers every name that it finds, perhaps a dead worker's.
-        3. A worker that has its answer thanks for this attempt's number. No dead worker has this
-           number, so rank 0 knows who lives, and returns when all ranks have thanked."""
-    # 1. Any other rank: introduce yourself, wait for the number.
+    restarts. So rank 0 counts, and makes sure that everybody who is alive has its number. Keys:
+        hello/RANK = NAME         another rank: a new random name, so that no old answer fits it
+        answer/NAME = ATTEMPT     rank 0: to every name that it finds, perhaps a dead worker's
+        thanks/ATTEMPT/RANK       the other rank: no dead worker could know this ATTEMPT
+    Rank 0 returns when all ranks have thanked."""
+    # Any other rank: introduce yourself, wait for the number.
     if rank > 0:
         name = uuid.uuid4().hex
         store.set(f"hello/{rank}", name)
         attempt = int(store.get(f"answer/{name}"))      # waits; nobody else has this name
         store.set(f"thanks/{attempt}/{rank}", "")
         return attempt
-    # 2. Rank 0: count, and answer until nobody is missing. A name may be a dead worker's; the new
-    #    one will replace it.
+    # Rank 0: count, and answer until nobody is missing.
     attempt = store.add("attempts", 1)
     missing_ranks = set(range(1, num_ranks))
     deadline = time.time() + COLLECTIVE_TIMEOUT.total_seconds()

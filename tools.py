@@ -536,7 +536,10 @@ class Journal:
 # ---- Rows: questions and trajectories -----------------------------------------------------------
 # A question (the image's path is relative to the file's folder):
 #     {"id": "1", "image": "images/1.jpg", "question": "What digit ...?", "answer": "7"}
-# It may have "options" (a list of strings), "system" and "user" (instead of the prompts' texts).
+# It may have "options" (a list of strings), "system" and "user" (instead of the prompts' texts),
+# and what evaluate.py groups by: "source" (the data set; not a zoom's source), "level", "category"
+# and "cycle" (HR-Bench asks a question several times). A drawn one has its layout, see
+# build_data.make_scene.
 # A trajectory is a question with "turns" (see "One turn of the model"). A turn may have "learn"
 # (false keeps its text out of the loss: a teacher's deliberate mistake) and, if imported,
 # "tool_message" (the tool's words after it).
