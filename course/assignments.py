@@ -178,7 +178,7 @@ ASSIGNMENTS = {
                  "test_rl.py::test_who_is_masked": 10,
                  "test_rl.py::test_the_baseline_of_a_step": 10}),
         Task("conversations beyond the training cap", ["rl.py:truncate_rollout"], {
-            "test_rl.py::test_outcome_trains_on_the_turns_before_the_cap": 10})]),
+            "test_rl.py::test_a_conversation_is_cut_after_its_last_turn_within_the_cap": 10})]),
     5: Assignment("Data parallel by hand: sums that do not depend on who computes", 6, [
         Task("buckets", ["sft.py:make_buckets"], {"test_sft.py::test_buckets_by_hand": 15}),
         Task("objects and weights of all ranks",

@@ -7,12 +7,12 @@ import doctest
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import evaluate
 import rl
@@ -20,6 +20,7 @@ import sft
 import tools
 from extras import crash
 from support.launch import Forked, run_script
+from support.models import largest_difference
 from support.servers import ChatServer
 
 
@@ -52,6 +53,12 @@ def test_the_examples_in_docstrings_print_what_they_say():
     pytest.param([1, 1, 0, 0], "1100", 0.9, 0.0, [3**0.5, 3**0.5, 0, 0], id="all-kept-are-right"),
     # r = (1, -1/2): mean 1/4, deviation sqrt(9/8); 3/2 over that is sqrt(2)
     pytest.param([1, 0], "10", -0.5, 0.0, [2**0.5, 0], id="negative-number"),
+    # a masked response without a score: r = (1, 0, 1/2), deviation 1/2; and r = (1, 0)
+    pytest.param([1, 0, math.nan], "110", 0.5, 0.0, [1, -1, 0], id="number-without-a-score"),
+    pytest.param([1, 0, math.nan], "110", "completed", 0.0, [0.5**0.5, -(0.5**0.5), 0],
+                 id="completed-without-a-score"),
+    pytest.param([1, 0, math.nan], "110", "group", 0.0, [0, 0, 0], id="group-without-a-score"),
+    pytest.param([1, math.nan, 0], "110", 0.5, 0.0, [0, 0, 0], id="no-score-of-a-kept-one"),
 ])
 def test_group_advantages_by_hand(rewards, kept, baseline, eps, expected):
     advantages = rl.group_advantages(torch.tensor([rewards], dtype=torch.float64), masks(kept),
@@ -85,6 +92,16 @@ def test_groups_do_not_know_of_each_other():
 def test_no_spread_means_no_advantage_and_never_nan(rewards, kept, baseline):
     advantages = rl.group_advantages(torch.tensor([rewards]), masks(kept), baseline)
     assert torch.equal(advantages, torch.zeros_like(advantages))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.5, -0.1])
+def test_equal_rewards_have_no_advantage_even_if_their_mean_is_rounded(baseline, dtype):
+    """In float64 the mean of three rewards of -0.1 is another number, and their variance 1e-34."""
+    for group_size in range(1, 33):
+        rewards = torch.full((1, group_size), -0.1, dtype=dtype)
+        advantages = rl.group_advantages(rewards, masks("1" * group_size), baseline)
+        assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
 @pytest.mark.parametrize("rewards, kept, baseline", [
@@ -382,6 +399,30 @@ def test_no_question_comes_twice_in_a_step():
         picked += rl.pick_questions(160, range(40 * attempt, 40 * attempt + 40), 0, 3)
     assert sorted(picked) == list(range(160))
     assert rl.pick_questions(160, range(160, 200), 0, 3) == picked[:40]
+
+
+def mask_of(text):
+    return [letter == "1" for letter in text]
+
+
+def test_a_conversation_is_cut_after_its_last_turn_within_the_cap():
+    """Three turns of 3, 1 and 2 sampled tokens; the other tokens are the prompt's and the tool's.
+    All that is not cut stays as it is, and so does the conversation that was played."""
+    turns = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    whole = evaluate.Rollout(
+        token_ids=list(range(20, 32)), loss_mask=mask_of("001110010011"),
+        logprobs=[-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], turns=turns, turn_ends=[5, 8, 12],
+        reward=0.25, finish_reason="answer", prediction="7", advantage=2.0, row={"id": "1"},
+        group_index=3)
+    before = copy.deepcopy(whole)
+    one_turn = replace(before, token_ids=[20, 21, 22, 23, 24], loss_mask=mask_of("00111"),
+                       logprobs=[-1.0, -2.0, -3.0], turns=[{"text": "a"}], turn_ends=[5])
+    two_turns = replace(before, token_ids=[20, 21, 22, 23, 24, 25, 26, 27],
+                        loss_mask=mask_of("00111001"), logprobs=[-1.0, -2.0, -3.0, -4.0],
+                        turns=[{"text": "a"}, {"text": "b"}], turn_ends=[5, 8])
+    for max_turns, expected in ((1, one_turn), (2, two_turns), (3, before), (4, before)):
+        assert rl.truncate_rollout(whole, max_turns) == expected
+        assert whole == before
 
 
 def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
@@ -776,12 +817,6 @@ def runs(trained_folder, world, tmp_path_factory):
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
-
-
-def largest_difference(folder, other_folder):
-    weights = load_file(folder / "model.safetensors")
-    other_weights = load_file(other_folder / "model.safetensors")
-    return max((weights[name] - other_weights[name]).abs().max().item() for name in weights)
 
 
 def read_metrics(folder):
