@@ -154,7 +154,7 @@ def other_spelling(path):
 
     # os.path, since pathlib raises for names that no file can have
     spelled = Path(str(path).replace("\\", "/"))
-    if not os.path.exists(path) and os.path.isdir(spelled.parent):
+    if not os.path.lexists(path) and os.path.isdir(spelled.parent):
         for name in sorted(os.listdir(spelled.parent)):
             if plain(name) == plain(spelled.name):
                 return f"; there is {spelled.parent / name}"

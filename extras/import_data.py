@@ -69,7 +69,7 @@ def read_rows(path, columns):
                 yield None
         return
     with open(path, "rb") as file:
-        check(file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16, not UTF-8")
+        check(file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "the text is not UTF-8, but UTF-16")
     # A byte that is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix == ".tsv":
@@ -88,14 +88,16 @@ def read_table(file):
     nobody can tell where it ends."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold an image
     header = next(csv.reader(file, delimiter="\t", strict=True), [])
-    lines_read_ahead = []
-    while True:
-        line = lines_read_ahead.pop(0) if lines_read_ahead else next(file, None)
-        if line is None:
-            return
+    lines_read_ahead = collections.deque()
+
+    def next_line():
+        """Return the next line, None at the end of the file."""
+        return lines_read_ahead.popleft() if lines_read_ahead else next(file, None)
+
+    for line in iter(next_line, None):
         if line.strip("\r\n"):
-            lines = itertools.chain(lines_read_ahead, file)
-            cells, lines_read_ahead = parse_row(line, lines, len(header))
+            cells, unused_lines = parse_row(line, next_line, len(header))
+            lines_read_ahead.extendleft(reversed(unused_lines))
             # Cells that the header does not know: nobody can tell which are which.
             has_more_cells = any(cells[len(header):])
             known_cells = itertools.zip_longest(header, cells[:len(header)])
@@ -105,10 +107,12 @@ def read_table(file):
 MAX_LINES = 100  # of one row
 
 
-def parse_row(first_line, later_lines, num_columns):
+def parse_row(first_line, next_line, num_columns):
     """Return the cells of the row that begins in first_line, and the lines that were read, but are
-    no part of it. Cells may be in quotes, and then have line breaks and doubled quotes in them. A
-    quote that is not doubled, as in a cell that begins with "STOP" sign, is part of the text."""
+    no part of it. next_line() returns a line after it, or None at the end of the file.
+
+    A cell may be in quotes, and then have line breaks and doubled quotes in it. A quote that is not
+    doubled is part of the text, as in a cell that begins with "STOP" sign."""
     # 1. As the csv module reads it. An open quote goes on in the next line, except where all cells
     #    are here already and the last of them has no quote.
     bare_cells = first_line.rstrip("\r\n").split("\t")
@@ -117,11 +121,17 @@ def parse_row(first_line, later_lines, num_columns):
     try:
         cells = parse_quoted(row_lines)
         while cells is None and not is_whole and len(row_lines) < MAX_LINES:
-            row_lines.append(next(later_lines))
+            line = next_line()
+            if line is None:
+                break
+            row_lines.append(line)
             cells = parse_quoted(row_lines)
-    except (csv.Error, StopIteration):
+    except csv.Error:
         cells = None
-    if cells is not None and (len(cells) == num_columns or len(bare_cells) != num_columns):
+    lines_are_rows = (len(row_lines) > 1
+                      and all(line.count("\t") == num_columns - 1 for line in row_lines))
+    is_right = cells is not None and (len(cells) == num_columns or len(bare_cells) != num_columns)
+    if is_right and not lines_are_rows:
         return cells, []
     # 2. Every tab ends a cell.
     was_cut = not is_whole and not first_line.endswith(("\r", "\n"))
