@@ -51,6 +51,7 @@ import tools
 from build_data import (COLOURS, PHRASES, POSITIONS, SHAPES, colours_of, describe_cell,
                         describe_colour, describe_rest, map_in_processes, position_box,
                         positions_with)
+from extras.images import check_images
 
 # how often each strategy is drawn
 STRATEGIES = {"scan": 0.13, "shuffle": 0.13, "hint": 0.26, "backtrack": 0.09, "recover": 0.09,
@@ -439,6 +440,7 @@ def main():
     rows = tools.read_questions(args.data, check_row, hint="python build_data.py")
     rows = rows[:args.limit]
     tools.check(rows, f"{args.data} has no rows; make it with: python build_data.py")
+    check_images(args.data, rows)
     prompts = tools.load_prompts(args.prompts)
     # 2. Let the teacher solve them.
     served_teacher = None

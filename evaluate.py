@@ -55,6 +55,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sft
 import tools
+from extras.images import check_images
 
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
 FINISH_REASONS = ["answer", "void", "over_turn", "over_context"]
@@ -1267,6 +1268,7 @@ def main():
     for question_file in args.data:
         rows = tools.read_questions(question_file, hint="python build_data.py")[:args.limit]
         tools.check(rows, f"{question_file} has no rows")
+        check_images(question_file, rows)
         questions[question_file] = rows
     # 2. Play them.
     levels = {}

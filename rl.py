@@ -77,6 +77,7 @@ import torch
 import evaluate
 import sft
 import tools
+from extras.images import check_images
 
 # ---- The algorithm ------------------------------------------------------------------------------
 
@@ -806,12 +807,14 @@ def load_questions(args):
     for file_name in args.data:
         path = Path(file_name)
         rows = tools.read_questions(path, hint="python build_data.py")
+        check_images(path, rows)
         training += [(row, path.parent) for row in rows]
     tools.check(len(training) >= args.prompts_per_step, f"--data has {len(training)} questions to "
                 f"train on, fewer than --prompts_per_step {args.prompts_per_step}")
     held_out = []
     if args.eval_every:
         rows = tools.read_questions(args.eval_data, hint="python build_data.py")
+        check_images(args.eval_data, rows)
         held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
     return Questions(training, held_out)
 

@@ -68,6 +68,7 @@ from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL_TOKENS, build_tiny, project_texts
+from extras.images import check_images
 
 hf_logging.disable_progress_bar()
 
@@ -1262,6 +1263,7 @@ def main():
     stage = "build_data.py" if args.data.name == "instruct.jsonl" else "collect_coldstart.py"
     rows = tools.read_jsonl(args.data, tools.check_trajectory, f"python {stage}")
     tools.check(rows, f"{args.data} has no rows")
+    check_images(args.data, rows, replays_zooms=True)
     args.out.mkdir(parents=True, exist_ok=True)
     # 2. The policy.
     prompts = tools.load_prompts(args.prompts)

@@ -40,7 +40,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # ---- Errors, and how a stage runs ---------------------------------------------------------------
@@ -155,7 +155,7 @@ def load_prompts(path):
     if path is None:
         return dict(PROMPTS)
     try:
-        replacements = json.loads(Path(path).read_text(encoding="utf-8"))
+        replacements = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read prompts as JSON: {error}") from None
     has_known_keys = isinstance(replacements, dict) and replacements.keys() <= PROMPTS.keys()
@@ -203,21 +203,25 @@ def tool_message(turn, turn_number, num_observations, prompts):
 
 # ---- Images -------------------------------------------------------------------------------------
 
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000"]  # that are read
+MAX_PIXELS = 89_478_485  # of an image; to decode more takes gigabytes
+Image.MAX_IMAGE_PIXELS = None  # check_header has this limit, and says what to do
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; image generators store their long prompts
 
-def open_image(path):
-    """Open an image file as RGB. Raise InputError if it is missing, damaged or absurdly large."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError:
-        problem = "image is missing; run the stage that wrote this data again"
-    except Exception as error:  # decoders raise nearly anything on broken data
-        problem = f"not a readable image ({error}); replace it or remove its rows"
-    raise InputError(f"{path}: {problem}")
+
+def check_header(image):
+    """Raise InputError if an image that was opened should not be decoded."""
+    num_pixels = image.width * image.height
+    check(num_pixels <= MAX_PIXELS, f"image has too many pixels ({num_pixels:,}, the limit is "
+          f"{MAX_PIXELS:,}); make it smaller, or raise MAX_PIXELS in tools.py")
+    # White may be 1, 255, 65535 or anything else.
+    check(image.mode not in ("I", "F") or image.format == "PNG", "image has numbers of 32 bits, "
+          "and nobody knows which one is white; save it with 8 or 16 bits")
 
 
 def to_rgb(image):
-    """Convert a PIL image to RGB, as an image viewer shows it."""
+    """Convert a PIL image to RGB, as an image viewer shows it. Raise InputError as check_header."""
+    check_header(image)
     # A camera's photo is turned upright.
     image = ImageOps.exif_transpose(image)
     # 16 bits a pixel are scaled to 8.
@@ -229,6 +233,22 @@ def to_rgb(image):
         white_image = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white_image, image)
     return image.convert("RGB")
+
+
+def open_image(path, convert=to_rgb):
+    """Open an image file and return it as RGB, or what convert(file) makes of it. Raise InputError
+    if it is missing, damaged or absurdly large."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return convert(image)
+    except FileNotFoundError:
+        problem = "image is missing; run the stage that wrote this data again"
+    except InputError as error:
+        problem = error
+    except Exception as error:  # decoders raise nearly anything on broken data
+        problem = (f"not a readable image ({first_line(error)}); replace it by a whole one "
+                   f"({', '.join(FORMATS)}) or remove its rows")
+    raise InputError(f"{path}: {problem}")
 
 
 def size_for_model(width, height, min_pixels, max_pixels, factor=28):
@@ -452,6 +472,19 @@ def parse_json(text):
     return value
 
 
+def parse_line(line):
+    """Return the row of a line of bytes. Raise ValueError if there is none."""
+    text = line.decode("utf-8").strip()
+    try:
+        row = parse_json(text)
+    except json.JSONDecodeError as error:
+        is_cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
+        problem = "cut off, or a JSON object over several lines" if is_cut else "not JSON"
+        raise InputError(f"{problem} ({error.msg}, column {error.colno})") from None
+    check(isinstance(row, dict), "a row must be a JSON object")
+    return row
+
+
 def read_jsonl(path, check_row=None, hint=""):
     """Return the rows of a JSONL file, a list of dicts. check_row(row) may raise InputError with
     what is wrong in a row. hint: the command that makes the file, told if it does not exist."""
@@ -465,16 +498,20 @@ def read_jsonl(path, check_row=None, hint=""):
     rows = []
     with path.open("rb") as file:
         for line_number, line in enumerate(file, start=1):
+            if line_number == 1:  # on Windows a file of UTF-8 may begin with a mark
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
-                row = parse_json(line.decode("utf-8"))
-                check(isinstance(row, dict), "a row must be a JSON object")
+                row = parse_line(line)
                 if check_row is not None:
                     check_row(row)
             except ValueError as error:  # InputError is one
-                raise InputError(f"{path}:{line_number}: {error}; "
-                                 "fix or remove this line") from None
+                advice = "fix or remove this line"
+                if hint and not rows:  # perhaps it is a file of another kind
+                    advice += f", or make another file with: {hint}"
+                problem = str(error).rstrip(".")
+                raise InputError(f"{path}:{line_number}: {problem}; {advice}") from None
             rows.append(row)
     return rows
 
@@ -558,7 +595,8 @@ def check_question(row):
     check(plain_answer(row["answer"]), "field 'answer' has nothing inside its tags")
     image_path = Path(row["image"])
     check(not image_path.is_absolute() and ".." not in image_path.parts,
-          f"image path '{row['image']}' must stay inside the folder of this file")
+          f"image path '{row['image'][:80]}' must stay inside the folder of this file: copy the "
+          "image there")
 
     # The answer must be one of the options.
     options = row.get("options")
@@ -584,6 +622,7 @@ def check_question(row):
 def check_trajectory(row):
     """Raise InputError unless the row is a question with turns that fit one another."""
     check_question(row)
+    check("turns" in row, "it has no 'turns': it is a question, not a trajectory")
     turns = row.get("turns")
     check(isinstance(turns, list) and turns, "field 'turns' must be a non-empty list")
     num_observations = 0

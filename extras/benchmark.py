@@ -67,6 +67,7 @@ import evaluate
 import rl
 import sft
 import tools
+from extras.images import check_images
 from extras.plan import GPU_BANDWIDTH, GPU_FLOPS
 from support.memory import LiveBytes
 from support.models import wide
@@ -138,6 +139,7 @@ def load_policy(args, process, library=False):
 def read_questions(args, process):
     """Return this process's share of the first --groups questions."""
     rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    check_images(args.data, rows[:args.groups])
     return rows[:args.groups][process.rank::process.world_size]
 
 
@@ -145,6 +147,7 @@ def read_trajectories(args, process):
     """Return this process's share of a batch of trajectories."""
     rows = tools.read_jsonl(args.trajectories, tools.check_trajectory,
                             "python collect_coldstart.py")
+    check_images(args.trajectories, rows[:args.batch_size], replays_zooms=True)
     return rows[:args.batch_size][process.rank::process.world_size]
 
 
@@ -846,6 +849,7 @@ def case_growth(args, process):
     """Print what our rollouts cost as conversations, turns and pixels grow."""
     policy = load_policy(args, process)
     rows = tools.read_jsonl(args.data, tools.check_question, "python build_data.py")
+    check_images(args.data, rows)
     measure = partial(measure_growth, policy, rows, args)
     measure("warm-up", 64, 6)
     for num_rollouts in (64, 256, 1024):

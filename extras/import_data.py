@@ -22,6 +22,7 @@ Commands (all of this is CPU work):
 
 import ast
 import base64
+import codecs
 import collections
 import csv
 import hashlib
@@ -33,14 +34,14 @@ import os
 import re
 import statistics
 import string
-import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import tools
+from extras.images import leaves_folder
 from tools import check
 
 # ---- Reading files of records -------------------------------------------------------------------
@@ -67,11 +68,12 @@ def read_rows(path, columns):
             except UnicodeDecodeError:
                 yield None
         return
+    with open(path, "rb") as file:
+        check(file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "the text is not UTF-8, but UTF-16")
     # A byte that is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a cell may hold an image
-            yield from csv.DictReader(file, delimiter="\t", strict=True)
+            yield from read_table(file)
         elif path.suffix == ".jsonl":
             for line in file:
                 if line.strip():
@@ -79,6 +81,78 @@ def read_rows(path, columns):
         else:
             content = parse_json_or_none(file.read())
             yield from content if isinstance(content, list) else [content]
+
+
+def read_table(file):
+    """Yield the rows of a table of tab-separated cells as dicts. Raise csv.Error for a row of which
+    nobody can tell where it ends."""
+    csv.field_size_limit(2**31 - 1)  # a cell may hold an image
+    header = next(csv.reader(file, delimiter="\t", strict=True), [])
+    lines_read_ahead = collections.deque()
+
+    def next_line():
+        """Return the next line, None at the end of the file."""
+        return lines_read_ahead.popleft() if lines_read_ahead else next(file, None)
+
+    for line in iter(next_line, None):
+        if line.strip("\r\n"):
+            cells, unused_lines = parse_row(line, next_line, len(header))
+            lines_read_ahead.extendleft(reversed(unused_lines))
+            # Cells that the header does not know: nobody can tell which are which.
+            has_more_cells = any(cells[len(header):])
+            known_cells = itertools.zip_longest(header, cells[:len(header)])
+            yield None if has_more_cells else dict(known_cells)
+
+
+MAX_LINES = 100  # of one row
+
+
+def parse_row(first_line, next_line, num_columns):
+    """Return the cells of the row that begins in first_line, and the lines that were read, but are
+    no part of it. next_line() returns a line after it, or None at the end of the file.
+
+    A cell may be in quotes, and then have line breaks and doubled quotes in it. A quote that is not
+    doubled is part of the text, as in a cell that begins with "STOP" sign."""
+    # 1. As the csv module reads it. An open quote goes on in the next line, except where all cells
+    #    are here already and the last of them has no quote.
+    bare_cells = first_line.rstrip("\r\n").split("\t")
+    is_whole = len(bare_cells) == num_columns and not bare_cells[-1].startswith('"')
+    row_lines = [first_line]
+    try:
+        cells = parse_quoted(row_lines)
+        while cells is None and not is_whole and len(row_lines) < MAX_LINES:
+            line = next_line()
+            if line is None:
+                break
+            row_lines.append(line)
+            cells = parse_quoted(row_lines)
+    except csv.Error:
+        cells = None
+    lines_are_rows = (len(row_lines) > 1
+                      and all(line.count("\t") == num_columns - 1 for line in row_lines))
+    is_right = cells is not None and (len(cells) == num_columns or len(bare_cells) != num_columns)
+    if is_right and not lines_are_rows:
+        return cells, []
+    # 2. Every tab ends a cell.
+    was_cut = not is_whole and not first_line.endswith(("\r", "\n"))
+    if len(bare_cells) != num_columns or was_cut:
+        raise csv.Error("a quote is not closed")
+    for index, cell in enumerate(bare_cells):
+        if re.fullmatch('"(?:[^"]|"")*"', cell):
+            bare_cells[index] = cell[1:-1].replace('""', '"')
+    return bare_cells, row_lines[1:]
+
+
+def parse_quoted(lines):
+    """Return the cells of a row that may have several lines, None if a quote is still open. Raise
+    csv.Error if a quote is closed in the middle of a cell."""
+    try:
+        (cells,) = csv.reader(lines, delimiter="\t", strict=True)
+    except csv.Error as error:
+        if "unexpected end" not in str(error):
+            raise
+        return None
+    return cells
 
 
 def read_records(path, columns=None):
@@ -96,7 +170,8 @@ def read_records(path, columns=None):
             "reading .parquet files needs pyarrow: pip install pyarrow") from None
     except (ValueError, OSError, csv.Error) as error:
         raise tools.InputError(
-            f"{path}: cannot be read to its end ({error}); download it again") from None
+            f"{path}: cannot be read to its end (after row {row_number}: {error}); download it "
+            "again") from None
 
 
 # ---- Fields of a record -------------------------------------------------------------------------
@@ -109,6 +184,21 @@ def required_text(record, key):
         value = str(value)
     check(isinstance(value, str) and value.strip(), f"field '{key}' is missing or not text")
     return value.strip()
+
+
+def table_text(record, key):
+    """Return the text of a cell as required_text. In a table that was saved again the texts of a
+    column may have become floats: 1.5, or 2.0, which was 2, or NaN, which was an empty cell."""
+    value = record.get(key)
+    if type(value) is float and math.isfinite(value):
+        value = str(int(value) if value.is_integer() else value)
+    return required_text({key: value}, key)
+
+
+def table_image(record):
+    """Return the image of a row of a table. lmms-eval publishes it in a column "bytes"."""
+    image = record.get("image")
+    return image if isinstance(image, (str, bytes, dict)) and image else record.get("bytes")
 
 
 def single_image(record):
@@ -124,36 +214,51 @@ def read_image_file(root, folder, name):
     check(isinstance(name, str) and name, "image is missing")
     path = folder / name
     is_file = os.path.isfile(path)  # unlike Path.is_file, False for a name that no file can have
-    leaves_folder = Path(name).is_absolute() or ".." in Path(name).parts
-    if is_file and not path.resolve().is_relative_to(root.resolve()):
-        leaves_folder = True
-    check(not leaves_folder, "image path leaves the folder of the data")
+    is_outside = Path(name).is_absolute() or ".." in Path(name).parts
+    if is_file and leaves_folder(root, path):
+        is_outside = True
+    check(not is_outside, "image path leaves the folder of the data; copy the image into it")
     check(is_file, "image is missing")
     return path.read_bytes()
 
 
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
+            "AVIF": "avif", "JPEG2000": "jp2"}
 
 
 def decode_image(stored_image):
     """Return (bytes, file suffix, PIL image as every later stage will see it).
 
     stored_image: the content of an image file as bytes or base64 text, or {"bytes": either}. Raise
-    InputError if it cannot be decoded, or is so large that PIL would warn.
+    InputError if it cannot be decoded, and as tools.check_header.
     """
     data = stored_image.get("bytes") if isinstance(stored_image, dict) else stored_image
     check(isinstance(data, (bytes, str)) and data, "image is missing")
     try:
-        if isinstance(data, str):
-            data = base64.b64decode(data.strip(), validate=True)
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = Image.open(io.BytesIO(data), formats=list(SUFFIXES))
-            suffix = SUFFIXES.get(image.format, "jpg")  # or MPO, a JPEG
-            return data, suffix, tools.to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise tools.InputError("image has too many pixels") from None
+        data = decode_base64(data)
+        image = Image.open(io.BytesIO(data), formats=tools.FORMATS)
+        suffix = SUFFIXES.get(image.format, "jpg")  # or MPO, a JPEG
+        return data, suffix, tools.to_rgb(image)
+    except tools.InputError:
+        raise
+    except UnidentifiedImageError:
+        raise tools.InputError("image cannot be decoded; convert it to one of "
+                               f"{', '.join(tools.FORMATS)}") from None
     except Exception:  # PIL's decoders raise nearly anything on broken data
         raise tools.InputError("image cannot be decoded") from None
+
+
+def decode_base64(data):
+    """Return the bytes of an image that may be base64 text, also with line breaks or as a data: URL.
+    Raise ValueError for another text."""
+    text = data.encode() if isinstance(data, str) else data
+    text = re.sub(rb"\A\s*data:[^,]{0,100},", b"", text)
+    try:
+        return base64.b64decode(b"".join(text.split()), validate=True)
+    except ValueError:
+        if isinstance(data, str):
+            raise
+        return data  # the file itself
 
 
 def strip_letters(options):
@@ -264,24 +369,24 @@ def vstar(record, origin):
 def hrbench(record, origin):
     """Make a draft of a row of HR-Bench. Each question comes in four cycles, with its options in
     another order."""
-    row = {"id": f"hrbench_{origin.split}_{required_text(record, 'index')}",
-           "question": required_text(record, "question"),
-           "options": [required_text(record, letter) for letter in "ABCD"]}
-    label = required_text(record, "answer")
+    row = {"id": f"hrbench_{origin.split}_{table_text(record, 'index')}",
+           "question": table_text(record, "question"),
+           "options": [table_text(record, letter) for letter in "ABCD"]}
+    label = table_text(record, "answer")
     row["source"] = f"hrbench_{origin.split}"
-    row["category"] = required_text(record, "category")
-    row["cycle"] = required_text(record, "cycle_category")
-    return Draft(row, record.get("image"), label)
+    row["category"] = table_text(record, "category")
+    row["cycle"] = table_text(record, "cycle_category")
+    return Draft(row, table_image(record), label)
 
 
 def mme_realworld(record, origin):
     """Make a draft of a row of MME-RealWorld, whose options are a list that was printed."""
-    row = {"id": required_text(record, "index"), "question": required_text(record, "question"),
+    row = {"id": table_text(record, "index"), "question": table_text(record, "question"),
            "options": strip_letters(record.get("multi-choice options"))}
-    label = required_text(record, "answer")
+    label = table_text(record, "answer")
     row["source"] = f"mme_realworld_{origin.split}"
-    row["category"] = required_text(record, "category")
-    return Draft(row, record.get("image"), label)
+    row["category"] = table_text(record, "category")
+    return Draft(row, table_image(record), label)
 
 
 def deepeyes(record, origin):
@@ -338,16 +443,17 @@ def hashes_of_beginnings(paths):
 
 class Importer(NamedTuple):
     make_draft: Callable                 # (record, Origin) -> Draft
-    patterns: list                       # of "folder/file" in lower case, the first that fits any
+    patterns: list                       # of a path in lower case, the first that fits any
     default_split: str | None            # if the pattern has no group "split" or it is empty
     expected: str                        # for the error: which files there should be
     first_pass: Callable | None = None   # all files -> Origin.first_pass
 
 
 TABLE = r"[^/]*\.(?:tsv|parquet)$"
+MME = r"mme[^/]?realworld(?:[^/](?P<split>lite|cn)(?![a-z]))?"
 IMPORTERS = {
     "visualprobe": Importer(
-        visualprobe, [r"^(?:visualprobe_)?(?P<split>.+)/(?:train|val)\.json$"], None,
+        visualprobe, [r"/(?:visualprobe_)?(?P<split>[^/]+)/(?:train|val)\.json$"], None,
         "folders such as VisualProbe_Hard with train.json or val.json and data/*.jpg"),
     "vstar": Importer(
         vstar, [r"/test_questions\.jsonl$", r"\.json$"], "test",
@@ -356,8 +462,8 @@ IMPORTERS = {
     "hrbench": Importer(
         hrbench, ["(?P<split>4k|8k)" + TABLE], None, "hr_bench_4k or _8k as .tsv or .parquet"),
     "mme_realworld": Importer(
-        mme_realworld, [r"mme[^/]?realworld(?:[^/](?P<split>lite|cn)\b)?" + TABLE], "test",
-        "MME-RealWorld, -Lite or -CN as .tsv or .parquet"),
+        mme_realworld, [MME + TABLE, ".*" + MME + "[^/]*/.*" + TABLE], "test",
+        "MME-RealWorld, -Lite or -CN as .tsv or .parquet, or a folder of that name with them"),
     "deepeyes": Importer(
         deepeyes, [r"\.parquet$"], "train", "the .parquet files of DeepEyes-Datasets-47k"),
     "mini_o3_coldstart": Importer(
@@ -509,19 +615,29 @@ def import_rows(make_draft, origins, out_path, seed):
     check(ids, f"{out_path} is not written, since no row can be used; the reasons are above")
 
 
+def is_hidden(path, source):
+    """Return whether a name below `source` begins with a dot, or is __MACOSX: there a Mac keeps
+    what it knows about a file (._data.parquet), and hf download its own notes (.cache)."""
+    names = path.relative_to(source).parts
+    return any(name.startswith(".") or name == "__MACOSX" for name in names)
+
+
 def find_files(importer, source):
     """Return {split: files} of a data set in a folder, or of one file."""
     paths = sorted(source.rglob("*")) if source.is_dir() else [source]
     for pattern in importer.patterns:
         files_of_split = collections.defaultdict(list)
         for path in paths:
-            match = re.search(pattern, f"{path.absolute().parent.name}/{path.name}".lower())
-            if match and path.is_file():
+            match = re.search(pattern, str(path.absolute()).lower())
+            if match and path.is_file() and not is_hidden(path, source):
                 split = match.groupdict().get("split") or importer.default_split
                 files_of_split[split].append(path)
         if files_of_split:
             return files_of_split
     return {}
+
+
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".001")
 
 
 def import_data(name, source, out, seed):
@@ -531,7 +647,10 @@ def import_data(name, source, out, seed):
     importer = IMPORTERS[name]
     root = source if source.is_dir() else source.parent
     files_of_split = find_files(importer, source)
-    check(files_of_split, f"{source}: nothing to import; {name} expects {importer.expected}")
+    packed = [path.name for path in sorted(root.rglob("*")) if path.suffix in PACKED]
+    advice = f" (unpack {packed[0]} first)" if packed else ""
+    check(files_of_split,
+          f"{source}: nothing to import; {name} expects {importer.expected}{advice}")
     first_pass = set()
     if importer.first_pass is not None:
         first_pass = importer.first_pass(list(itertools.chain(*files_of_split.values())))

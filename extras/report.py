@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import root
 import evaluate
 import tools
+from extras.images import check_images
 from extras.served import data_url
 
 # ---- Tables: runs that differ in the seed only are one experiment -------------------------------
@@ -236,6 +237,7 @@ def read_trajectories(folders, tables, data):
             num_samples = level_table.get("samples")
             tools.check(len(rows) == num_samples, f"{folder}/{level}.jsonl has {len(rows)} rows, "
                         f"but table.json is about {num_samples} samples: evaluate into it again")
+            check_images(folder / f"{level}.jsonl", rows, image_folders[level])
             for row in rows:
                 image_path = str(image_folders[level] / row["image"])
                 runs[run].append({**row, "level": level, "image_path": image_path})

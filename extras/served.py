@@ -33,6 +33,7 @@ from PIL import Image
 
 import tools
 from build_data import make_question
+from extras.images import check_images
 
 try:
     from huggingface_hub import InferenceClient
@@ -402,6 +403,7 @@ def make_teacher(args, prompts, solve, trajectory_row):
     if args.exemplars is not None:
         rows = tools.read_jsonl(args.exemplars, tools.check_trajectory)
         tools.check(rows, f"{args.exemplars} has no rows to be shown to the teacher")
+        check_images(args.exemplars, rows, replays_zooms=True)
         exemplars = exemplar_messages(rows, args.exemplars.parent, client, prompts)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -47,6 +47,11 @@ def bomb(side):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def too_many(num_pixels):
+    return (f"image has too many pixels ({num_pixels}, the limit is 89,478,485); make it smaller, "
+            "or raise MAX_PIXELS in tools.py")
+
+
 def stored(data, suffix="png"):
     return f"images/{hashlib.sha256(data).hexdigest()[:20]}.{suffix}"
 
@@ -159,9 +164,13 @@ def test_rows_that_cannot_be_used_are_counted_and_the_others_kept(tmp_path, caps
     images = [p.name for p in (tmp_path / "out" / "images").iterdir()]
     assert images == [Path(stored(good.read_bytes())).name]
     assert notes == {
-        "5 skipped: image path leaves the folder of the data (first: val.json:2)",
-        "3 skipped: image cannot be decoded (first: val.json:7)",
-        "2 skipped: image has too many pixels (first: val.json:10)",
+        "5 skipped: image path leaves the folder of the data; copy the image into it (first: "
+        "val.json:2)",
+        "1 skipped: image cannot be decoded (first: val.json:7)",
+        "2 skipped: image cannot be decoded; convert it to one of JPEG, PNG, WEBP, BMP, GIF, TIFF, "
+        "AVIF, JPEG2000 (first: val.json:8)",
+        f"1 skipped: {too_many('3,600,000,000')} (first: val.json:10)",
+        f"1 skipped: {too_many('144,000,000')} (first: val.json:11)",
         "5 skipped: image is missing (first: val.json:12)",
         "1 skipped: not a readable row (first: val.json:16)",
         "2 skipped: not exactly one image (first: val.json:17)",
@@ -537,7 +546,7 @@ def test_coldstart_rows_that_contradict_themselves_are_counted(tmp_path, capsys)
     matches = (re.match(r"(\d+) skipped: (.*) \(first", note) for note in notes)
     assert {m[2]: int(m[1]) for m in matches} == {
         **dict.fromkeys(bad, 1), "no final answer": 2, "image is missing": 1,
-        "image has too many pixels": 1, "text is not UTF-8": 1,
+        too_many("3,600,000,000"): 1, "text is not UTF-8": 1,
         "conversations is not a JSON list of messages": 3,
         "images and observations differ in number": 5,
         "field 'sample_index' is missing or not text": 1}
