@@ -55,6 +55,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sft
 import tools
+from extras import model_folder
 from extras.images import check_images
 
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
@@ -687,6 +688,9 @@ class Engine:
         token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]      # (M,)
         # One transfer from the device for both.
         id_list, logprob_list = torch.stack([token_ids.double(), token_logprobs.double()]).tolist()
+        tools.check(all(map(math.isfinite, logprob_list)), "the model's logits are not finite (NaN "
+                    f"or infinite) in {self.policy.model.dtype}: its weights are damaged, or too "
+                    "large for it; try --dtype float32")
         return list(map(int, id_list)), logprob_list
 
     def finish_turn(self, rollout):
@@ -1079,11 +1083,11 @@ def run_digest(level, rows, args, prompts):
     questions or weights does not take over samples that an interrupted one has left."""
     no_influence = ("data", "max_num_seqs", "num_speculative_tokens", "out")
     settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
-    weights = Path(args.model) / "model.safetensors"
-    if weights.exists():
-        settings["weights"] = weights.stat().st_mtime
-    text = json.dumps([level, rows, settings, prompts])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    files = model_folder.fingerprint(args.model)
+    text = json.dumps([level, rows, settings, prompts, files])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    # Rank 0's: on several nodes, copies of one model may have different times.
+    return sft.all_gather_objects([digest])[0]
 
 
 def play_level(engine, question_file, rows, digest, args, process):

@@ -433,7 +433,9 @@ class UpdateStatistics:
         self.sums["num_clipped"] += is_clipped.sum().item()
         self.sums["num_trained_tokens"] += len(log_ratio)
         self.sums["num_trained_responses"] += num_responses
-        self.max_log_ratio = max(self.max_log_ratio, log_ratio.abs().max().item())
+        # NaN as infinity: the maximum of NaN and a number may be the number.
+        largest = log_ratio.abs().nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+        self.max_log_ratio = max(self.max_log_ratio, largest)
 
 
 def update_policy(policy, optimizer, rollouts, args, lr):

@@ -58,19 +58,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText,
-                          AutoTokenizer)
+                          AutoTokenizer, GenerationConfig)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-# Since 5.17 the top-level name needs torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL_TOKENS, build_tiny, project_texts
+from extras import model_folder
 from extras.images import check_images
 
 hf_logging.disable_progress_bar()
+hf_logging.set_verbosity_error()        # load_policy says in a line what it warns of in many
 
 # On a CPU the first call of a function chooses its kernel. If two threads make that call at once,
 # one may get a coarse kernel (pytorch issue 188792): in 4 of 100 processes cosines were off by
@@ -187,20 +187,24 @@ class Policy:
 
 def make_policy(model, tokenizer, image_processor, device, prompts=None, min_pixels=None,
                 max_pixels=None):
-    """Return a Policy of these parts. Pixel limits default to the image processor's own."""
+    """Return a Policy of these parts. Pixel limits default to the image processor's own. Raise
+    InputError if the parts do not fit together."""
+    model_folder.check_parts(model.config, tokenizer, image_processor)
+    min_pixels, max_pixels = model_folder.pixel_limits(image_processor, min_pixels, max_pixels)
     model.set_attn_implementation({"text_config": "per_conversation"})
     speed_up_vision_tower(model)
     model.to(device)
     model.requires_grad_(True)
-    # In these families both "edges" are areas in pixels, whatever their names say.
-    min_pixels = min_pixels or image_processor.size["shortest_edge"]
-    max_pixels = max_pixels or image_processor.size["longest_edge"]
-    tools.check(min_pixels <= max_pixels,
-                f"--min_pixels {min_pixels} is above --max_pixels {max_pixels}")
     prompts = prompts or dict(tools.PROMPTS)
     policy = Policy(model, tokenizer, image_processor, prompts, min_pixels, max_pixels)
-    # An exported copy on an inference server must not write image placeholders either.
-    model.generation_config.suppress_tokens = policy.suppressed_ids
+    # An exported copy on an inference server must sample as the policy does: without image
+    # placeholders, at temperature 1, without any cut or penalty. Published models have other
+    # defaults, so this replaces all of them.
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        eos_token_id=sorted(policy.stop_ids), bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        suppress_tokens=policy.suppressed_ids)
     return policy
 
 
@@ -208,25 +212,28 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
                 hint=""):
     """Return the Policy of a local folder or hub id. hint: the command that makes the folder.
     Raise InputError."""
-    # 1. A missing local folder is not looked up on the hub.
-    is_local = str(path).startswith(("checkpoints", ".", "/")) or Path(path).is_dir()
-    how_to_make = f"; make it with: {hint}" if hint else ""
-    tools.check(not is_local or (Path(path) / "config.json").exists(),
-                f"{path} holds no model{how_to_make}")
-    # 2. A damaged file shows as any of a dozen exceptions of several libraries.
+    folder = model_folder.find(path, hint)
+    # 1. A damaged file shows as any of a dozen exceptions of several libraries. The weights, which
+    #    take longest, are read last.
+    model_folder.check_files(path, folder)
     try:
-        check_device(path, read_config(path), device, dtype)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=pick_dtype(dtype, device))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        check_device(path, read_config(folder), device, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = model_folder.load_image_processor(folder)
+        model_folder.pixel_limits(image_processor, min_pixels, max_pixels)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=pick_dtype(dtype, device), generation_config=GenerationConfig(),
+            output_loading_info=True, ignore_mismatched_sizes=True)
     except tools.InputError:
         raise
     except Exception as error:
-        reason = tools.first_line(error)
-        if hint and not Path(path).exists():
-            reason += f"; if a local folder is meant, make it with: {hint}"
+        reason = model_folder.one_line(error)
         raise tools.InputError(f"{path}: cannot load a model: {reason}") from None
-    return make_policy(model, tokenizer, image_processor, device, prompts, min_pixels, max_pixels)
+    # 2. Whether the weights are whole.
+    model_folder.check_weights(path, report, model.config)
+    policy = make_policy(model, tokenizer, image_processor, device, prompts, min_pixels, max_pixels)
+    model_folder.check_finite(path, model)
+    return policy
 
 
 def read_config(path):
@@ -236,6 +243,8 @@ def read_config(path):
     family = config.get("model_type")
     tools.check(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
                 f"{', '.join(FAMILIES)}")
+    tools.check("quantization_config" not in config, f"{path}: a quantized model cannot be trained; "
+                "use the one that it was made of")
     return config
 
 
@@ -1022,31 +1031,38 @@ def log_line(log_file, metrics):
 
 
 def export(policy, out):
-    """Write a plain Hugging Face folder (rank 0). Raise InputError if the disk is full."""
+    """Write a plain Hugging Face folder (rank 0). Raise InputError if it cannot be written."""
     if get_rank() != 0:
         return
-    # 1. Write everything into a folder of its own.
-    out = Path(out)
-    temporary = out / ".export"
-    policy.image_processor.size["shortest_edge"] = policy.min_pixels
-    policy.image_processor.size["longest_edge"] = policy.max_pixels
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = write_model(policy, out)
+    model_folder.replace_model(temporary, Path(out))
+
+
+def check_export(policy, out):
+    """Raise InputError if export would fail: it should not show after hours of training."""
+    if get_rank() == 0:
+        shutil.rmtree(write_model(policy, out, weights={}))
+
+
+def write_model(policy, out, weights=None):
+    """Write all files of a model to out/.export, and return this folder. weights: {name: tensor};
+    None: all of the policy's. Raise InputError."""
+    temporary = Path(out) / ".export"
+    image_processor = policy.image_processor
+    image_processor.size = {"shortest_edge": policy.min_pixels, "longest_edge": policy.max_pixels}
     try:
-        policy.model.save_pretrained(temporary)
-        policy.tokenizer.save_pretrained(temporary)
-        policy.image_processor.save_pretrained(temporary)
-    except Exception as error:      # safetensors has exceptions of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = tools.first_line(error)
-        raise tools.InputError(f"cannot save a model to {out}: {reason}; free disk space") from None
-    # 2. Inference servers look up the processor's class here.
-    processor_config = {"processor_class": FAMILIES[policy.model.config.model_type]}
-    (temporary / "processor_config.json").write_text(json.dumps(processor_config, indent=2) + "\n")
-    # 3. Move all files, the weights last: a folder with weights is complete.
-    for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        path.chmod(0o644)           # safetensors writes 0600
-        os.replace(path, out / path.name)
-    temporary.rmdir()
+        policy.model.save_pretrained(temporary, state_dict=weights)
+        policy.tokenizer.save_pretrained(temporary)
+        image_processor.save_pretrained(temporary)
+        # Inference servers look up the processor's class here.
+        processor_config = {"processor_class": FAMILIES[policy.model.config.model_type]}
+        text = json.dumps(processor_config, indent=2) + "\n"
+        (temporary / "processor_config.json").write_text(text)
+    except Exception as error:      # any of several libraries
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise model_folder.cannot_save(out, error) from None
+    return temporary
 
 
 # ---- The training loop --------------------------------------------------------------------------
@@ -1116,6 +1132,7 @@ def start_training(policy, args, process, freeze_vision, total_steps):
     """Do what every trainer does first: the same weights on all ranks, an optimizer, the state of
     an earlier run. Return a TrainingRun."""
     stop_signal = StopSignal()
+    check_export(policy, args.out)
     broadcast_weights(policy.model)
     params = trainable_parameters(policy, freeze_vision)
     optimizer = Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer)

@@ -18,6 +18,7 @@ import evaluate
 import rl
 import sft
 import tools
+from extras import model_folder
 
 # an H100: bytes of memory, FLOP/s in bfloat16, bytes per second of memory
 GPU_MEMORY = 80e9
@@ -231,10 +232,11 @@ def plan_seconds(model, args, num_ranks):
 def read_model(path):
     """Return a model without weights (on the meta device) from a folder or hub id. Raise InputError
     if its configuration cannot be read or its family is not supported."""
+    folder = model_folder.find(path, "python sft.py", files=["config.json"])
     try:
-        sft.read_config(path)
+        sft.read_config(folder)
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path),
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder),
                                                            dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise tools.InputError(f"cannot read the configuration of {path}: "
