@@ -639,16 +639,20 @@ def map_in_processes(function, jobs, num_workers, title, initial=0):
     """Yield function(job) for each job, in order, computed by processes, with a progress bar.
 
     initial: number of jobs that were done before. Raise InputError if a worker is killed."""
+    from extras import terminal
     spawn_context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent)
     try:
-        with ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent) as pool:
+        with terminal.only_parent_answers_ctrl_c():
             results = pool.map(function, jobs, chunksize=16)
-            yield from tools.progress_bar(results, desc=title, initial=initial,
-                                          total=initial + len(jobs))
+        yield from tools.progress_bar(results, desc=title, initial=initial,
+                                      total=initial + len(jobs))
     except BrokenProcessPool:
         raise tools.InputError(
             f"a worker process of '{title.strip()}' was killed, perhaps for lack of memory; run "
             "the command again, it continues where it was, or with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent():
@@ -755,14 +759,17 @@ def draw_world(args):
 def main():
     """Draw the world, import a data set or filter questions."""
     args = parse_args()
-    if args.data_set:
-        from extras import import_data
-        import_data.import_data(args.data_set, args.source, args.out, args.seed)
-    elif args.filter:
-        from extras import import_data
-        import_data.filter_questions(args.filter, args.source, *args.pass_rate_range)
-    else:
-        draw_world(args)
+    try:
+        if args.data_set:
+            from extras import import_data
+            import_data.import_data(args.data_set, args.source, args.out, args.seed)
+        elif args.filter:
+            from extras import import_data
+            import_data.filter_questions(args.filter, args.source, *args.pass_rate_range)
+        else:
+            draw_world(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("only the files that are named above are written") from None
 
 
 if __name__ == "__main__":

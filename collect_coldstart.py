@@ -359,9 +359,13 @@ def collect(rows, args, prompts, served_teacher=None):
         new_trajectories = map_in_processes(solve_job, jobs, args.workers, "collect", num_finished)
     else:
         new_trajectories = served_teacher.solve_all(jobs, num_finished)
-    for trajectory in new_trajectories:
-        trajectory_of[trajectory["id"]] = trajectory
-        journal.add(trajectory)
+    try:
+        for trajectory in new_trajectories:
+            trajectory_of[trajectory["id"]] = trajectory
+            journal.add(trajectory)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(trajectory_of)} of {len(rows)} trajectories are saved; run "
+                                "the same command again to continue") from None
     # 3. Write the correct ones. If there are none, the old file stays.
     trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
     correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]
