@@ -29,6 +29,7 @@ This file has no command of its own. Try it:
 """
 
 import errno
+import gc
 import json
 import math
 import os
@@ -104,14 +105,17 @@ def run(main):
         reason = " ".join(str(error).split())[:400]
         sys.exit(f"{script_name}: rank {rank} stops because another process has ended ({reason})")
     except KeyboardInterrupt as interrupt:
-        sys.stdout.flush()
+        note = str(interrupt) or "nothing new was saved"
+    else:
         if rank == 0:
-            note = str(interrupt) or "nothing new was saved"
-            print(f"{script_name}: interrupted; {note}", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
+            minutes, seconds = divmod(time.time() - start_time, 60)
+            print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+        return
+    gc.collect()  # frees the semaphores of a pool; left behind, they would be warned about
     if rank == 0:
-        minutes, seconds = divmod(time.time() - start_time, 60)
-        print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+        sys.stdout.flush()
+        print(f"{script_name}: interrupted; {note}", file=sys.stderr, flush=True)
+    os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
 
 
 def first_line(error):
