@@ -28,6 +28,7 @@ This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
+import argparse
 import errno
 import gc
 import json
@@ -73,6 +74,32 @@ def check_number_flags(args, may_be_zero=(), any_number=()):
             check(0 <= value < math.inf, f"--{flag_name} {value} must be a number of at least 0")
         else:
             check(0 < value < math.inf, f"--{flag_name} {value} must be a number above 0")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds its default to the help of a flag, unless the help says what happens without it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        is_switch = action.nargs == 0 and default in (False, argparse.SUPPRESS)
+        if not action.option_strings or is_switch or "default" in action.help:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})"
+
+
+def make_parser(description):
+    """Return a parser of a script's flags, whose --help shows their defaults."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def check_unused(args, parser, names, when):
+    """Raise InputError if a flag among `names`, which has no meaning in this case, was given. when:
+    the case, such as "with --import"."""
+    given = [f"--{name}" for name in sorted(names)
+             if getattr(args, name) != parser.get_default(name)]
+    check(not given, f"{' and '.join(given)} cannot be used {when}")
 
 
 def run(main):

@@ -7,10 +7,12 @@ writes raises.
 
 import argparse
 import errno
+import importlib
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,37 @@ def test_flags_that_are_numbers_are_finite_and_above_0_unless_said_otherwise():
 def test_a_flag_out_of_its_range_is_named(flags, message):
     with pytest.raises(tools.InputError, match=f"^{message}$"):
         tools.check_number_flags(number_flags(**flags), may_be_zero=["weight_decay"])
+
+
+class Parsed(Exception):
+    """Holds the parser of a script, when it is about to read the command line."""
+
+
+@pytest.mark.parametrize("script", [
+    "build_data", "collect_coldstart", "sft", "rl", "evaluate", "course.assignments",
+    "extras.benchmark", "extras.crash", "extras.experiments", "extras.failures", "extras.plan",
+    "extras.report"])
+def test_help_describes_every_flag_with_its_default(monkeypatch, script):
+    """A flag without a value by default says in words what it does then."""
+    def stop(parser):
+        raise Parsed(parser)
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", stop)
+    module = importlib.import_module(script)
+    with pytest.raises(Parsed) as parsed:
+        if script == "extras.plan":
+            module.rl.parse_args(module.DESCRIPTION)
+        module.main()
+    [parser] = parsed.value.args
+    for action in parser._actions:
+        text = parser._get_formatter()._expand_help(action)
+        assert len(text) > 3 and "%" not in text.replace("in %", ""), action.dest
+        assert not re.search(r"None|\[\]|\(\)|Path\(|False", text), text
+        has_value = action.nargs != 0 and action.option_strings
+        if has_value and not action.required:
+            assert text.count("(default") == 1, text
+        if isinstance(action.default, (str, int, float, Path)) and has_value:
+            assert f"(default: {action.default})" in text
 
 
 def end_of_run(monkeypatch, error):
