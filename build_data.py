@@ -27,7 +27,6 @@ Commands (all of this is CPU work; a GPU or more nodes change nothing):
     not too hard  python build_data.py --filter results/sft/train.rates.jsonl
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -639,16 +638,20 @@ def map_in_processes(function, jobs, num_workers, title, initial=0):
     """Yield function(job) for each job, in order, computed by processes, with a progress bar.
 
     initial: number of jobs that were done before. Raise InputError if a worker is killed."""
+    from extras import terminal
     spawn_context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent)
     try:
-        with ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent) as pool:
+        with terminal.only_parent_answers_ctrl_c():
             results = pool.map(function, jobs, chunksize=16)
-            yield from tools.progress_bar(results, desc=title, initial=initial,
-                                          total=initial + len(jobs))
+        yield from tools.progress_bar(results, desc=title, initial=initial,
+                                      total=initial + len(jobs))
     except BrokenProcessPool:
         raise tools.InputError(
             f"a worker process of '{title.strip()}' was killed, perhaps for lack of memory; run "
             "the command again, it continues where it was, or with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent():
@@ -661,9 +664,8 @@ def end_with_parent():
 
 def parse_args():
     """Return the flags. Raise InputError for those that do not belong together."""
-    parser = argparse.ArgumentParser(
-        description="Draw the synthetic world, import a published data set, or filter questions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser(
+        "Draw the synthetic world, import a published data set, or filter questions.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--train", type=int, default=4600, help="training questions, levels mixed")
     add("--test", type=int, default=200, help="questions in each of easy, medium and hard")
@@ -673,18 +675,21 @@ def parse_args():
     add("--max_pixels", type=int, default=8000, help="largest stored instruction view, in pixels")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     add = parser.add_argument_group("import a data set instead").add_argument
-    add("--import", dest="data_set", metavar="NAME", help="which one, see extras/import_data.py")
+    add("--import", dest="data_set", metavar="NAME", help="which one, see "
+        "extras/import_data.py (default: none)")
     add("--source", type=Path,
-        help="its folder; with --filter, the file of questions to choose from")
+        help="its folder; with --filter, the file of questions to choose from (default there: "
+             "data/train.jsonl)")
     add = parser.add_argument_group("filter questions instead").add_argument
     add("--filter", type=Path, nargs="+", metavar="RATES", help="pass rates, from evaluate.py; "
-        "the questions of --source (data/train.jsonl if not given) that are kept are written next "
-        "to it, to *_filtered.jsonl")
+        "the questions of --source that are kept are written next to it, to *_filtered.jsonl "
+        "(default: none)")
     add("--pass_rate_range", type=float, nargs=2, metavar=("LOW", "HIGH"), default=[0.1, 0.9],
         help="pass rates of the questions to keep")
     add = parser.add_argument_group("common").add_argument
     add("--seed", type=int, default=0, help="another seed draws and shuffles differently")
-    add("--out", type=Path, help="folder to write to; None is data, or data/NAME with --import")
+    add("--out", type=Path, help="folder to write to (default: data, or data/NAME with "
+        "--import)")
     args = parser.parse_args()
     check_args(args, parser)
     args.source = args.source or Path("data/train.jsonl")
@@ -709,9 +714,7 @@ def check_args(args, parser):
     elif args.filter:
         mode = "with --filter"
         meaningless_flags = vars(args).keys() - {"filter", "source", "pass_rate_range"}
-    misplaced_flags = [f"--{name}" for name in sorted(meaningless_flags)
-                       if getattr(args, name) != parser.get_default(name)]
-    check(not misplaced_flags, f"{' and '.join(misplaced_flags)} cannot be used {mode}")
+    tools.check_unused(args, parser, meaningless_flags, mode)
     # 3. The folder to import from.
     if args.data_set:
         check(args.source, "--import needs --source, the folder of the downloaded data set")
@@ -755,14 +758,17 @@ def draw_world(args):
 def main():
     """Draw the world, import a data set or filter questions."""
     args = parse_args()
-    if args.data_set:
-        from extras import import_data
-        import_data.import_data(args.data_set, args.source, args.out, args.seed)
-    elif args.filter:
-        from extras import import_data
-        import_data.filter_questions(args.filter, args.source, *args.pass_rate_range)
-    else:
-        draw_world(args)
+    try:
+        if args.data_set:
+            from extras import import_data
+            import_data.import_data(args.data_set, args.source, args.out, args.seed)
+        elif args.filter:
+            from extras import import_data
+            import_data.filter_questions(args.filter, args.source, *args.pass_rate_range)
+        else:
+            draw_world(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("only the files that are named above are written") from None
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ Commands (CPU work; a GPU or more nodes change nothing):
     a teacher   TEACHER_API_KEY=... python collect_coldstart.py --teacher http://localhost:8000/v1
 """
 
-import argparse
 import collections
 import hashlib
 import json
@@ -360,9 +359,13 @@ def collect(rows, args, prompts, served_teacher=None):
         new_trajectories = map_in_processes(solve_job, jobs, args.workers, "collect", num_finished)
     else:
         new_trajectories = served_teacher.solve_all(jobs, num_finished)
-    for trajectory in new_trajectories:
-        trajectory_of[trajectory["id"]] = trajectory
-        journal.add(trajectory)
+    try:
+        for trajectory in new_trajectories:
+            trajectory_of[trajectory["id"]] = trajectory
+            journal.add(trajectory)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(trajectory_of)} of {len(rows)} trajectories are saved; run "
+                                "the same command again to continue") from None
     # 3. Write the correct ones. If there are none, the old file stays.
     trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
     correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]
@@ -397,8 +400,7 @@ def print_counts(name, values):
 
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = argparse.ArgumentParser(description="Collect correct trajectories of a teacher.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser("Collect correct trajectories of a teacher.")
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/train.jsonl"),
         help="questions; the scripted teacher needs their layout")
@@ -407,15 +409,15 @@ def parse_args():
     add("--teacher", default="scripted", help="'scripted', or the URL of an OpenAI-compatible "
         "server, whose key is in the environment variable TEACHER_API_KEY")
     add("--prompts", type=Path, help="JSON file with other system, question, observation and "
-        "error texts; the system text is stored in the rows")
+        "error texts; the system text is stored in the rows (default: tools.PROMPTS)")
     add("--max_turns", type=int, default=32, help="longer solutions are counted and left out")
-    add("--limit", type=int, help="use only the first questions")
+    add("--limit", type=int, help="use only the first questions (default: all)")
     add("--workers", type=int, default=os.cpu_count(), help="processes of the scripted teacher")
     add("--seed", type=int, default=0, help="of the strategies and the teacher's choices")
     add = parser.add_argument_group("a served teacher (--teacher URL)").add_argument
-    add("--teacher_model", help="name of the model on that server")
-    add("--exemplars", type=Path, help="trajectory rows that are shown to the teacher; without "
-        "this flag, six of the scripted teacher")
+    add("--teacher_model", help="name of the model on that server (default: its only one)")
+    add("--exemplars", type=Path, help="trajectory rows that are shown to the teacher (default: "
+        "six of the scripted teacher)")
     add("--requests", type=int, default=8, help="questions that are played at the same time")
     add("--max_new_tokens", type=int, default=1024, help="per turn; a longer turn ends as void")
     add("--min_pixels", type=int, default=40_000, help="size of the smallest picture sent")
@@ -424,6 +426,13 @@ def parse_args():
         "as JPEG, and made smaller if that is not enough")
     args = parser.parse_args()
     tools.check_number_flags(args, may_be_zero=("seed",))
+    if args.teacher == "scripted":
+        served_flags = ["teacher_model", "exemplars", "requests", "max_new_tokens", "min_pixels",
+                        "max_pixels", "max_image_bytes"]
+        tools.check_unused(args, parser, served_flags, "without --teacher URL")
+    else:
+        tools.check_unused(args, parser, ["workers"], "with --teacher URL: it has --requests")
+    tools.check(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
     tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must "
                 f"be in the folder of --data ({args.data.parent}), where the images are")
     tools.check(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "

@@ -35,7 +35,6 @@ Commands:
     a page         python extras/report.py results/rl results/sft
 """
 
-import argparse
 import collections
 import functools
 import hashlib
@@ -143,8 +142,10 @@ def open_and_preprocess(policy, path):
 
 
 def make_rollouts(rows, num_samples, root, prompt_numbers, prompts):
-    """Return num_samples new Rollouts of every row, ordered by row, then sample. root and
-    prompt_numbers: see Engine.run."""
+    """Return num_samples new Rollouts of every row, ordered by row, then sample.
+
+    root: folder of the images, or a list with one per row. prompt_numbers: the number of each row
+    that enters its random stream (default: its index)."""
     roots = root if isinstance(root, (list, tuple)) else [root] * len(rows)
     if prompt_numbers is None:
         prompt_numbers = range(len(rows))
@@ -407,6 +408,7 @@ def attend_unmasked(span, query_rows, keys, values, scaling):
 
 class EncodedPrompt(NamedTuple):
     """The prompt of a question, after prefill. All samples of the question begin with it."""
+    row: dict               # the question
     image: object           # PIL image
     token_ids: list         # of the whole prompt
     keys_values: list       # of all its tokens but the last, see SlotCache.copy_out
@@ -465,7 +467,6 @@ class Engine:
         self.slots = []                         # the Rollout in each slot of the cache
         self.prompt_images = iter(())           # (image, (patches, grid)) of every question
         self.encoded_prompt = None              # of the question that was begun last
-        self.progress = None
         # Of drafts.
         self.num_speculative_tokens = num_speculative_tokens
         self.never_drafted = {*policy.suppressed_ids, *policy.stop_ids}
@@ -487,37 +488,45 @@ class Engine:
         self.cache = None
         self.encoded_prompt = None
 
-    @torch.inference_mode()
-    def run(self, rows, num_samples, root, prompt_numbers=None, progress=None):
-        """Play every row num_samples times. Return Rollouts, ordered by row, then sample.
-
-        root: folder of the images, or a list with one per row. prompt_numbers: the number of each
-        row that enters its random stream (default: its index). progress: has an update() per
-        finished conversation. Raise InputError if a prompt does not fit in max_model_len."""
-        # 1. All conversations, in the order in which they are played and returned.
+    def run(self, rows, num_samples, root, prompt_numbers=None):
+        """Play every row num_samples times. Return Rollouts, ordered by row, then sample. The
+        arguments are those of make_rollouts. Raise InputError as play_all."""
         rollouts = make_rollouts(rows, num_samples, root, prompt_numbers, self.policy.prompts)
-        # 2. A cache with a slot for each of them, up to max_num_seqs.
+        for _ in self.play_all(rollouts):
+            pass
+        # The judge answers while conversations are played. Wait for its last verdicts.
+        if self.judge is not None:
+            self.judge.wait()
+        return rollouts
+
+    @torch.inference_mode()
+    def play_all(self, rollouts):
+        """Play these conversations, in which those about one question follow one another. Yield
+        each as soon as it has ended; if it needs the judge, its reward is None until judge.wait().
+        Raise InputError if a prompt does not fit in max_model_len."""
+        # 1. A cache with a slot for each of them, up to max_num_seqs.
         model = self.policy.model
         num_slots = min(self.max_num_seqs, len(rollouts))
         if self.cache is None or self.cache.num_slots < num_slots:
             self.cache = SlotCache(model.config.text_config, num_slots, model.dtype,
                                    self.policy.device, self.limits.max_model_len)
+        # 2. The images of their questions, read ahead: one for all conversations about a question.
+        first_of_question = []
+        for rollout in rollouts:
+            if not first_of_question or first_of_question[-1].row is not rollout.row:
+                first_of_question.append(rollout)
+        self.prompt_images = sft.prefetch(self.load_image, first_of_question)
+        self.encoded_prompt = None
         # 3. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
         self.waiting = collections.deque(rollouts)
         self.slots = []
-        self.prompt_images = sft.prefetch(self.load_image, rollouts[::num_samples])
-        self.progress = progress
         was_training = model.training
         model.eval()
         while len(self.slots) < num_slots:
             self.slots.append(self.start_next(len(self.slots)))
         while self.slots:
-            self.step()
+            yield from self.step()
         model.train(was_training)
-        # 4. The judge answers while conversations are played. Wait for its last verdicts.
-        if self.judge is not None:
-            self.judge.wait()
-        return rollouts
 
     def load_image(self, rollout):
         """Return the image of a rollout's question and the copy of it that the model sees."""
@@ -529,7 +538,7 @@ class Engine:
         token."""
         rollout = self.waiting.popleft()
         # 1. The first sample of a question encodes the prompt; all samples copy its cache.
-        if rollout.sample_number == 0:
+        if self.encoded_prompt is None or self.encoded_prompt.row is not rollout.row:
             self.encoded_prompt = self.prefill(slot, rollout.row)
         prompt = self.encoded_prompt
         self.cache.copy_in(slot, prompt.keys_values)
@@ -552,15 +561,16 @@ class Engine:
         tools.check(len(token_ids) + limits.max_new_tokens <= limits.max_model_len,
                     f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
                     f"({limits.max_new_tokens}) do not fit in --max_model_len "
-                    f"{limits.max_model_len}: raise it or lower --max_pixels")
+                    f"{limits.max_model_len}: raise it, or lower --max_new_tokens or --max_pixels")
         feed = Feed(0, 0, token_ids[:-1], [], preprocessed)
         _, next_positions = self.forward([feed], first_slot=slot)
         keys_values = self.cache.copy_out(slot, len(token_ids) - 1)
-        return EncodedPrompt(image, token_ids, keys_values, next_positions[0])
+        return EncodedPrompt(row, image, token_ids, keys_values, next_positions[0])
 
     def step(self):
         """Advance every conversation by one token, or by several if a draft was right.
-        Conversations that wait for an image are not advanced, see slots_to_feed_images."""
+        Conversations that wait for an image are not advanced, see slots_to_feed_images. Return
+        those that have ended."""
         # 1. Schedule: the tokens of every slot that are not in the cache yet.
         feeds = self.schedule()
         # 2. Run the model and sample; M = one token per feed and per token of a draft.
@@ -586,8 +596,10 @@ class Engine:
             if rollout.finish_reason is not None:
                 finished_slots.append(slot)
         # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.
+        finished = [self.slots[slot] for slot in finished_slots]
         for slot in reversed(finished_slots):
             self.evict(slot)
+        return finished
 
     def schedule(self):
         """Return one Feed per slot, in order: pending tokens, and a draft of the next ones."""
@@ -751,8 +763,6 @@ class Engine:
         rollout.compute_reward(self.judge)
         rollout.views = []
         rollout.uniforms = []
-        if self.progress is not None:
-            self.progress.update()
         # 2. Hand the free slot on to the last block.
         free_slot = slot
         first_of_next_block = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
@@ -1090,11 +1100,10 @@ def run_digest(level, rows, args, prompts):
     return sft.all_gather_objects([digest])[0]
 
 
-def play_level(engine, question_file, rows, digest, args, process):
-    """Play all questions of one file, num_samples times each, shared out over ranks. A question is
+def play_level(engine, question_file, rows, digest, args, process, prompts):
+    """Play all questions of one file, num_samples times each, shared out over ranks. A sample is
     left out if an interrupted run of this digest, with any number of processes, has finished and
-    scored all of its samples. Otherwise all of them are played again. Return all trajectory rows,
-    ordered by question, then sample."""
+    scored it. Return all trajectory rows, ordered by question, then sample."""
     # 1. What is there already. No rank may add rows before all have read.
     journal = tools.Journal(journal_path(args, digest, process.rank),
                             args.out.glob(journal_path(args, digest, "*").name))
@@ -1105,31 +1114,55 @@ def play_level(engine, question_file, rows, digest, args, process):
     open_questions = [index for index, row in enumerate(rows)
                       if num_finished[row["id"]] < args.num_samples]
     my_questions = open_questions[process.rank::process.world_size]
-    # 3. Play them, a few slots' worth between two saves.
+    num_missing = sum(args.num_samples - num_finished[rows[index]["id"]] for index in my_questions)
+    # 3. Play them, a few slots' worth at a time, which bounds the memory.
     block_size = max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
-    with tools.progress_bar(total=len(my_questions) * args.num_samples, desc=question_file.stem,
+    with tools.progress_bar(total=num_missing, desc=question_file.stem,
                             disable=process.rank != 0) as progress:
         for start in range(0, len(my_questions), block_size):
             block = my_questions[start:start + block_size]
-            rollouts = engine.run([rows[index] for index in block], args.num_samples,
-                                  question_file.parent, block, progress)
-            block_rows = [rollout.to_row() for rollout in rollouts]
-            journal.add(*block_rows)
-            new_rows += block_rows
-    # 4. Everybody's rows. A new row replaces an old one, unless only the old one has a score.
+            rollouts = make_rollouts([rows[index] for index in block], args.num_samples,
+                                     question_file.parent, block, prompts)
+            rollouts = [rollout for rollout in rollouts
+                        if (rollout.row["id"], rollout.sample_number) not in finished]
+            new_rows += play_and_save(engine, rollouts, journal, progress)
+    # 4. Everybody's rows.
     for row in sft.all_gather_objects(new_rows):
-        key = (row["id"], row["sample"])
-        if row["reward"] is not None or key not in finished:
-            finished[key] = row
+        finished[row["id"], row["sample"]] = row
     return [finished[row["id"], sample] for row in rows for sample in range(args.num_samples)]
+
+
+def play_and_save(engine, rollouts, journal, progress):
+    """Play conversations, and append the row of each to the journal as soon as it has a score.
+    Return all rows."""
+    without_score = []      # it needs the judge, or a server gave no usable reply
+    for rollout in engine.play_all(rollouts):
+        progress.update()
+        if rollout.reward is None:
+            without_score.append(rollout)
+        else:
+            journal.add(rollout.to_row())
+    if engine.judge is not None:
+        engine.judge.wait()
+    journal.add(*[rollout.to_row() for rollout in without_score])
+    return [rollout.to_row() for rollout in rollouts]
+
+
+def count_saved(args, digests):
+    """Return how many conversations of these digests all ranks have saved."""
+    num_saved = 0
+    for digest in digests.values():
+        for path in args.out.glob(journal_path(args, digest, "*").name):
+            num_saved += path.read_bytes().count(b"\n")
+    return num_saved
 
 
 def add_rollout_flags(group):
     """Add the flags that say how the engine plays."""
     add = group.add_argument
     add("--max_images", type=int,
-        help="images per conversation, the original included (None: as many as turns)")
+        help="images per conversation, the original included (default: as many as turns)")
     add("--max_new_tokens", type=int, default=96, help="tokens per turn; a longer one ends as void")
     add("--max_model_len", type=int, default=4096,
         help="tokens per conversation (paper: 32768; of no effect on a server)")
@@ -1140,14 +1173,23 @@ def add_rollout_flags(group):
              "conversations do not depend on it")
 
 
+def check_rollout_flags(args):
+    """Raise InputError for flags of add_rollout_flags with which nothing useful can be played."""
+    tools.check(args.max_images != 1, "--max_images 1 allows no zoom: the original counts, too")
+    tools.check(args.max_new_tokens < args.max_model_len, f"--max_new_tokens "
+                f"{args.max_new_tokens} leaves no room for a question in --max_model_len "
+                f"{args.max_model_len}: lower the first or raise the second")
+
+
 def add_judge_flags(parser):
     """Add the flags of every stage that may ask a judge."""
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", metavar="URL",
                        help="an OpenAI-compatible server that is asked whether other words mean "
                             "the same; its key is in JUDGE_API_KEY, and verdicts are kept in --out "
-                            "(None: words are only normalised)")
-    group.add_argument("--judge_model", help="name of the judge on that server")
+                            "(default: words are only normalised)")
+    group.add_argument("--judge_model",
+                       help="name of the judge on that server (default: its only one)")
 
 
 def make_judge(args, rank):
@@ -1183,9 +1225,8 @@ def make_player(args, prompts, process):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
-        # make_rollouts is handed over, since extras must not import this file, which is running.
-        return ServedPlayer(client, make_rollouts, prompts, make_limits(args, max_turns),
-                            args.max_num_seqs, seed=args.seed, judge=judge, greedy=args.greedy)
+        return ServedPlayer(client, prompts, make_limits(args, max_turns), args.max_num_seqs,
+                            seed=args.seed, judge=judge, greedy=args.greedy)
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, hint="torchrun --nproc_per_node=2 rl.py (or name "
                                                    "another with --model)")
@@ -1193,16 +1234,18 @@ def make_player(args, prompts, process):
 
 
 def write_results(levels, engine, args):
-    """Print the tables; write table.json, trajectories and pass rates."""
+    """Write table.json, trajectories and pass rates; print the tables."""
+    # 1. Write first: what cannot be printed must not be lost.
     table = summarise(levels, args.budgets)
-    print_table(table, args.budgets, args.num_samples)
+    set_aside(levels, args)
     file_names = ["table.json"]
     for level, rows in levels.items():
         tools.write_jsonl(args.out / f"{level}.jsonl", rows)
         tools.write_jsonl(args.out / f"{level}.rates.jsonl", pass_rates(rows, args.budgets[-1]))
         file_names += [f"{level}.jsonl", f"{level}.rates.jsonl"]
-    text = json.dumps(table, indent=1) + "\n"
-    tools.write_atomic(args.out / "table.json", lambda file: file.write(text.encode()))
+    write_json(args.out / "table.json", table)
+    # 2. Print.
+    print_table(table, args.budgets, args.num_samples)
     if not is_served(args) and engine.counts["sequence_passes"] > 0:
         statistics_of_drafts = draft_statistics(engine.counts)
         print("drafts of rank 0: "
@@ -1211,29 +1254,64 @@ def write_results(levels, engine, args):
     print(f"written to {args.out}/: {', '.join(file_names)}")
 
 
+def set_aside(levels, args):
+    """Write settings.json: what the results in --out depend on. If results of other settings lie
+    there (another model, fewer questions), move them to --out/old_results/1, 2, ... first."""
+    no_influence = ("out", "max_num_seqs", "num_speculative_tokens")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
+    settings["conversations"] = {level: len(rows) for level, rows in levels.items()}
+    old_table = read_json(args.out / "table.json")
+    if old_table and read_json(args.out / "settings.json") != settings:
+        old_results = args.out / "old_results"
+        folder = old_results / str(1 + len(list(old_results.glob("*"))))
+        folder.mkdir(parents=True)
+        for name in ["table", *old_table, "settings"]:
+            for path in (args.out / f"{name}{ending}"
+                         for ending in (".json", ".jsonl", ".rates.jsonl")):
+                if path.exists():
+                    path.rename(folder / path.name)
+        print(f"the results of another evaluation in {args.out}/ are moved to {folder}/")
+    write_json(args.out / "settings.json", settings)
+
+
+def read_json(path):
+    """Return the content of a JSON file, or {} if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path, value):
+    """Write a JSON file in one step."""
+    text = json.dumps(value, indent=1) + "\n"
+    tools.write_atomic(path, lambda file: file.write(text.encode()))
+
+
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = argparse.ArgumentParser(description="Avg@K over turn budgets.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser("Avg@K over turn budgets.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/rl",
         help="local folder, hub id, or the URL of an OpenAI-compatible server (its key is in "
-             "MODEL_API_KEY; it is sent pictures of 40,000 to 2,000,000 pixels by default)")
-    add("--model_name", help="name of the model on that server")
+             "MODEL_API_KEY; without other limits it is sent pictures of 40,000 to 2,000,000 "
+             "pixels)")
+    add("--model_name", help="name of the model on that server (default: its only one)")
     add("--max_image_bytes", type=int, default=1_500_000,
         help="largest picture that is sent to a server; larger ones become JPEG, and smaller")
     add("--data", type=Path, nargs="+", help="question files, one level each",
         default=[Path("data/easy.jsonl"), Path("data/medium.jsonl"), Path("data/hard.jsonl")])
-    add("--out", type=Path, help="folder for tables and trajectories (None: results/<model>)")
-    add("--limit", type=int, help="use only the first questions of each file")
+    add("--out", type=Path,
+        help="folder for tables and trajectories (default: results/NAME, the model's name)")
+    add("--limit", type=int, help="use only the first questions of each file (default: all)")
     sft.add_policy_flags(group)
 
     group = parser.add_argument_group("rollouts")
     add = group.add_argument
     add("--num_samples", type=int, default=4, help="K: samples per question, at temperature 1")
     add("--greedy", action="store_true",
-        help="take the most likely token (use with --num_samples 1)")
+        help="take the most likely token (needs --num_samples 1)")
     add("--budgets", type=int, nargs="+", default=BUDGETS,
         help="turn budgets; conversations are played with the largest")
     add_rollout_flags(group)
@@ -1244,6 +1322,15 @@ def parse_args():
     tools.check_number_flags(args, may_be_zero=("seed", "num_speculative_tokens"))
     args.budgets = sorted(set(args.budgets))
     tools.check(args.budgets[0] >= 1, "--budgets must be at least 1")
+    tools.check(args.num_samples == 1 or not args.greedy, "--greedy plays every sample of a "
+                "question alike: add --num_samples 1")
+    if is_served(args):
+        tools.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
+                           "with a server as --model")
+    else:
+        tools.check_unused(args, parser, ["model_name", "max_image_bytes"],
+                           "unless --model is the URL of a server")
+        check_rollout_flags(args)
     if args.out is None:
         name = (args.model_name or "served") if is_served(args) else Path(args.model).name
         args.out = Path("results") / name
@@ -1269,18 +1356,25 @@ def main():
     engine = make_player(args, prompts, process)
     # 1. Read all questions first: a mistake in the last file should not show after hours.
     questions = {}
+    digests = {}
     for question_file in args.data:
         rows = tools.read_questions(question_file, hint="python build_data.py")[:args.limit]
         tools.check(rows, f"{question_file} has no rows")
         check_images(question_file, rows)
         questions[question_file] = rows
+        digests[question_file.stem] = run_digest(question_file.stem, rows, args, prompts)
     # 2. Play them.
     levels = {}
-    digests = {}
-    for question_file, rows in questions.items():
-        level = question_file.stem
-        digests[level] = run_digest(level, rows, args, prompts)
-        levels[level] = play_level(engine, question_file, rows, digests[level], args, process)
+    try:
+        for question_file, rows in questions.items():
+            level = question_file.stem
+            levels[level] = play_level(engine, question_file, rows, digests[level], args, process,
+                                       prompts)
+    except KeyboardInterrupt:
+        num_all = args.num_samples * sum(len(rows) for rows in questions.values())
+        raise KeyboardInterrupt(f"{count_saved(args, digests)} of {num_all} conversations are "
+                                f"saved in {args.out}; run the same command again to continue"
+                                ) from None
     # 3. Score them.
     if process.rank == 0:
         write_results(levels, engine, args)

@@ -702,8 +702,7 @@ def baseline_flag(text):
 
 def parse_args(description="GRPO with over-turn masking."):
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser(description)
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/sft", help="local folder or hub id to start from")
@@ -790,6 +789,7 @@ def check_args(args):
         any_number=["baseline"])
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
+    evaluate.check_rollout_flags(args)
     # Two that contradict each other.
     tools.check((args.eval_every and args.eval_size) or args.baseline != "estimate",
                 "--baseline estimate comes from the evaluations: set --eval_every and --eval_size "

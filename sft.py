@@ -1216,9 +1216,12 @@ def add_policy_flags(group):
     """Add the flags of every stage that loads a policy."""
     add = group.add_argument
     add("--prompts", type=Path,
-        help="JSON file with other system, question, observation and error texts")
-    add("--min_pixels", type=int, help="smallest view that is shown; None: the model's own limit")
-    add("--max_pixels", type=int, help="largest view that is shown; None: the model's own limit")
+        help="JSON file with other system, question, observation and error texts (default: "
+             "tools.PROMPTS)")
+    add("--min_pixels", type=int,
+        help="smallest view that is shown (default: the model's own limit)")
+    add("--max_pixels", type=int,
+        help="largest view that is shown (default: the model's own limit)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float64"],
         help="weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU")
 
@@ -1241,8 +1244,7 @@ def add_training_flags(group, weight_decay, save_every):
 
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning on conversations.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser("Supervised fine-tuning on conversations.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/base", help="'tiny' (random), local folder or hub id")
@@ -1252,7 +1254,7 @@ def parse_args():
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--epochs", type=float, default=1.5, help="passes over the data")
-    add("--steps", type=int, help="optimizer steps; None: as --epochs says")
+    add("--steps", type=int, help="optimizer steps (default: as --epochs says)")
     add("--batch_size", type=int, default=8, help="conversations per step, over all processes")
     add("--micro_batch_tokens", type=int, default=2048,
         help="tokens per forward pass on one process")
@@ -1263,8 +1265,8 @@ def parse_args():
     add("--warmup_ratio", type=float, default=0.1,
         help="fraction of steps with rising learning rate")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
-        help="do not train the vision tower and its projector; None: frozen, as in the paper, "
-             "except with --model tiny")
+        help="do not train the vision tower and its projector (default: frozen, as in the paper, "
+             "except with --model tiny)")
     add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()

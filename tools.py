@@ -28,11 +28,14 @@ This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
+import argparse
 import errno
+import gc
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -73,34 +76,73 @@ def check_number_flags(args, may_be_zero=(), any_number=()):
             check(0 < value < math.inf, f"--{flag_name} {value} must be a number above 0")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds its default to the help of a flag, unless the help says what happens without it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        is_switch = action.nargs == 0 and default in (False, argparse.SUPPRESS)
+        if not action.option_strings or is_switch or "default" in action.help:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})"
+
+
+def make_parser(description):
+    """Return a parser of a script's flags, whose --help shows their defaults."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def check_unused(args, parser, names, when):
+    """Raise InputError if a flag among `names`, which has no meaning in this case, was given. when:
+    the case, such as "with --import"."""
+    given = [f"--{name}" for name in sorted(names)
+             if getattr(args, name) != parser.get_default(name)]
+    check(not given, f"{' and '.join(given)} cannot be used {when}")
+
+
 def run(main):
     """Run main() of a stage and print how long it took. What a user can cause ends in one line on
-    stderr; any other error keeps its traceback."""
+    stderr; any other error keeps its traceback. A stage that Ctrl-C interrupts may raise
+    KeyboardInterrupt with a text: what is saved, and how to continue."""
+    from extras import terminal
+    terminal.protect_streams()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C; trainers have their own
     script_name = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     start_time = time.time()
     try:
         main()
+        reason = terminal.lost_output()
+        check(reason is None, f"what was printed is lost ({reason}); the files are written")
     except InputError as error:
         sys.exit(f"{script_name}: error: {error}")
     except OSError as error:  # disk full, no permission; no file is half-written (write_atomic)
         file_name = error.filename or "while writing"
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; earlier files are untouched: free the disk or change --out and run again"
-        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name})"
-                 f"{advice if is_full else ''}")
+        advice = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "; earlier files are untouched: free the disk or change --out and run again"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            advice = "; a file is where a folder is needed: change --out"
+        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name}){advice}")
     except RuntimeError as error:  # of torch.distributed, if the process of another rank has ended
         if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
         reason = " ".join(str(error).split())[:400]
         sys.exit(f"{script_name}: rank {rank} stops because another process has ended ({reason})")
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        print(f"{script_name}: interrupted; what was saved is kept", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
+    except KeyboardInterrupt as interrupt:
+        note = str(interrupt) or "nothing new was saved"
+    else:
+        if rank == 0:
+            minutes, seconds = divmod(time.time() - start_time, 60)
+            print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+        return
+    gc.collect()  # frees the semaphores of a pool; left behind, they would be warned about
     if rank == 0:
-        minutes, seconds = divmod(time.time() - start_time, 60)
-        print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
+        sys.stdout.flush()
+        print(f"{script_name}: interrupted; {note}", file=sys.stderr, flush=True)
+    os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
 
 
 def first_line(error):
@@ -527,8 +569,10 @@ def write_atomic(path, write):
             write(file)
         os.chmod(temporary_path, 0o644)  # mkstemp lets only its owner read it
         os.replace(temporary_path, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary_path).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk tells no file, others the temporary one
         raise
 
 

@@ -495,11 +495,10 @@ def main():
     """Do what the command line asks for."""
     # 1. flags
     parser = argparse.ArgumentParser(
-        description="List, start and grade assignments; prove that their graders are right.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="List, start and grade assignments; prove that their graders are right.")
     parser.add_argument("action", choices=["list", "start", "grade", "prove"], help="what to do")
     parser.add_argument("number", type=int, nargs="?", choices=list(ASSIGNMENTS),
-                        help="which assignment; prove without a number: all")
+                        help="which assignment (default of prove: all)")
     parser.add_argument("folder", type=Path, nargs="?", help="of the new copy (start)")
     args = parser.parse_args()
     # 2. a student's copy has no mutants, and its own assignment is blank already

@@ -959,7 +959,9 @@ class ScriptedEngine(evaluate.Engine):
 
     def step(self):
         times = self.image_steps if self.slots_to_feed_images() else self.decoding_steps
-        times.append(clock(super().step))
+        finished = []
+        times.append(clock(lambda: finished.extend(evaluate.Engine.step(self))))
+        return finished
 
     def accept(self, rollout, draft, sampled_ids, sampled_logprobs, next_position):
         first = len(rollout.token_ids) - rollout.turn_start
@@ -1066,11 +1068,11 @@ CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
 
 def parse_args():
     """Return the flags. Raise InputError for a case that does not exist."""
-    parser = argparse.ArgumentParser(
-        description="Compare this code with what a user would write with the library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser(
+        "Compare this code with what a user would write with the library, case by case. Each case "
+        "is described in the docstring of its function, such as case_rollout.")
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", help=f"which of {', '.join(CASES)}; none: all")
+    add("cases", nargs="*", metavar="CASE", help=f"which of {', '.join(CASES)} (default: all)")
     add("--model", default="checkpoints/sft", help="folder of the model")
     add("--data", type=Path, default=Path("data/train.jsonl"), help="questions for rollouts")
     add("--trajectories", type=Path, default=Path("data/coldstart.jsonl"),
@@ -1081,7 +1083,8 @@ def parse_args():
     add("--micro_batch_size", type=int, default=16,
         help="conversations per forward pass of the grpo peer")
     add("--micro_batch_tokens", type=int, default=2048, help="tokens per forward pass of ours")
-    add("--layers", type=int, help="layers of the model of `large`, and of its tower; none: all")
+    add("--layers", type=int,
+        help="layers of the model of `large`, and of its tower (default: all)")
     add("--repeats", type=int, default=3, help="timed runs of each side")
     args = parser.parse_args()
     # what the parser itself does not check

@@ -147,11 +147,12 @@ def main():
     """Run every case whole and killed, and print whether the weights are the same. Exit with 1 if
     some are not."""
     parser = argparse.ArgumentParser(
-        description="Kill training at random moments; the weights must not change.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="sft, rl; none: both")
-    parser.add_argument("--kills", type=int, default=10, help="kills of every case")
-    parser.add_argument("--seed", type=int, default=0, help="moments of the kills")
+        description="Kill training at random moments; the weights must not change.")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="sft or rl (default: both)")
+    parser.add_argument("--kills", type=int, default=10,
+                        help="kills of every case (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="moments of the kills (default: %(default)s)")
     args = parser.parse_args()
     if not set(args.stages) <= set(STAGES):
         parser.error(f"stages are {' and '.join(STAGES)}")

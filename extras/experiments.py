@@ -9,7 +9,6 @@ print everything:
     python extras/experiments.py --chart docs/mask.png      # needs matplotlib
 """
 
-import argparse
 import collections
 import statistics
 from pathlib import Path
@@ -144,11 +143,11 @@ def draw(runs, path):
 
 def main():
     """Add the runs that are named, then print the tables and draw the chart of all runs."""
-    parser = argparse.ArgumentParser(description="Print the tables of docs/experiments.md.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="folders NAME.seedN to add")
+    parser = tools.make_parser("Print the tables of docs/experiments.md.")
+    parser.add_argument("results", nargs="*", type=Path,
+                        help="folders NAME.seedN to add (default: none)")
     parser.add_argument("--chart", type=Path, help="draw accuracy over turns and over the baseline "
-                        "into this PNG or SVG, with matplotlib")
+                        "into this PNG or SVG, with matplotlib (default: not drawn)")
     args = parser.parse_args()
     report.check_chart(args.chart)
 
@@ -166,9 +165,9 @@ def main():
     runs = collections.defaultdict(list)
     for row in rows.values():
         runs[row["run"]].append(row)
-    print_tables(runs)
     if args.chart:
         draw(runs, args.chart)
+    print_tables(runs)
 
 
 if __name__ == "__main__":

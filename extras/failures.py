@@ -16,7 +16,6 @@ happened:
     python extras/failures.py results/sft results/rl
 """
 
-import argparse
 import collections
 import re
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import root  # noqa: F401
 import tools
 from build_data import LEVELS, PHRASES
+from extras import report
 
 KINDS = ["correct", "guess", "tag", "claim", "misread", "list", "void", "over_turn", "over_context"]
 PLANS = [PHRASES[name].strip() for name in ("hint", "scan", "shuffle")]
@@ -32,6 +32,8 @@ PLANS = [PHRASES[name].strip() for name in ("hint", "scan", "shuffle")]
 def kind_of(row, question):
     """Return one of KINDS, or "guess, correct". row: an evaluated conversation; question: the row
     of data/ with its layout."""
+    if not row["turns"]:    # a server gave no usable reply
+        return "no reply"
     text = row["turns"][-1]["text"]
     if row["reward"] == 1.0:
         return "guess, correct" if "Guess" in text else "correct"
@@ -68,7 +70,7 @@ def repeats(text):
 def plan_of(row):
     """Return the plan in a conversation's first turn: one of PLANS, or "none"."""
     for plan in PLANS:
-        if plan in row["turns"][0]["text"]:
+        if row["turns"] and plan in row["turns"][0]["text"]:
             return plan
     return "none"
 
@@ -85,23 +87,26 @@ def format_shares(labels, order):
 def main():
     """Print the shares of kinds and of plans, for every level of every evaluation."""
     # 1. flags
-    parser = argparse.ArgumentParser(
-        description="Print what happened in every conversation of an evaluation, by kind.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser(
+        "Print what happened in every conversation of an evaluation, by kind.")
     parser.add_argument("results", nargs="+", type=Path, help="folders written by evaluate.py")
     parser.add_argument("--data", type=Path, default=Path("data"),
                         help="folder of the questions with their layout")
     args = parser.parse_args()
     # 2. one level after the other; its questions have the layout, which its results have not
     for folder in args.results:
-        levels = [level for level in LEVELS if (folder / f"{level}.jsonl").exists()]
-        tools.check(levels, f"{folder} has no easy, medium or hard.jsonl; make them with: "
+        levels = [level for level in LEVELS if level in report.read_table(folder)]
+        tools.check(levels, f"{folder}/table.json has none of {', '.join(LEVELS)}; make them with: "
                     "python evaluate.py")
         for level in levels:
             question_rows = tools.read_questions(args.data / f"{level}.jsonl",
                                                  hint="python build_data.py")
             questions = {row["id"]: row for row in question_rows}
             rows = tools.read_jsonl(folder / f"{level}.jsonl")
+            for row in rows:
+                tools.check(row["id"] in questions, f"{folder}/{level}.jsonl: question "
+                            f"{row['id']} is not in {args.data}/{level}.jsonl; name its folder "
+                            "with --data")
             kinds = [kind_of(row, questions[row["id"]]) for row in rows]
             plans = [plan_of(row) for row in rows]
             print(f"{folder.name} {level}: {format_shares(kinds, KINDS)}")

@@ -708,14 +708,15 @@ def filter_questions(rate_files, source, lowest, highest):
             num_above += 1
         else:
             kept_rows.append({**row, "pass_rate": rate})
-    # 2. print and write
+    # 2. write and print
     out_path = source.with_name(f"{source.stem}_filtered.jsonl")
+    if kept_rows:
+        tools.write_jsonl(out_path, kept_rows)
     print(f"{out_path}: {len(kept_rows)} questions kept with a pass rate from {lowest} to "
           f"{highest}, left out: {num_below} below, {num_above} above, {num_unrated} without a "
           f"rate; {len(rates)} rates belong to no question")
     check(kept_rows, f"no question of {source} is left: widen --pass_rate_range or evaluate these "
           "questions; nothing written")
-    tools.write_jsonl(out_path, kept_rows)
 
 
 # ---- Scoring HR-Bench ---------------------------------------------------------------------------

@@ -303,7 +303,11 @@ def print_plan(args):
           "eighth of them is sampled")
 
 
-DESCRIPTION = "Calculate what a run of rl.py with these flags needs: memory per GPU, disk, hours."
+DESCRIPTION = (
+    "Calculate what a run of rl.py needs: memory per GPU, disk, hours. Every flag of rl.py is "
+    "accepted, so that its command works here. What counts: --model, --micro_batch_tokens, "
+    "--max_num_seqs, --max_model_len, --shard_optimizer, --gradient_checkpointing, "
+    "--freeze_vision, --keep_checkpoints, --steps, --prompts_per_step, --group_size.")
 
 if __name__ == "__main__":
     tools.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))

@@ -9,7 +9,6 @@ curves, and every trajectory with its numbered zooms, crops and thoughts. Runs c
 NAME.seed1, ... are one experiment. They are shown as one line with its 95% interval over seeds.
 """
 
-import argparse
 import collections
 import importlib.util
 import json
@@ -404,18 +403,19 @@ def draw_correct_trajectory(rows, path):
 
 def parse_args():
     """Return the flags. Raise InputError if the chart cannot be drawn, before anything is read."""
-    parser = argparse.ArgumentParser(description="Tables, a page and pictures of evaluations.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tools.make_parser("Tables, a page and pictures of evaluations.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders written by evaluate.py; NAME.seed0, "
         "NAME.seed1, ... are one experiment")
     add("--data", type=Path, nargs="+", help="their question files, next to which the images are",
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
-    add("--curves", type=Path, nargs="+", default=[], metavar="METRICS",
-        help="metrics.jsonl files of training, for the page")
+    add("--curves", type=Path, nargs="+", default=(), metavar="METRICS",
+        help="metrics.jsonl files of training, for the page (default: none)")
     add("--out", type=Path, default=Path("results/report.html"), help="the page")
-    add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib")
-    add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG")
+    add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib "
+        "(default: not drawn)")
+    add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG "
+        "(default: not drawn)")
     args = parser.parse_args()
     check_chart(args.chart)
     return args
@@ -431,19 +431,19 @@ def main():
                      for file in args.curves)
     levels = compare(tables)
     comparisons = {level: comparison(level, experiments) for level, experiments in levels.items()}
-    # 2. print
-    print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
-    for head, *rows in comparisons.values():
-        print()
-        evaluate.print_rows(head, rows)
-    print_published(tables)
-    # 3. write and draw
+    # 2. write and draw
     runs = read_trajectories(folders, tables, args.data)
     write_page(args.out, levels, comparisons, curves, runs)
     if args.chart:
         draw_accuracy(levels, args.chart)
     if args.picture:
         draw_correct_trajectory(next(iter(runs.values())), args.picture)
+    # 3. print
+    print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
+    for head, *rows in comparisons.values():
+        print()
+        evaluate.print_rows(head, rows)
+    print_published(tables)
 
 
 if __name__ == "__main__":

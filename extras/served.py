@@ -452,15 +452,11 @@ def exemplar_messages(rows, root, client, prompts):
 
 
 class ServedPlayer:
-    """Plays questions with a served model, as evaluate.Engine does with a policy.
+    """Plays questions with a served model, as evaluate.Engine does with a policy. limits:
+    evaluate.Limits."""
 
-    make_rollouts: the function of evaluate.py. limits: evaluate.Limits.
-    """
-
-    def __init__(self, client, make_rollouts, prompts, limits, num_threads, seed=0, judge=None,
-                 greedy=False):
+    def __init__(self, client, prompts, limits, num_threads, seed=0, judge=None, greedy=False):
         self.client = client
-        self.make_rollouts = make_rollouts
         self.prompts = prompts
         self.limits = limits
         self.num_threads = num_threads
@@ -468,8 +464,8 @@ class ServedPlayer:
         self.judge = judge
         self.temperature = 0.0 if greedy else 1.0
 
-    def run(self, rows, num_samples, root, prompt_numbers=None, progress=None):
-        """Play every row num_samples times, as Engine.run does. Return the rollouts.
+    def play_all(self, rollouts):
+        """Play these conversations. Yield each as soon as it has ended, as Engine.play_all does.
 
         A rollout has no turns, no finish_reason and no reward if the server gave no usable reply.
         Raises InputError if an earlier run had to be given up.
@@ -478,15 +474,10 @@ class ServedPlayer:
                     f"({self.client.failures()}); run the same command again, it continues where "
                     "it was")
         # No reward until a conversation was played and scored.
-        rollouts = self.make_rollouts(rows, num_samples, root, prompt_numbers, self.prompts)
         for rollout in rollouts:
             rollout.reward = None
-        for _ in map_in_threads(self.client, self.play, rollouts, self.num_threads):
-            if progress is not None:
-                progress.update()
-        if self.judge is not None:
-            self.judge.wait()
-        return rollouts
+        for rollout, _ in map_in_threads(self.client, self.play, rollouts, self.num_threads):
+            yield rollout
 
     def play(self, rollout):
         """Play one conversation and fill in its rollout."""

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -22,7 +24,7 @@ import build_data
 import tools
 from build_data import COLOURS, LEVELS, POSITIONS, SHAPES
 from extras import crash
-from support.launch import Forked, refused, run_script
+from support.launch import ROOT, Forked, refused, run_script
 
 
 def scenes(count=120):
@@ -684,6 +686,26 @@ def test_workers_end_with_their_parent(tmp_path):
     while any(is_running(pid) for pid in pids):
         assert time.time() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_workers_start_is_one_line(tmp_path, signal_number):
+    """A terminal sends Ctrl-C to all processes, a batch system SIGTERM to the first one. Nothing
+    but the progress and that line is printed, and no process is left."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "build_data.py"), "--train", "3000", "--workers", "2",
+         "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=crash.restore_ctrl_c)
+    crash.wait_until(process, lambda: len(crash.processes(process.pid)) >= 3)
+    pids = crash.processes(process.pid)
+    for pid in pids if signal_number == signal.SIGINT else pids[:1]:
+        os.kill(pid, signal_number)
+    exit_code, stdout, stderr = crash.finish(process, 60)
+    assert (exit_code, stdout) == (130, "")
+    lines = [line for line in stderr.splitlines() if not line.startswith("train   : ")]
+    assert lines == [
+        "build_data.py: interrupted; only the files that are named above are written"]
+    assert not any(is_running(pid) for pid in pids)
 
 
 def is_running(pid):

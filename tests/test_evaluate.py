@@ -1038,45 +1038,51 @@ def test_a_killed_evaluation_continues_where_it_was(trained_folder, world, tmp_p
 
 
 class ScriptedPlayer:
-    """A player whose samples have these scores; rewards[(question, sample)] (default: 1)."""
+    """A player whose samples have these scores; rewards[(question, sample)] (default: 1). played:
+    "1a 1b " are both samples of question 1."""
 
     def __init__(self):
         self.rewards = {}
         self.played = ""
+        self.judge = None
 
-    def run(self, rows, num_samples, root, prompt_numbers, progress):
-        self.played += "".join(row["id"] for row in rows)
-        return [evaluate.Rollout(row=row, sample_number=sample_number,
-                                 reward=self.rewards.get((row["id"], sample_number), 1.0))
-                for row in rows for sample_number in range(num_samples)]
+    def play_all(self, rollouts):
+        for rollout in rollouts:
+            key = (rollout.row["id"], rollout.sample_number)
+            self.played += f"{key[0]}{'ab'[key[1]]} "
+            rollout.reward = self.rewards.get(key, 1.0)
+            yield rollout
 
 
 @pytest.fixture
 def play_again(tmp_path):
     """play_again(player, level=, settings=, questions=) -> the questions that were played."""
-    def play_again(player, level="a", settings="x", questions="123"):
-        args = argparse.Namespace(out=tmp_path, num_samples=2, max_num_seqs=1, model="m",
+    def play_again(player, level="a", settings="x", questions="123", max_num_seqs=1):
+        args = argparse.Namespace(out=tmp_path, num_samples=2, max_num_seqs=max_num_seqs, model="m",
                                   settings=settings)
         rows = [{"id": question_id} for question_id in questions]
         path = Path(f"{level}.jsonl")
         digest = evaluate.run_digest(level, rows, args, {})
         player.played = ""
         process = argparse.Namespace(rank=0, world_size=1)
-        results = evaluate.play_level(player, path, rows, digest, args, process)
+        results = evaluate.play_level(player, path, rows, digest, args, process, tools.PROMPTS)
         assert ([(row["id"], row["sample"]) for row in results]
                 == [(question_id, sample) for question_id in questions for sample in range(2)])
         return player.played
     return play_again
 
 
-def test_only_questions_without_a_score_are_played_again(play_again, tmp_path):
+EVERYTHING = "1a 1b 2a 2b 3a 3b "
+
+
+def test_only_samples_without_a_score_are_played_again(play_again, tmp_path):
     """What other processes have left counts, whatever their number."""
     player = ScriptedPlayer()
     player.rewards = {("1", 1): 0.0, ("2", 1): None}
-    assert play_again(player) == "123"
-    assert play_again(player) == "2"
+    assert play_again(player) == EVERYTHING
+    assert play_again(player) == "2b "
     player.rewards = {}
-    assert play_again(player) == "2"
+    assert play_again(player) == "2b "
     assert play_again(player) == ""
     for path in tmp_path.glob("partial.*.0.jsonl"):
         path.rename(path.with_name(path.name.replace(".0.", ".7.")))
@@ -1085,24 +1091,47 @@ def test_only_questions_without_a_score_are_played_again(play_again, tmp_path):
 
 def test_other_settings_questions_or_levels_start_over(play_again):
     player = ScriptedPlayer()
-    assert play_again(player) == "123"
-    assert play_again(player, level="b") == "123"
-    assert play_again(player, settings="y") == "123"
-    assert play_again(player, questions="12") == "12"
+    assert play_again(player) == EVERYTHING
+    assert play_again(player, level="b") == EVERYTHING
+    assert play_again(player, settings="y") == EVERYTHING
+    assert play_again(player, questions="12") == "1a 1b 2a 2b "
 
 
-def test_a_sample_keeps_the_score_that_it_had(play_again, tmp_path):
-    """The second sample of question 2 is lost. Its question is played again, and this time the
-    first sample has no score: the earlier one stays, and nothing is left to play."""
-    player = ScriptedPlayer()
-    assert play_again(player) == "123"
+def test_every_conversation_is_saved_as_it_ends(play_again, tmp_path):
+    """The fourth conversation of a block of six is interrupted: three are in the file, and the
+    other three are played by the next run."""
+    class Interrupted(ScriptedPlayer):
+        def play_all(self, rollouts):
+            for number, rollout in enumerate(super().play_all(rollouts)):
+                if number == 3:
+                    raise KeyboardInterrupt
+                yield rollout
+
+    with pytest.raises(KeyboardInterrupt):
+        play_again(Interrupted(), max_num_seqs=64)
     [path] = tmp_path.glob("partial.*")
-    lines = [line for line in path.read_text().splitlines(keepends=True)
-             if (json.loads(line)["id"], json.loads(line)["sample"]) != ("2", 1)]
-    path.write_text("".join(lines))
-    player.rewards = {("2", 0): None}
-    assert play_again(player) == "2"
-    assert play_again(player) == ""
+    assert [(row["id"], row["sample"]) for row in tools.read_jsonl(path)] == [
+        ("1", 0), ("1", 1), ("2", 0)]
+    assert play_again(ScriptedPlayer(), max_num_seqs=64) == "2b 3a 3b "
+
+
+def test_what_waits_for_the_judge_is_saved_with_its_verdict(play_again, tmp_path):
+    """Never without a score: it would be played again."""
+    class Judged(ScriptedPlayer):
+        def play_all(self, rollouts):
+            self.judge = self
+            self.waiting = rollouts[1]
+            for rollout in super().play_all(rollouts):
+                rollout.reward = None if rollout is self.waiting else rollout.reward
+                yield rollout
+
+        def wait(self):
+            self.waiting.reward = 0.5
+
+    play_again(Judged(), questions="1")
+    [path] = tmp_path.glob("partial.*")
+    rewards = {row["sample"]: row["reward"] for row in tools.read_jsonl(path)}
+    assert rewards == {0: 1.0, 1: 0.5}
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1110,7 +1139,14 @@ def test_a_sample_keeps_the_score_that_it_had(play_again, tmp_path):
     (["--data", "q/mean.jsonl"], "mean"),
     (["--data", "q/easy.jsonl", "--out", "q"], "would overwrite"),
     (["--limit", -1], "--limit -1"), (["--seed", -1], "--seed"), (["--budgets", 0, 2], "--budgets"),
-    (["--max_pixels", 0], "--max_pixels")], ids=str)
+    (["--max_pixels", 0], "--max_pixels"),
+    (["--greedy"], "--greedy plays every sample of a question alike: add --num_samples 1"),
+    (["--max_images", 1], "--max_images 1 allows no zoom"),
+    (["--max_new_tokens", 100000], "--max_new_tokens 100000 leaves no room for a question in "
+     "--max_model_len 4096: lower the first or raise the second"),
+    (["--model_name", "x"], "--model_name cannot be used unless --model is the URL of a server"),
+    (["--model", "http://h/v1", "--dtype", "float32"], "--dtype cannot be used with a server"),
+], ids=str)
 def test_a_bad_flag_of_evaluate_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=words):

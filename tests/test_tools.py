@@ -7,11 +7,15 @@ writes raises.
 
 import argparse
 import errno
+import importlib
 import json
 import math
 import os
 import random
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +81,37 @@ def test_a_flag_out_of_its_range_is_named(flags, message):
         tools.check_number_flags(number_flags(**flags), may_be_zero=["weight_decay"])
 
 
+class Parsed(Exception):
+    """Holds the parser of a script, when it is about to read the command line."""
+
+
+@pytest.mark.parametrize("script", [
+    "build_data", "collect_coldstart", "sft", "rl", "evaluate", "course.assignments",
+    "extras.benchmark", "extras.crash", "extras.experiments", "extras.failures", "extras.plan",
+    "extras.report"])
+def test_help_describes_every_flag_with_its_default(monkeypatch, script):
+    """A flag without a value by default says in words what it does then."""
+    def stop(parser):
+        raise Parsed(parser)
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", stop)
+    module = importlib.import_module(script)
+    with pytest.raises(Parsed) as parsed:
+        if script == "extras.plan":
+            module.rl.parse_args(module.DESCRIPTION)
+        module.main()
+    [parser] = parsed.value.args
+    for action in parser._actions:
+        text = parser._get_formatter()._expand_help(action)
+        assert len(text) > 3 and "%" not in text.replace("in %", ""), action.dest
+        assert not re.search(r"None|\[\]|\(\)|Path\(|False", text), text
+        has_value = action.nargs != 0 and action.option_strings
+        if has_value and not action.required:
+            assert text.count("(default") == 1, text
+        if isinstance(action.default, (str, int, float, Path)) and has_value:
+            assert f"(default: {action.default})" in text
+
+
 def end_of_run(monkeypatch, error):
     """Return what a stage that fails with this error gives to sys.exit."""
     def main():
@@ -93,7 +128,9 @@ def end_of_run(monkeypatch, error):
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (while writing); "
      "earlier files are untouched: free the disk or change --out and run again"),
     (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied (out/x)"),
-], ids=["a user's mistake", "disk full", "no permission"])
+    (FileExistsError(errno.EEXIST, "File exists", "out"), "File exists (out); a file is where a "
+     "folder is needed: change --out"),
+], ids=["a user's mistake", "disk full", "no permission", "a file as folder"])
 def test_what_a_user_can_cause_is_one_line(monkeypatch, error, message):
     assert end_of_run(monkeypatch, error) == f"rl.py: error: {message}"
 
@@ -120,16 +157,48 @@ def test_only_the_end_of_another_process_is_told_as_such(monkeypatch):
         end_of_run(monkeypatch, RuntimeError(wrong_call))
 
 
-def test_ctrl_c_ends_at_once_with_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("rank, interrupt, line", [
+    (0, KeyboardInterrupt(), "rl.py: interrupted; nothing new was saved\n"),
+    (0, KeyboardInterrupt("step 7 is saved"), "rl.py: interrupted; step 7 is saved\n"),
+    (1, KeyboardInterrupt("step 7 is saved"), "")],
+    ids=["nothing", "something", "another rank"])
+def test_ctrl_c_ends_at_once_with_one_line(monkeypatch, capsys, rank, interrupt, line):
     def main():
-        raise KeyboardInterrupt
+        raise interrupt
 
     exit_codes = []
     monkeypatch.setattr(sys, "argv", ["rl.py"])
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(os, "_exit", exit_codes.append)
     tools.run(main)
     assert exit_codes == [130]
-    assert capsys.readouterr().err == "rl.py: interrupted; what was saved is kept\n"
+    assert capsys.readouterr().err == line
+
+
+PRINTS = """
+import sys, tools
+def main():
+    print("\u4e2d", flush=True)
+    print("bar", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").write("computed")
+tools.run(main)
+"""
+
+
+@pytest.mark.parametrize("redirect, exit_code, stderr", [
+    ("| head -c 0", 0, "bar\n"), ("2>&1 | head -c 0", 0, ""),
+    (">&-", 0, "bar\n"), ("2>&-", 0, ""), ("<&- >&- 2>&-", 0, ""),
+    (">/dev/full", 1, "bar\n-c: error: what was printed is lost (No space left on device); the "
+     "files are written\n"), ("2>/dev/full", 0, ""),
+], ids=str)
+def test_output_that_cannot_be_printed_costs_nothing_else(tmp_path, redirect, exit_code, stderr):
+    command = f'set -o pipefail; "$0" -c "$1" "$2" {redirect}'
+    result = subprocess.run(["bash", "-c", command, sys.executable, PRINTS, tmp_path / "out"],
+                            cwd=Path(tools.__file__).parent, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (exit_code, stderr)
+    assert result.stdout.split("\n")[0] in ("\\u4e2d", "")
+    assert (tmp_path / "out").read_text() == "computed"
 
 
 def test_only_rank_0_prints_how_long_a_stage_took(monkeypatch, capsys):

@@ -419,7 +419,7 @@ def test_ctrl_c_ends_a_served_collection_at_once(world, prompts, questions, tmp_
         crash.wait_until(process, lambda: len(server.requests) >= 6)
         process.send_signal(signal.SIGINT)
         exit_code, _, stderr = crash.finish(process, 20)
-        assert exit_code == 130 and "interrupted; what was saved is kept" in stderr
+        assert exit_code == 130 and "trajectories are saved; run the same command" in stderr
         assert "Traceback" not in stderr
         gate.release(100)
         time.sleep(0.3)
