@@ -344,7 +344,7 @@ def collect(rows, args, prompts, served_teacher=None):
     reply of a served teacher has no trajectory. Another run of the same command tries it again."""
     # 1. Take over what an interrupted run of the same collection has finished. Other questions or
     #    settings have a journal of another name.
-    settings = [rows, prompts, args.max_turns, args.seed, args.teacher]
+    settings = [rows, prompts, args.max_turns, args.seed]
     if served_teacher is not None:
         settings += served_teacher.settings
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
@@ -359,9 +359,13 @@ def collect(rows, args, prompts, served_teacher=None):
         new_trajectories = map_in_processes(solve_job, jobs, args.workers, "collect", num_finished)
     else:
         new_trajectories = served_teacher.solve_all(jobs, num_finished)
-    for trajectory in new_trajectories:
-        trajectory_of[trajectory["id"]] = trajectory
-        journal.add(trajectory)
+    try:
+        for trajectory in new_trajectories:
+            trajectory_of[trajectory["id"]] = trajectory
+            journal.add(trajectory)
+    finally:
+        if not trajectory_of:   # an error came before the first of them
+            journal.path.unlink()
     # 3. Write the correct ones. If there are none, the old file stays.
     trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
     correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]
@@ -425,6 +429,9 @@ def parse_args():
     tools.check_number_flags(args, may_be_zero=("seed",))
     tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must "
                 f"be in the folder of --data ({args.data.parent}), where the images are")
+    for name in ("teacher_model", "exemplars"):
+        tools.check(args.teacher != "scripted" or getattr(args, name) is None,
+                    f"--{name} is of a served teacher: it needs --teacher URL")
     tools.check(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "
                 "questions in --data; choose another name")
     return args

@@ -986,7 +986,7 @@ def summarise_level(level, rows, budgets):
     reasons, and the score per category at the largest budget, where questions have a category."""
     scored = scored_rows(rows)
     tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
-                "replies; see that it answers and run the same command again")
+                "replies, for the reasons above; mend them and run the same command again")
     # 1. Scores.
     accuracy = {}
     standard_error = {}
@@ -1076,11 +1076,15 @@ def journal_path(args, digest, rank):
 def run_digest(level, rows, args, prompts):
     """Return a name for all that the samples of a level depend on. A run of other settings,
     questions or weights does not take over samples that an interrupted one has left."""
-    no_influence = ("data", "max_num_seqs", "num_speculative_tokens", "out")
+    no_influence = ["data", "max_num_seqs", "num_speculative_tokens", "out"]
+    # A served model is known by its name: the server may move to another address.
+    if is_served(args):
+        no_influence.append("model")
     settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
     weights = Path(args.model) / "model.safetensors"
     if weights.exists():
         settings["weights"] = weights.stat().st_mtime
+    settings["judge"] = bool(args.judge)
     text = json.dumps([level, rows, settings, prompts])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -1147,10 +1151,12 @@ def add_judge_flags(parser):
 
 def make_judge(args, rank):
     """Return the judge that --judge names, or None."""
+    tools.check(args.judge or not args.judge_model, "--judge_model needs --judge URL")
     if not args.judge:
         return None
     from extras.served import ChatClient, Judge
     client = ChatClient(args.judge, args.judge_model, "judge", timeout=60.0)
+    args.judge_model = client.check_server()
     return Judge(client, args.out, rank)
 
 
@@ -1167,7 +1173,7 @@ def make_engine(policy, args, max_turns, judge, greedy=False):
 
 def is_served(args):
     """Return whether --model is the URL of a server."""
-    return args.model.startswith(("http://", "https://"))
+    return "://" in args.model
 
 
 def make_player(args, prompts, process):
@@ -1178,6 +1184,7 @@ def make_player(args, prompts, process):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
+        args.model_name = client.check_server()
         # make_rollouts is handed over, since extras must not import this file, which is running.
         return ServedPlayer(client, make_rollouts, prompts, make_limits(args, max_turns),
                             args.max_num_seqs, seed=args.seed, judge=judge, greedy=args.greedy)
@@ -1242,6 +1249,8 @@ def parse_args():
     if args.out is None:
         name = (args.model_name or "served") if is_served(args) else Path(args.model).name
         args.out = Path("results") / name
+    tools.check(is_served(args) or not args.model_name, "--model_name is the name of a model on a "
+                "server: it needs --model URL")
     check_level_names(args)
     return args
 
@@ -1275,13 +1284,13 @@ def main():
         level = question_file.stem
         digests[level] = run_digest(level, rows, args, prompts)
         levels[level] = play_level(engine, question_file, rows, digests[level], args, process)
-    # 3. Score them.
-    if process.rank == 0:
-        write_results(levels, engine, args)
+    # 3. Score them, after what servers say about samples without a score.
     if is_served(args):
         engine.report_cost(process.device, process.rank)
     if engine.judge is not None:
         engine.judge.report_cost(process.device, process.rank)
+    if process.rank == 0:
+        write_results(levels, engine, args)
     # 4. The table is written: only samples without a score are worth another run.
     sft.barrier()
     if process.rank == 0:
