@@ -344,7 +344,7 @@ def collect(rows, args, prompts, served_teacher=None):
     reply of a served teacher has no trajectory. Another run of the same command tries it again."""
     # 1. Take over what an interrupted run of the same collection has finished. Other questions or
     #    settings have a journal of another name.
-    settings = [rows, prompts, args.max_turns, args.seed, args.teacher]
+    settings = [rows, prompts, args.max_turns, args.seed]
     if served_teacher is not None:
         settings += served_teacher.settings
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
@@ -366,6 +366,9 @@ def collect(rows, args, prompts, served_teacher=None):
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(trajectory_of)} of {len(rows)} trajectories are saved; run "
                                 "the same command again to continue") from None
+    finally:
+        if not trajectory_of:   # an error came before the first of them
+            journal.path.unlink()
     # 3. Write the correct ones. If there are none, the old file stays.
     trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
     correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]

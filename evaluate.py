@@ -1001,7 +1001,7 @@ def summarise_level(level, rows, budgets):
     reasons, and the score per category at the largest budget, where questions have a category."""
     scored = scored_rows(rows)
     tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
-                "replies; see that it answers and run the same command again")
+                "replies, for the reasons above; mend them and run the same command again")
     # 1. Scores.
     accuracy = {}
     standard_error = {}
@@ -1088,11 +1088,22 @@ def journal_path(args, digest, rank):
     return args.out / f"partial.{digest}.{rank}.jsonl"
 
 
+def result_settings(args):
+    """Return the flags that results depend on, as {name: text}. Served models are known by their
+    name: a server may move to another address, and a URL may hold a password."""
+    no_influence = ["max_num_seqs", "num_speculative_tokens", "out", "judge"]
+    if is_served(args):
+        no_influence.append("model")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
+    settings["has_judge"] = str(bool(args.judge))
+    return settings
+
+
 def run_digest(level, rows, args, prompts):
     """Return a name for all that the samples of a level depend on. A run of other settings,
     questions or weights does not take over samples that an interrupted one has left."""
-    no_influence = ("data", "max_num_seqs", "num_speculative_tokens", "out")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
+    settings = result_settings(args)
+    del settings["data"]    # the level's own rows count
     files = model_folder.fingerprint(args.model)
     text = json.dumps([level, rows, settings, prompts, files])
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -1194,10 +1205,12 @@ def add_judge_flags(parser):
 
 def make_judge(args, rank):
     """Return the judge that --judge names, or None."""
+    tools.check(args.judge or not args.judge_model, "--judge_model needs --judge URL")
     if not args.judge:
         return None
     from extras.served import ChatClient, Judge
     client = ChatClient(args.judge, args.judge_model, "judge", timeout=60.0)
+    args.judge_model = client.check_server()
     return Judge(client, args.out, rank)
 
 
@@ -1214,7 +1227,7 @@ def make_engine(policy, args, max_turns, judge, greedy=False):
 
 def is_served(args):
     """Return whether --model is the URL of a server."""
-    return args.model.startswith(("http://", "https://"))
+    return "://" in args.model
 
 
 def make_player(args, prompts, process):
@@ -1225,6 +1238,7 @@ def make_player(args, prompts, process):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
+        args.model_name = client.check_server()
         return ServedPlayer(client, prompts, make_limits(args, max_turns), args.max_num_seqs,
                             seed=args.seed, judge=judge, greedy=args.greedy)
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
@@ -1257,8 +1271,7 @@ def write_results(levels, engine, args):
 def set_aside(levels, args):
     """Write settings.json: what the results in --out depend on. If results of other settings lie
     there (another model, fewer questions), move them to --out/old_results/1, 2, ... first."""
-    no_influence = ("out", "max_num_seqs", "num_speculative_tokens")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
+    settings = result_settings(args)
     settings["conversations"] = {level: len(rows) for level, rows in levels.items()}
     old_table = read_json(args.out / "table.json")
     if old_table and read_json(args.out / "settings.json") != settings:
@@ -1334,6 +1347,8 @@ def parse_args():
     if args.out is None:
         name = (args.model_name or "served") if is_served(args) else Path(args.model).name
         args.out = Path("results") / name
+    tools.check(is_served(args) or not args.model_name, "--model_name is the name of a model on a "
+                "server: it needs --model URL")
     check_level_names(args)
     return args
 
@@ -1375,13 +1390,13 @@ def main():
         raise KeyboardInterrupt(f"{count_saved(args, digests)} of {num_all} conversations are "
                                 f"saved in {args.out}; run the same command again to continue"
                                 ) from None
-    # 3. Score them.
-    if process.rank == 0:
-        write_results(levels, engine, args)
+    # 3. Score them, after what servers say about samples without a score.
     if is_served(args):
         engine.report_cost(process.device, process.rank)
     if engine.judge is not None:
         engine.judge.report_cost(process.device, process.rank)
+    if process.rank == 0:
+        write_results(levels, engine, args)
     # 4. The table is written: only samples without a score are worth another run.
     sft.barrier()
     if process.rank == 0:

@@ -622,7 +622,7 @@ def read_history(out):
     return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
 
 
-def train(policy, questions, args, process):
+def train(policy, questions, args, process, judge=None):
     """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
     in --out is the best one that was evaluated, or the last one if none was."""
     # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
@@ -634,7 +634,6 @@ def train(policy, questions, args, process):
     if run.first_step > 0:
         best_accuracy, unfinished_accuracy = read_history(args.out)
     # 2. Two engines: validation has a larger turn budget, and so has training with "outcome".
-    judge = evaluate.make_judge(args, process.rank)
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
     training_engine = evaluate.make_engine(policy, args, training_turns, judge)
     validation_engine = evaluate.make_engine(policy, args, args.eval_turns, judge)
@@ -830,13 +829,14 @@ def main():
                 f"{process.world_size}")
     questions = load_questions(args)
     prompts = tools.load_prompts(args.prompts)
+    judge = evaluate.make_judge(args, process.rank)
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
     if process.rank == 0:
         print(f"{len(questions.training)} questions to train on, {len(questions.held_out)} held "
               f"out; {process.world_size} process(es) on {process.device.type}", flush=True)
-    train(policy, questions, args, process)
+    train(policy, questions, args, process, judge)
     sft.close_distributed()
 
 

@@ -76,13 +76,45 @@ def ask(answers, attempts=4, timeout=5.0, **more):
     (200, {}, b'{"choices": [{"message": {"content": 5}}]}'),
     (200, {}, b'{"choices": [{"message": {"content": null}}]}'),
     (200, {"content-length": "500"}, b'{"choices"'), (200, {}, b"\xff\xfe"),
-    (200, {"content-encoding": "gzip"}, b"no gzip"), (200, {}, b"[" * 200_000)])
+    (200, {"content-encoding": "gzip"}, b"no gzip"), (200, {}, b"[" * 200_000), (200, {}, b""),
+    (200, {}, b'{"choices": [{"message": {"content": []}}]}'), (200, {}, b'{"choices": ["hi"]}'),
+    *[(200, {}, json.dumps({"choices": [{"message": {"content": "<answer>7</answer>"},
+                                         "finish_reason": reason}]}).encode())
+      for reason in ("abort", "content_filter", "error", "tool_calls", "cancelled", 5)]])
 def test_a_request_is_sent_again_until_it_is_answered(bad):
     reply, requests, client = ask([bad, bad, "hi"])
     assert reply == ("hi", False) and len(requests) == 3 and client.used["retries"] == 2
     error, requests, _ = ask([bad] * 4)
     assert isinstance(error, served.ServerError) and len(requests) == 4
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"error": {"message": "insufficient credits"}}, "no chat completion: insufficient credits"),
+    ({"error": {"message": "slow down", "code": 429}}, "HTTP 429: slow down"),
+    ({"error": "still loading"}, "no chat completion: still loading"),
+    ({"choices": None, "error": {"message": "died"}}, "no chat completion: died"),
+    ({"detail": [{"msg": "not ready"}]}, "no chat completion: not ready"),
+    ({"choices": [{"message": {"content": ""}, "finish_reason": "error",
+                   "error": {"message": "overloaded"}}]}, "'error' overloaded"),
+    ({"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]},
+     "broken off, finish_reason 'content_filter'"),
+    ({"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}, "I cannot"),
+    ("<html><title>Sign in</title></html>", "no chat completion: Sign in")])
+def test_an_error_without_an_error_status_is_told_in_its_own_words(body, words, capsys):
+    content = body if isinstance(body, str) else json.dumps(body)
+    error, _, client = ask([(200, {}, content.encode())] * 2, attempts=2)
+    assert isinstance(error, served.ServerError) and words in str(error)
+    # the first retry of all says why
+    assert capsys.readouterr().err.count(words) == 1
+
+
+@pytest.mark.parametrize("reason, is_cut", [
+    (None, False), ("STOP", False), ("end_turn", False), ("eos_token", False), ("length", True),
+    ("MAX_TOKENS", True), ("model_context_window_exceeded", True)])
+def test_servers_have_other_words_for_a_reply_that_ended(reason, is_cut):
+    reply, _, _ = ask([completion(message={"content": "x"}, finish_reason=reason)])
+    assert reply == ("x", is_cut)
 
 
 def test_a_server_that_does_not_answer_in_time_is_asked_again():
@@ -114,13 +146,169 @@ def test_a_server_may_ask_for_a_longer_pause():
     (404, b"The model `m` does not exist", tools.InputError, "does not exist"),
     (400, b"bad picture", served.ServerError, "bad picture"),
     (413, b"", served.ServerError, "413"),
-    (400, b"This model's maximum context length is 4096 tokens", served.ContextFull, "context")])
+    (400, b"This model's maximum context length is 4096 tokens", served.ContextFull, "context"),
+    (500, b"Context size has been exceeded.", served.ContextFull, "exceeded"),
+    (403, b"no", tools.InputError, "--teacher_model ('m')"),
+    (307, b"", served.ServerError, "HTTP 307")])
 def test_a_refusal_is_not_repeated(monkeypatch, status, body, kind, words):
     monkeypatch.setenv("TEACHER_API_KEY", "sk-secret-key")
     error, requests, _ = ask([(status, {}, body)])
     assert type(error) is kind and len(requests) == 1 and words in str(error)
     assert "secret" not in str(error)
     assert requests[0][1]["authorization"] == "Bearer sk-secret-key"
+
+
+def refusal(message, **fields):
+    """Return HTTP 400 as OpenAI sends it."""
+    return 400, {}, json.dumps({"error": {"message": message, **fields}}).encode()
+
+
+@pytest.mark.parametrize("message", [
+    "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens",
+    "'max_tokens' is too large: 1024. This model's maximum context length is 4096 tokens and your "
+    "request has 4000 input tokens (1024 > 4096 - 4000).",
+    "max_tokens must be at least 1, got -123.",
+    "The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+    "The engine prompt length 13246 exceeds the max_model_len 8192. Please reduce prompt.",
+    "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000",
+    "Input validation error: `inputs` must have less than 4095 tokens. Given: 5000",
+    "InternalError.Algo.InvalidParameter: Range of input length should be [1, 98304]",
+    "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+    "prompt is too long: 205000 tokens > 200000 maximum",
+    "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000",
+    "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+    "Input length (5000 tokens) exceeds the maximum allowed length (4096 tokens).",
+    "request (5000 tokens) exceeds the available context size (4096 tokens)",
+    "Prompt contains 40000 tokens and 0 draft tokens, too large for the model",
+    "Input is too long for requested model.", "Prompt exceeds max length",
+    "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 5000",
+    "Your request exceeded model token limit: 8192 (requested: 9000)",
+    "Your input exceeds the context window of this model. Please adjust your input and try again.",
+    "Please reduce the length of the messages or completion.",
+    "litellm.BadRequestError: " + 300 * "x" + " prompt is too long"])
+def test_a_conversation_that_is_too_long_in_the_words_of_other_servers(message):
+    error, requests, _ = ask([refusal(message)])
+    assert isinstance(error, served.ContextFull) and len(requests) == 1
+    assert len(str(error)) <= 200
+
+
+@pytest.mark.parametrize("message", [
+    "max_tokens must be <= 64", "Range of max_tokens should be [1, 8192]",
+    "max_tokens is too large: 100000. This model supports at most 16384 completion tokens",
+    "Input validation error: `max_new_tokens` must be <= 1024. Given: 2048",
+    "Rate limit reached: input tokens per minute exceeded, Limit 6000, Requested 8000",
+    "Image exceeds the maximum allowed size of 20 MB", "url too long",
+    "At most 1 image(s) may be provided in one request.",
+    "input image side is longer than 8000 px", "Your prompt was flagged"])
+def test_other_limits_are_no_full_context(message):
+    error, requests, _ = ask([refusal(message)])
+    assert type(error) is served.ServerError and message[:60] in str(error)
+    assert len(requests) == 1
+
+
+def test_the_code_of_an_error_may_say_that_the_context_is_full():
+    error, _, _ = ask([refusal("Bad request", code="context_length_exceeded")])
+    assert isinstance(error, served.ContextFull)
+
+
+@pytest.mark.parametrize("answer, sent", [
+    (refusal("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+             "'max_completion_tokens' instead.", param="max_tokens"),
+     {"max_completion_tokens": 16, "temperature": 0.0, "seed": 3}),
+    (refusal("Unsupported value: 'temperature' does not support 0.0 with this model.",
+             param="temperature"), {"max_tokens": 16, "seed": 3}),
+    (refusal("THE REASON: temperature 0 is not supported"), {"max_tokens": 16, "seed": 3}),
+    (refusal("`temperature` must be strictly positive"), {"max_tokens": 16, "seed": 3}),
+    (refusal("Unrecognized request argument supplied: seed"),
+     {"max_tokens": 16, "temperature": 0.0}),
+    ((422, {}, b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], '
+               b'"msg": "Extra inputs are not permitted", "input": 3}]}'),
+     {"max_tokens": 16, "temperature": 0.0})])
+def test_a_parameter_that_a_server_refuses_is_left_out_from_then_on(answer, sent, capsys):
+    """It is asked once more at once, and told once."""
+    answers = iter([answer, "hi", "again"])
+    with ChatServer(lambda body: next(answers)) as server:
+        client = served.ChatClient(server.url, "m", pause=9.0)
+        assert client.reply(HELLO, 16, 0.0, 3) == ("hi", False)
+        assert client.reply(HELLO, 16, 0.0, 3) == ("again", False)
+        assert client.used["retries"] == 0
+        for _, _, body in server.requests[1:]:
+            assert body == {"model": "m", "messages": HELLO, **sent}
+    assert capsys.readouterr().err.count("the server refuses") == 1
+
+
+def test_all_parameters_may_be_refused_but_not_for_ever():
+    def behave(body):
+        for name in ("max_tokens", "max_completion_tokens", "temperature", "seed"):
+            if name in body:
+                return refusal(f"'{name}' is not supported")
+        return refusal("'seed' is not supported")
+
+    with ChatServer(behave) as server:
+        with pytest.raises(served.ServerError, match="'seed' is not supported"):
+            served.ChatClient(server.url).reply(HELLO, 16, 0.0, 3)
+        assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("message", [
+    "max_tokens must be <= 64", "What is the temperature there? is no question for me",
+    "unknown model"])
+def test_a_refusal_of_something_else_leaves_all_parameters(message):
+    _, requests, client = ask([refusal(message)])
+    assert len(requests) == 1 and set(client.sent_as) == set(client.sent_as.values())
+
+
+# ---- ChatClient: the server's presence ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", [NOBODY, "http://no-such-host.invalid/v1"])
+def test_a_server_that_is_not_there_is_noticed_at_the_start(url):
+    start = time.time()
+    with pytest.raises(tools.InputError, match="judge: no connection to http://n?[0-9o].*URL"):
+        served.ChatClient(url, role="judge").check_server()
+    assert time.time() - start < 5
+
+
+def test_the_name_of_the_only_model_is_taken():
+    for models, given, name in [(None, None, "default"), (["a"], None, "a"), (["a"], "b", "b"),
+                                (["a", "c"], None, "default")]:
+        with ChatServer(lambda body: "hi", models) as server:
+            assert served.ChatClient(server.url, given).check_server() == name
+
+
+@pytest.mark.parametrize("behave", [lambda body: time.sleep(0.5), lambda body: "drop"])
+def test_a_server_that_hangs_or_dies_is_not_asked_for_long(monkeypatch, behave):
+    """One request finds out. The others in a row, and further ones, are not sent."""
+    monkeypatch.setattr(served, "HANG_SECONDS", 0.15)
+    with ChatServer(behave) as server:
+        client = served.ChatClient(server.url, pause=0.01, timeout=0.2)
+        monkeypatch.setattr(client, "url", server.url)
+        if behave(None) == "drop":
+            server.server_close()
+        results = list(served.map_in_threads(client, lambda job: client.reply(HELLO, 9),
+                                             range(30), 4))
+    assert len(results) < 8 and client.stopped.is_set()
+    assert all(result is None for _, result in results)
+
+
+def test_the_first_request_goes_alone():
+    gate = threading.Event()
+
+    def behave(body):
+        gate.wait(5.0)
+        return "hi"
+
+    with ChatServer(behave) as server:
+        client = served.ChatClient(server.url)
+        threads = [threading.Thread(target=client.reply, args=(HELLO, 9)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert len(server.requests) == 1
+        gate.set()
+        for thread in threads:
+            thread.join()
+        assert len(server.requests) == 3
 
 
 # ---- ChatClient: the URL and the key ------------------------------------------------------------
@@ -140,8 +328,9 @@ def test_without_a_key_no_other_token_is_sent(monkeypatch):
                                  "http://[::1/v1", "http://localhost:abc/v1",
                                  "http://lo\x01cal/v1", "HTTP://localhost/v1"])
 def test_a_url_that_is_none_is_one_line(url):
-    with pytest.raises(tools.InputError, match="must be a URL .* TEACHER_API_KEY"):
+    with pytest.raises(tools.InputError, match="must be a URL .* TEACHER_API_KEY") as error:
         served.ChatClient(url, role="teacher")
+    assert "key@" not in str(error.value) and "key=1" not in str(error.value)
 
 
 def test_a_broken_key_is_refused_without_showing_it(monkeypatch):
@@ -168,6 +357,31 @@ def test_a_thought_that_the_server_keeps_apart_is_put_back(field):
 def test_a_thought_may_be_all_there_is():
     reply, _, _ = ask([completion(message={"content": None, "reasoning": "Hm."})])
     assert reply == ("<think>Hm.</think>", False)
+
+
+@pytest.mark.parametrize("content", [None, "", " \n"])
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("role, thought", [
+    ("teacher", "I see it. <answer>7</answer>"), ("model", "There. " + ZOOM),
+    ("judge", '{"same": true}')])
+def test_a_whole_reply_may_come_as_a_thought(capsys, content, field, role, thought):
+    """The server's reasoning parser does not fit the model. A thought that was cut is a thought."""
+    message = {"content": content, field: thought}
+    for finish_reason, reply in [("stop", (thought, False)),
+                                 ("length", (f"<think>{thought}</think>{content or ''}", True))]:
+        with ChatServer(lambda body: completion(message=message,
+                                                finish_reason=finish_reason)) as server:
+            client = served.ChatClient(server.url, role=role)
+            assert client.reply(HELLO, 9) == client.reply(HELLO, 9) == reply
+        told = capsys.readouterr().err
+        assert told.count("reasoning parser") == (1 if finish_reason == "stop" else 0)
+
+
+def test_a_message_may_come_in_parts():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+             {"type": "text", "text": "<answer>"}, {"type": "text", "text": "7</answer>"}]
+    assert ask([completion(message={"content": parts})])[0] == (
+        "<think>Hm.</think><answer>7</answer>", False)
 
 
 def test_half_a_character_does_no_harm():
@@ -217,6 +431,20 @@ def test_after_many_failures_in_a_row_nothing_more_is_sent(monkeypatch):
     assert results[:2] == [(0, 0), (1, 1)] and len(results) == 5 and client.stopped.is_set()
     with pytest.raises(served.ServerError, match="stopped"):
         client.reply(HELLO, 1)
+
+
+def test_failures_in_a_row_are_counted_over_several_calls(monkeypatch):
+    """evaluate.py plays a few conversations a call."""
+    monkeypatch.setattr(served, "GIVE_UP", 5)
+
+    def fail(job):
+        raise served.ServerError("HTTP 400")
+
+    client = served.ChatClient(NOBODY)
+    num_jobs = []
+    for _ in range(3):
+        num_jobs.append(len(list(served.map_in_threads(client, fail, range(2), 1))))
+    assert num_jobs == [2, 2, 1] and client.stopped.is_set()
 
 
 def test_any_other_error_in_a_thread_ends_the_run():
@@ -274,7 +502,12 @@ def test_a_conversation_is_played_through_the_tool(cut):
     (["<think>no call"], "void", 1),
     ([completion(message={"content": "too lo"}, finish_reason="length")], "void", 1),
     ([ZOOM] * 4, "over_turn", 4),
-    ([ZOOM, (400, {}, b"maximum context length")], "over_context", 1)])
+    ([ZOOM, (400, {}, b"maximum context length")], "over_context", 1),
+    ([ZOOM, refusal("Range of input length should be [1, 30720]")], "over_context", 1),
+    ([completion(message={"content": None, "reasoning": "<answer>7</answer>"},
+                 finish_reason="stop")], "answer", 1),
+    ([completion(message={"content": None, "reasoning": "Is it <answer>7</answer>"},
+                 finish_reason="length")], "void", 1)])
 def test_how_a_served_conversation_ends(answers, finish_reason, num_turns):
     answers = iter(answers)
     with ChatServer(lambda body: next(answers)) as server:

@@ -17,12 +17,13 @@ class ChatServer(ThreadingHTTPServer):
 
     behave(body) says how it answers a request: a text is sent as a proper completion, a tuple
     (status, headers, bytes) is sent as it is, and "drop" closes the connection. requests collects
-    (path, headers, body) of every request.
+    (path, headers, body) of every request. models: names that GET /models lists (None: refused).
     """
 
-    def __init__(self, behave):
+    def __init__(self, behave, models=None):
         super().__init__(("127.0.0.1", 0), ChatHandler)
         self.behave = behave
+        self.models = models
         self.requests = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -54,7 +55,18 @@ class ChatHandler(BaseHTTPRequestHandler):
                           "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
             answer = 200, {}, json.dumps(completion).encode()
         # 2. send it
-        status, headers, content = answer
+        self.send(*answer)
+
+    def do_GET(self):
+        """List the models."""
+        if self.server.models is None:
+            self.send(404, {}, b"")
+        else:
+            models = {"data": [{"id": name} for name in self.server.models]}
+            self.send(200, {}, json.dumps(models).encode())
+
+    def send(self, status, headers, content):
+        """Send an answer."""
         self.send_response(status)
         for name, value in {"content-type": "application/json",
                             "content-length": str(len(content)), **headers}.items():
