@@ -77,6 +77,7 @@ import torch
 import evaluate
 import sft
 import tools
+from extras import run_folder
 
 # ---- The algorithm ------------------------------------------------------------------------------
 
@@ -606,19 +607,34 @@ def read_history(out):
     resumed. The best is -1.0 if nothing was evaluated. Every rank must call this."""
     sft.barrier()   # rank 0 has removed the lines after the checkpoint
     path = Path(out) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    lines = tools.read_jsonl(path)
     tools.check(lines, f"{path} is gone: without it --resume does not know the best model so far; "
-                "start again without --resume")
+                "put it back, or leave out --resume to start over (nothing is deleted)")
     val_accuracies = [line["val_accuracy"] for line in lines
                       if line.get("val_accuracy") is not None]
     return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
+
+
+def report_model(out):
+    """Print which step's model is in --out, and say if nothing was trained. The log knows both."""
+    lines = tools.read_jsonl(Path(out) / "metrics.jsonl")
+    evaluated = [line for line in lines if line.get("val_accuracy") is not None]
+    chosen = f"that of the last step, {lines[-1]['step']} (nothing was evaluated)"
+    if evaluated:
+        # Of equal ones the later, as in train().
+        best = max(evaluated, key=lambda line: (line["val_accuracy"], line["step"]))
+        chosen = f"that of step {best['step']}, val_accuracy {best['val_accuracy']:.3f}"
+    print(f"rl: model written to {out}: {chosen}", flush=True)
+    if not any(line["num_trained_responses"] for line in lines):
+        print("rl: nothing was trained, the weights are those of --model: in no group did rewards "
+              "differ; try easier questions, a larger --group_size or more --max_turns", flush=True)
 
 
 def train(policy, questions, args, process):
     """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
     in --out is the best one that was evaluated, or the last one if none was."""
     # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
-    run = sft.start_training(policy, args, process, args.freeze_vision, args.steps)
+    run = sft.start_training("rl", policy, args, process, args.freeze_vision, args.steps)
     is_main = process.rank == 0
     log_file = sft.open_log(args.out, run.first_step) if is_main else None
     best_accuracy = -1.0
@@ -657,10 +673,11 @@ def train(policy, questions, args, process):
                 **metrics, **val_metrics, "unfinished_accuracy": unfinished_accuracy})
             if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
-        if sft.end_step(run, args, steps_done, args.steps, policy.device):
-            return
+        sft.end_step(run, args, steps_done, args.steps, policy.device)
     if best_accuracy < 0:
         sft.export(policy, args.out)
+    if is_main:
+        report_model(args.out)
     if judge is not None:
         judge.report_cost(policy.device, process.rank)
 
@@ -721,11 +738,12 @@ def parse_args(description="GRPO with over-turn masking."):
     add = group.add_argument
     add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
         help="mask conversations that ran out of turns or context; without: they count as wrong")
-    add("--baseline", type=baseline_flag, default=0.5, metavar="BASELINE",
+    # No default here: check_args tells whether the user has given it.
+    add("--baseline", type=baseline_flag, default=argparse.SUPPRESS, metavar="BASELINE",
         help="b, which is also what the mask pays for an unfinished conversation: a number, group "
              "(official code), completed, estimate (accuracy of such conversations among the "
              "held-out ones) or outcome (play them to their end); without the mask nothing is "
-             "paid, and b is the group's mean")
+             "paid, and b is the group's mean (default: 0.5)")
     add("--mask_void", action="store_true",
         help="treat a void conversation (no call and no answer, or cut at the token cap) as "
              "unfinished")
@@ -773,13 +791,20 @@ def parse_args(description="GRPO with over-turn masking."):
 
 
 def check_args(args):
-    """Raise InputError for flags that make no sense, alone or together."""
+    """Raise InputError for flags that make no sense, alone or together. Set --baseline if it was
+    not given."""
+    tools.check(args.overturn_mask or "baseline" not in args, "--baseline is what the mask pays, "
+                "and --no-overturn_mask takes the mask away: leave one of them out")
+    args.baseline = getattr(args, "baseline", 0.5)
     # Each alone.
     tools.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
                            "overturn_penalty"],
         any_number=["baseline"])
+    run_folder.check_warmup(args.warmup_ratio)
+    tools.check(args.max_images != 1, "--max_images 1 allows no zoom: the original image is one; "
+                "give at least 2")
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
     # Two that contradict each other.
@@ -808,12 +833,28 @@ def load_questions(args):
     if args.eval_every:
         rows = tools.read_questions(args.eval_data, hint="python build_data.py")
         held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
+    check_overlap(training, held_out)
     return Questions(training, held_out)
+
+
+def check_overlap(training, held_out):
+    """Raise InputError if a held-out question, or another one about its image, is trained on: it
+    would choose a checkpoint that knows it by heart. Both lists are those of Questions."""
+    trained_ids = {row["id"] for row, _ in training}
+    trained_images = {(folder / row["image"]).resolve() for row, folder in training}
+    shared_ids = [row["id"] for row, folder in held_out if row["id"] in trained_ids
+                  or (folder / row["image"]).resolve() in trained_images]
+    if shared_ids:
+        raise tools.InputError(
+            f"{len(shared_ids)} of {len(held_out)} held-out questions of --eval_data are in "
+            f"--data, too, by their id or image; the first is '{shared_ids[0]}': give other "
+            "questions, or --eval_every 0")
 
 
 def main():
     """Train a policy by GRPO, as the flags say."""
     args = parse_args()
+    run_folder.check_out(args.out, args.model)
     process = sft.setup_distributed()
     tools.check(args.prompts_per_step >= process.world_size,
                 f"--prompts_per_step {args.prompts_per_step} is less than the number of processes "
@@ -826,7 +867,8 @@ def main():
     if process.rank == 0:
         print(f"{len(questions.training)} questions to train on, {len(questions.held_out)} held "
               f"out; {process.world_size} process(es) on {process.device.type}", flush=True)
-    train(policy, questions, args, process)
+    with run_folder.lock_folder(args.out, process.rank, process.attempt):
+        train(policy, questions, args, process)
     sft.close_distributed()
 
 

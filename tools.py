@@ -94,9 +94,10 @@ def run(main):
             raise
         reason = " ".join(str(error).split())[:400]
         sys.exit(f"{script_name}: rank {rank} stops because another process has ended ({reason})")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         sys.stdout.flush()
-        print(f"{script_name}: interrupted; what was saved is kept", file=sys.stderr, flush=True)
+        what_is_saved = str(interrupt) or "what was saved is kept"
+        print(f"{script_name}: interrupted; {what_is_saved}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
     if rank == 0:
         minutes, seconds = divmod(time.time() - start_time, 60)
@@ -487,8 +488,10 @@ def write_atomic(path, write):
             write(file)
         os.chmod(temporary_path, 0o644)  # mkstemp lets only its owner read it
         os.replace(temporary_path, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary_path).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of write(): the disk is full
+            error.filename = str(path)
         raise
 
 

@@ -768,10 +768,13 @@ def runs(trained_folder, world, tmp_path_factory):
             for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
     tools.write_jsonl(world / "seen.jsonl", seen)
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
+    seen_images = {row["image"] for row in seen}
+    tools.write_jsonl(world / "unseen.jsonl", [
+        row for row in tools.read_jsonl(world / "train.jsonl") if row["image"] not in seen_images])
     common = ["rl.py", "--model", trained_folder,
               "--data", world / "seen.jsonl", world / "seen2.jsonl",
               "--prompts", prompts, *COMMON, "--save_every", 1, "--save_rollouts_every", 2,
-              "--eval_every", 2, "--eval_data", world / "seen2.jsonl",
+              "--eval_every", 2, "--eval_data", world / "unseen.jsonl",
               "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
