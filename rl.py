@@ -615,21 +615,6 @@ def read_history(out):
     return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
 
 
-def report_model(out):
-    """Print which step's model is in --out, and say if nothing was trained. The log knows both."""
-    lines = tools.read_jsonl(Path(out) / "metrics.jsonl")
-    evaluated = [line for line in lines if line.get("val_accuracy") is not None]
-    chosen = f"that of the last step, {lines[-1]['step']} (nothing was evaluated)"
-    if evaluated:
-        # Of equal ones the later, as in train().
-        best = max(evaluated, key=lambda line: (line["val_accuracy"], line["step"]))
-        chosen = f"that of step {best['step']}, val_accuracy {best['val_accuracy']:.3f}"
-    print(f"rl: model written to {out}: {chosen}", flush=True)
-    if not any(line["num_trained_responses"] for line in lines):
-        print("rl: nothing was trained, the weights are those of --model: in no group did rewards "
-              "differ; try easier questions, a larger --group_size or more --max_turns", flush=True)
-
-
 def train(policy, questions, args, process):
     """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
     in --out is the best one that was evaluated, or the last one if none was."""
@@ -677,7 +662,7 @@ def train(policy, questions, args, process):
     if best_accuracy < 0:
         sft.export(policy, args.out)
     if is_main:
-        report_model(args.out)
+        run_folder.report_rl_model(args.out)
     if judge is not None:
         judge.report_cost(policy.device, process.rank)
 
@@ -833,22 +818,8 @@ def load_questions(args):
     if args.eval_every:
         rows = tools.read_questions(args.eval_data, hint="python build_data.py")
         held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
-    check_overlap(training, held_out)
+    run_folder.check_overlap(training, held_out)
     return Questions(training, held_out)
-
-
-def check_overlap(training, held_out):
-    """Raise InputError if a held-out question, or another one about its image, is trained on: it
-    would choose a checkpoint that knows it by heart. Both lists are those of Questions."""
-    trained_ids = {row["id"] for row, _ in training}
-    trained_images = {(folder / row["image"]).resolve() for row, folder in training}
-    shared_ids = [row["id"] for row, folder in held_out if row["id"] in trained_ids
-                  or (folder / row["image"]).resolve() in trained_images]
-    if shared_ids:
-        raise tools.InputError(
-            f"{len(shared_ids)} of {len(held_out)} held-out questions of --eval_data are in "
-            f"--data, too, by their id or image; the first is '{shared_ids[0]}': give other "
-            "questions, or --eval_every 0")
 
 
 def main():

@@ -1,5 +1,5 @@
-"""The folder of a training run, --out: whose it is, what it keeps, and what becomes of an earlier
-run in it. sft.py and rl.py use these functions; none of them needs torch.
+"""The folder of a training run, --out: what is checked before a run starts in it, what it keeps,
+and what becomes of an earlier run. sft.py and rl.py use these functions; none of them needs torch.
 
     OUT/
         lock                     held by the process that trains here, see lock_folder
@@ -43,7 +43,7 @@ WITHOUT_EFFECT = ["out", "resume", "save_every", "keep_checkpoints", "save_rollo
                   "max_num_seqs", "num_speculative_tokens"]
 
 
-# ---- Whose folder it is -------------------------------------------------------------------------
+# ---- Before a run starts ------------------------------------------------------------------------
 
 
 def check_out(out, model):
@@ -62,6 +62,20 @@ def check_warmup(warmup_ratio):
     """Raise InputError if --warmup_ratio is a number of steps, as other trainers want it."""
     tools.check(warmup_ratio <= 1, f"--warmup_ratio {warmup_ratio} is above 1: it is a fraction of "
                 "the steps")
+
+
+def check_overlap(training, held_out):
+    """Raise InputError if a held-out question, or another one about its image, is trained on: it
+    would choose a checkpoint that knows it by heart. Both are lists of (row, folder of images)."""
+    trained_ids = {row["id"] for row, _ in training}
+    trained_images = {(folder / row["image"]).resolve() for row, folder in training}
+    shared_ids = [row["id"] for row, folder in held_out if row["id"] in trained_ids
+                  or (folder / row["image"]).resolve() in trained_images]
+    if shared_ids:
+        raise tools.InputError(
+            f"{len(shared_ids)} of {len(held_out)} held-out questions of --eval_data are in "
+            f"--data, too, by their id or image; the first is '{shared_ids[0]}': give other "
+            "questions, or --eval_every 0")
 
 
 def lock_folder(folder, rank=0, attempt=1):
@@ -234,24 +248,40 @@ def go_on(folder, saved, current, problems, total_steps, world_size):
         print(f"{stage}: {newer.name} is kept as {damaged.name}", flush=True)
 
 
+def report_rl_model(out):
+    """Print which step's model rl.py has left in `out`, and say if nothing was trained. The log
+    knows both."""
+    lines = tools.read_jsonl(Path(out) / "metrics.jsonl")
+    evaluated = [line for line in lines if line.get("val_accuracy") is not None]
+    chosen = f"that of the last step, {lines[-1]['step']} (nothing was evaluated)"
+    if evaluated:
+        # Of equal ones the later, as in rl.train.
+        best = max(evaluated, key=lambda line: (line["val_accuracy"], line["step"]))
+        chosen = f"that of step {best['step']}, val_accuracy {best['val_accuracy']:.3f}"
+    print(f"rl: model written to {out}: {chosen}", flush=True)
+    if not any(line["num_trained_responses"] for line in lines):
+        print("rl: nothing was trained, the weights are those of --model: in no group did rewards "
+              "differ; try easier questions, a larger --group_size or more --max_turns", flush=True)
+
+
 # ---- An earlier run in the same folder ----------------------------------------------------------
 
 
 def start_over(out, stage, resume, total_steps):
     """Tell that a run starts at step 0, after setting aside what an earlier one has left in `out`:
-    its checkpoints, log and model."""
+    its checkpoints, log and model. Tell how that one can be continued, or, if a run was to be
+    continued, each that was set aside before."""
     old_folder = set_aside(out)
     reason = "--resume finds no checkpoint; " if resume else ""
     print(f"{stage}: {reason}starts at step 0 of {total_steps} in {out}", flush=True)
-    if old_folder is None:
-        return
-    advice = ""
-    folders = checkpoints(old_folder)
-    if folders:
-        advice = (f"; to continue it from its step {step_of(folders[0])}, stop this run and give "
-                  f"--resume --out {shlex.quote(str(old_folder))}")
-    print(f"{stage}: what an earlier run had left there is kept in {old_folder}{advice}",
-          flush=True)
+    if old_folder is not None:
+        print(f"{stage}: what an earlier run had left there is kept in {old_folder}", flush=True)
+    old_folders = sorted(out.glob("old_run_*")) if resume else [old_folder]
+    for folder in old_folders:
+        if folder is not None and checkpoints(folder):
+            print(f"{stage}: to continue the run in {folder} from its step "
+                  f"{step_of(checkpoints(folder)[0])}, stop this one and give "
+                  f"--resume --out {shlex.quote(str(folder))}", flush=True)
 
 
 def set_aside(out):

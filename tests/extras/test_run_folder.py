@@ -1,5 +1,6 @@
-"""Specification of extras/run_folder.py, in its order: whose folder it is, what a checkpoint says
-about its run, an earlier run in the same folder. How a run continues is in test_sft.py."""
+"""Specification of extras/run_folder.py, in its order: what is checked before a run starts, what a
+checkpoint says about its run, an earlier run in the same folder. How a run continues is in
+test_sft.py, what rl.py says at its end in test_rl.py."""
 
 import json
 import multiprocessing
@@ -12,7 +13,7 @@ import pytest
 import tools
 from extras import run_folder
 
-# ---- Whose folder it is -------------------------------------------------------------------------
+# ---- Before a run starts ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["model", "./model", "other/../model", "link", "model/inside"])
@@ -140,11 +141,13 @@ def test_every_earlier_run_is_kept_whole(tmp_path, capsys):
             ["notes.txt", *(f"old_run_{earlier + 1}" for earlier in range(number))])
         printed = capsys.readouterr().out
         assert "sft: starts at step 0 of 40" in printed
-        advice = f"continue it from its step {step}, stop this run and give --resume --out '{old}'"
+        advice = f"from its step {step}, stop this one and give --resume --out '{old}'"
         assert (advice in printed) == (step is not None)
     run_folder.start_over(out, "sft", True, 40)
-    assert capsys.readouterr().out == (
-        f"sft: --resume finds no checkpoint; starts at step 0 of 40 in {out}\n")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"sft: --resume finds no checkpoint; starts at step 0 of 40 in {out}"
+    assert [line.split("--resume")[1] for line in others] == [
+        f" --out '{out}/old_run_{number}'" for number in (1, 2)]
     assert run_folder.checkpoints(out / "old_run_1")[0].name == "step_0000007"
 
 
