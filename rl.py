@@ -77,6 +77,7 @@ import torch
 import evaluate
 import sft
 import tools
+from extras import run_folder
 from extras.images import check_images
 
 # ---- The algorithm ------------------------------------------------------------------------------
@@ -614,9 +615,9 @@ def read_history(out):
     resumed. The best is -1.0 if nothing was evaluated. Every rank must call this."""
     sft.barrier()   # rank 0 has removed the lines after the checkpoint
     path = Path(out) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    lines = tools.read_jsonl(path)
     tools.check(lines, f"{path} is gone: without it --resume does not know the best model so far; "
-                "start again without --resume")
+                "put it back, or leave out --resume to start over (nothing is deleted)")
     val_accuracies = [line["val_accuracy"] for line in lines
                       if line.get("val_accuracy") is not None]
     return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
@@ -626,7 +627,7 @@ def train(policy, questions, args, process, judge=None):
     """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
     in --out is the best one that was evaluated, or the last one if none was."""
     # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
-    run = sft.start_training(policy, args, process, args.freeze_vision, args.steps)
+    run = sft.start_training("rl", policy, args, process, args.freeze_vision, args.steps)
     is_main = process.rank == 0
     log_file = sft.open_log(args.out, run.first_step) if is_main else None
     best_accuracy = -1.0
@@ -664,10 +665,11 @@ def train(policy, questions, args, process, judge=None):
                 **metrics, **val_metrics, "unfinished_accuracy": unfinished_accuracy})
             if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
-        if sft.end_step(run, args, steps_done, args.steps, policy.device):
-            return
+        sft.end_step(run, args, steps_done, args.steps, policy.device)
     if best_accuracy < 0:
         sft.export(policy, args.out)
+    if is_main:
+        run_folder.report_rl_model(args.out)
     if judge is not None:
         judge.report_cost(policy.device, process.rank)
 
@@ -727,11 +729,12 @@ def parse_args(description="GRPO with over-turn masking."):
     add = group.add_argument
     add("--overturn_mask", action=argparse.BooleanOptionalAction, default=True,
         help="mask conversations that ran out of turns or context; without: they count as wrong")
-    add("--baseline", type=baseline_flag, default=0.5, metavar="BASELINE",
+    # No default here: check_args tells whether the user has given it.
+    add("--baseline", type=baseline_flag, default=argparse.SUPPRESS, metavar="BASELINE",
         help="b, which is also what the mask pays for an unfinished conversation: a number, group "
              "(official code), completed, estimate (accuracy of such conversations among the "
              "held-out ones) or outcome (play them to their end); without the mask nothing is "
-             "paid, and b is the group's mean")
+             "paid, and b is the group's mean (default: 0.5)")
     add("--mask_void", action="store_true",
         help="treat a void conversation (no call and no answer, or cut at the token cap) as "
              "unfinished")
@@ -779,13 +782,18 @@ def parse_args(description="GRPO with over-turn masking."):
 
 
 def check_args(args):
-    """Raise InputError for flags that make no sense, alone or together."""
+    """Raise InputError for flags that make no sense, alone or together. Set --baseline if it was
+    not given."""
+    tools.check(args.overturn_mask or "baseline" not in args, "--baseline is what the mask pays, "
+                "and --no-overturn_mask takes the mask away: leave one of them out")
+    args.baseline = getattr(args, "baseline", 0.5)
     # Each alone.
     tools.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
                            "overturn_penalty"],
         any_number=["baseline"])
+    run_folder.check_warmup(args.warmup_ratio)
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
     evaluate.check_rollout_flags(args)
@@ -817,12 +825,14 @@ def load_questions(args):
         rows = tools.read_questions(args.eval_data, hint="python build_data.py")
         check_images(args.eval_data, rows)
         held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
+    run_folder.check_overlap(training, held_out)
     return Questions(training, held_out)
 
 
 def main():
     """Train a policy by GRPO, as the flags say."""
     args = parse_args()
+    run_folder.check_out(args.out, args.model)
     process = sft.setup_distributed()
     tools.check(args.prompts_per_step >= process.world_size,
                 f"--prompts_per_step {args.prompts_per_step} is less than the number of processes "
@@ -836,7 +846,8 @@ def main():
     if process.rank == 0:
         print(f"{len(questions.training)} questions to train on, {len(questions.held_out)} held "
               f"out; {process.world_size} process(es) on {process.device.type}", flush=True)
-    train(policy, questions, args, process, judge)
+    with run_folder.lock_folder(args.out, process.rank, process.attempt):
+        train(policy, questions, args, process, judge)
     sft.close_distributed()
 
 

@@ -44,6 +44,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL_TOKENS, build_tiny, project_texts
-from extras import model_folder
+from extras import model_folder, run_folder
 from extras.images import check_images
 
 hf_logging.disable_progress_bar()
@@ -940,76 +941,76 @@ class Optimizer:
 # ---- State of a run, and the exported model -----------------------------------------------------
 
 
-def save_state(out, optimizer, step, keep_checkpoints=2):
+def save_state(out, run, step, keep_checkpoints=2):
     """Write the state after `step` steps to out/state/step_N/. Of all states, this one included,
-    the last keep_checkpoints stay. A kill at any moment leaves a complete state. Raise InputError
-    if the disk is full."""
+    the last keep_checkpoints stay. A kill at any moment leaves a complete state. run: TrainingRun.
+    Raise InputError if the disk is full."""
     rank = get_rank()
+    optimizer = run.optimizer
     step_folder = Path(out) / "state" / f"step_{step:07d}"
     # 1. Every rank writes its shard, all at once.
     if rank < optimizer.num_shards:
-        state = {"optimizer": optimizer.state()}
+        state = {"step": step, "optimizer": optimizer.state()}
         try:
             tools.write_atomic(step_folder / f"{rank}.pt", lambda file: torch.save(state, file))
         except RuntimeError as error:       # torch reports a full disk this way
             reason = tools.first_line(error)
             raise tools.InputError(
-                f"cannot save to {step_folder}, perhaps the disk is full ({reason}); free space "
-                "and continue with --resume: what was saved before is untouched") from None
+                f"cannot save to {step_folder}, perhaps the disk is full ({reason}); free space; "
+                f"{run_folder.what_is_saved(out)}") from None
     barrier()
-    # 2. All shards are written: latest.json names this step, and older ones may go.
+    # 2. All shards are written: checkpoint.json says so, and older ones may go.
     if rank == 0:
-        latest = {"step": step, "num_shards": optimizer.num_shards, "world_size": world_size()}
-        tools.write_atomic(step_folder.parent / "latest.json",
-                           lambda file: file.write(json.dumps(latest).encode()))
-        others = sorted(path for path in step_folder.parent.glob("step_*") if path != step_folder)
-        num_removed = max(0, len(others) - (keep_checkpoints - 1))
-        for old_folder in others[:num_removed]:
-            shutil.rmtree(old_folder, ignore_errors=True)
+        checkpoint_info = {**run.info, "step": step, "num_shards": optimizer.num_shards,
+                           "world_size": world_size()}
+        tools.write_atomic(step_folder / "checkpoint.json",
+                           lambda file: file.write(json.dumps(checkpoint_info).encode()))
+        run_folder.prune(out, keep_checkpoints)
     barrier()
 
 
-def load_state(out, optimizer, resume, total_steps):
-    """Continue from the last complete state. Return its step, 0 if there is none.
-
-    Without resume the run starts from the beginning, and the state of an earlier run is moved to
-    out/old_state, so that a later --resume cannot mix the two. Raise InputError if a file is
-    unreadable, or if its step is beyond the total_steps of this run."""
-    state_folder = Path(out) / "state"
-    rank = get_rank()
+def load_state(out, run, resume, total_steps):
+    """Continue from the newest checkpoint that every rank can read, and return its step. Without
+    resume, or if there is no checkpoint, the run starts at step 0, and what an earlier one has left
+    in `out` is set aside. run: TrainingRun. Raise InputError if no checkpoint can be read, or if
+    the newest is of another kind of run or beyond its total_steps."""
+    is_main = get_rank() == 0
     # 1. Nothing to continue.
-    if not resume:
-        if state_folder.exists() and rank == 0:
-            old_folder = state_folder.with_name("old_state")
-            shutil.rmtree(old_folder, ignore_errors=True)
-            os.replace(state_folder, old_folder)
-            print("starting from the beginning; the checkpoints of an earlier run were moved to "
-                  f"{old_folder} (--resume would have continued it)", flush=True)
+    folders = all_gather_objects(run_folder.checkpoints(out) if resume and is_main else [])
+    if not folders:
+        if is_main:
+            run_folder.start_over(out, run.info["stage"], resume, total_steps)
         barrier()
         return 0
-    path = state_folder / "latest.json"
-    if not path.exists():
-        return 0
-    # 2. Read all shards (mapped into memory: only what is used is read). A damaged or foreign file
-    #    shows as any of a dozen exceptions.
-    try:
-        latest = json.loads(path.read_text())
-        path = state_folder / f"step_{latest['step']:07d}"
-        states = [torch.load(path / f"{index}.pt", map_location="cpu", weights_only=True, mmap=True)
-                  for index in range(latest["num_shards"])]
-        optimizer.load([state["optimizer"] for state in states])
-    except Exception as error:
-        reason = tools.first_line(error)
-        raise tools.InputError(f"{path}: cannot resume: {reason}; delete {state_folder} to start "
-                               "over") from None
-    # 3. Does it belong to this run?
-    tools.check(latest["step"] <= total_steps, f"{path} is at step {latest['step']}, beyond the "
-                f"{total_steps} steps of this run; ask for more steps")
-    if latest["world_size"] != world_size() and rank == 0:
-        print(f"{path} was saved by {latest['world_size']} processes, now there are "
-              f"{world_size()}: the run continues with the same data in the same order, but equals "
-              "the uninterrupted one only within rounding", flush=True)
-    return latest["step"]
+    # 2. The newest that all ranks can read. Shards are mapped into memory: only what is used is
+    #    read. A damaged or foreign file shows as any of a dozen exceptions.
+    load_shard = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+    bucket_sizes = [bucket.size for bucket in run.optimizer.buckets]
+    problems = []
+    for folder in folders:
+        my_problem = []
+        try:
+            saved, shard_states = run_folder.read_checkpoint(folder, run.info, bucket_sizes,
+                                                             load_shard)
+        except tools.InputError:
+            raise
+        except Exception as error:
+            my_problem = [f"{folder.name} cannot be read ({tools.first_line(error)})"]
+        problems_of_ranks = all_gather_objects(my_problem)
+        if not problems_of_ranks:
+            break
+        problems.append(problems_of_ranks[0])
+    tools.check(len(problems) < len(folders), f"cannot resume from {folders[0].parent}: "
+                f"{', '.join(problems)}; leave out --resume to start over (nothing is deleted)")
+    step = saved["step"]
+    tools.check(step <= total_steps, f"{folder} is at step {step}, beyond the {total_steps} steps "
+                "of this run; ask for more steps")
+    # 3. Continue it.
+    run.optimizer.load(shard_states)
+    if is_main:
+        run_folder.go_on(folder, saved, run.info, problems, total_steps, world_size())
+    barrier()
+    return step
 
 
 def open_log(out, step):
@@ -1026,8 +1027,12 @@ def open_log(out, step):
 
 def log_line(log_file, metrics):
     """Append the metrics of a step, a dict, as a line of JSON."""
-    log_file.write(tools.json_line(metrics))
-    log_file.flush()        # a kill loses no finished step
+    try:
+        log_file.write(tools.json_line(metrics))
+        log_file.flush()        # a kill loses no finished step
+    except OSError as error:    # the disk is full; this error does not know where
+        error.filename = log_file.name
+        raise
 
 
 def export(policy, out):
@@ -1121,17 +1126,18 @@ def enable_gradient_checkpointing(model):
 
 @dataclass
 class TrainingRun:
-    """What a trainer needs from start_training to its end. first_step: steps done by an earlier
-    run that this one continues."""
+    """What a trainer needs from start_training to its end. info: what its checkpoints say about it.
+    first_step: steps done by an earlier run that this one continues."""
     optimizer: Optimizer
-    first_step: int
+    info: dict
     stop_signal: "StopSignal"
+    first_step: int = 0
 
 
-def start_training(policy, args, process, freeze_vision, total_steps):
+def start_training(stage, policy, args, process, freeze_vision, total_steps):
     """Do what every trainer does first: the same weights on all ranks, an optimizer, the state of
-    an earlier run. Return a TrainingRun."""
-    stop_signal = StopSignal()
+    an earlier run. stage: "sft" or "rl". Return a TrainingRun."""
+    stop_signal = StopSignal(args.out)
     check_export(policy, args.out)
     broadcast_weights(policy.model)
     params = trainable_parameters(policy, freeze_vision)
@@ -1139,32 +1145,42 @@ def start_training(policy, args, process, freeze_vision, total_steps):
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     policy.model.train()
+    info = {"stage": stage, "dtype": str(policy.model.dtype).removeprefix("torch."),
+            "num_parameters": sum(param.numel() for param in params),
+            "flags": run_folder.describe_flags(args)}
+    run = TrainingRun(optimizer, info, stop_signal)
     # A worker that torchrun has restarted continues, whatever the flag.
     resume = args.resume or process.attempt > 1
-    first_step = load_state(args.out, optimizer, resume, total_steps)
-    return TrainingRun(optimizer, first_step, stop_signal)
+    run.first_step = load_state(args.out, run, resume, total_steps)
+    return run
 
 
 def end_step(run, args, steps_done, total_steps, device):
-    """Do what every trainer does after a step: save if it is time. Return whether the run must
-    stop before its end, because a rank has received SIGTERM. Raise InputError after too many steps
-    in a row without a finite loss and gradient (all ranks count the same)."""
+    """Do what every trainer does after a step: save if it is time. If a rank has received SIGTERM
+    or Ctrl-C, the run ends here, before its last step, with an exit code (see exit_code). Raise
+    InputError after too many steps in a row without a finite loss and gradient (all ranks count the
+    same)."""
     num_skipped = run.optimizer.num_skipped
     tools.check(num_skipped < MAX_SKIPPED_STEPS,
                 f"step {steps_done}: loss or gradient was not finite {MAX_SKIPPED_STEPS} times in "
-                "a row (these steps were skipped); lower --lr and start again, or continue from "
-                "the last checkpoint with --resume")
-    must_stop = steps_done < total_steps and run.stop_signal.reached_any_rank(device)
+                "a row (these steps were skipped); lower --lr and start again; "
+                f"{run_folder.what_is_saved(args.out)}")
+    stop_signal = 0
+    if steps_done < total_steps:
+        stop_signal = run.stop_signal.received_by_any_rank(device)
     # A loss that is not finite may come from weights that an earlier step has broken. So after a
     # skipped step the regular checkpoint is left out, until the next one is due: it could push out
     # an older, healthy state.
     is_due = steps_done % args.save_every == 0 and num_skipped == 0
-    if must_stop or is_due or steps_done == total_steps:
-        save_state(args.out, run.optimizer, steps_done, args.keep_checkpoints)
-    if must_stop and get_rank() == 0:
-        print(f"stopped after step {steps_done}, as SIGTERM asks; continue with --resume "
-              f"({args.out})", flush=True)
-    return must_stop
+    if stop_signal or is_due or steps_done == total_steps:
+        save_state(args.out, run, steps_done, args.keep_checkpoints)
+    if stop_signal:
+        if get_rank() == 0:
+            print(f"stopped after step {steps_done} of {total_steps}, as "
+                  f"{signal.Signals(stop_signal).name} asks, and saved in {args.out}; continue "
+                  "with --resume", flush=True)
+        close_distributed()
+        sys.exit(exit_code(stop_signal))
 
 
 def load_batch(policy, rows, root, args, process, step):
@@ -1183,7 +1199,7 @@ def train(policy, rows, root, args, process):
     freeze_vision = args.freeze_vision
     if freeze_vision is None:
         freeze_vision = args.model != "tiny"
-    run = start_training(policy, args, process, freeze_vision, total_steps)
+    run = start_training("sft", policy, args, process, freeze_vision, total_steps)
     steps = range(run.first_step, total_steps)
     batches = prefetch(partial(load_batch, policy, rows, root, args, process), steps)
     is_main = process.rank == 0
@@ -1204,9 +1220,10 @@ def train(policy, rows, root, args, process):
                        "grad_norm": finite_or_none(grad_norm), "lr": lr, "tokens": num_tokens}
             log_line(log_file, metrics)
             progress_bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
-        if end_step(run, args, step + 1, total_steps, policy.device):
-            return
+        end_step(run, args, step + 1, total_steps, policy.device)
     export(policy, args.out)
+    if is_main:
+        print(f"sft: model written to {args.out}", flush=True)
 
 
 # ---- Flags and the command ----------------------------------------------------------------------
@@ -1239,7 +1256,7 @@ def add_training_flags(group, weight_decay, save_every):
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
     add("--resume", action="store_true",
-        help="continue from the last checkpoint in --out/state, if there is one")
+        help="continue from the newest whole checkpoint in --out/state, if there is one")
 
 
 def parse_args():
@@ -1253,8 +1270,9 @@ def parse_args():
     add_policy_flags(group)
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--epochs", type=float, default=1.5, help="passes over the data")
-    add("--steps", type=int, help="optimizer steps (default: as --epochs says)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, default=1.5, help="passes over the data")
+    length.add_argument("--steps", type=int, help="optimizer steps (default: as --epochs says)")
     add("--batch_size", type=int, default=8, help="conversations per step, over all processes")
     add("--micro_batch_tokens", type=int, default=2048,
         help="tokens per forward pass on one process")
@@ -1271,6 +1289,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()
     tools.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio"])
+    run_folder.check_warmup(args.warmup_ratio)
     return args
 
 
@@ -1278,6 +1297,7 @@ def main():
     """Train a policy on trajectory rows, as the flags say."""
     # 1. The data.
     args = parse_args()
+    run_folder.check_out(args.out, None if args.model == "tiny" else args.model)
     process = setup_distributed()
     stage = "build_data.py" if args.data.name == "instruct.jsonl" else "collect_coldstart.py"
     rows = tools.read_jsonl(args.data, tools.check_trajectory, f"python {stage}")
@@ -1302,7 +1322,8 @@ def main():
         print(f"{args.model}: {millions:.1f} M parameters, vocabulary {len(policy.tokenizer)}; "
               f"{len(rows)} conversations; {process.world_size} process(es) on "
               f"{process.device.type}", flush=True)
-    train(policy, rows, args.data.parent, args, process)
+    with run_folder.lock_folder(args.out, process.rank, process.attempt):
+        train(policy, rows, args.data.parent, args, process)
     close_distributed()
 
 
@@ -1366,21 +1387,39 @@ AttentionInterface.register("windows_flash", windows_flash)
 
 
 class StopSignal:
-    """Note SIGTERM instead of dying of it. A batch system sends it before it ends a job, and
-    torchrun when another worker has died."""
+    """Note SIGTERM and Ctrl-C instead of dying of them. A batch system sends SIGTERM before it ends
+    a job, and torchrun when another worker has died. A second Ctrl-C ends the run at once."""
 
-    def __init__(self):
-        self.was_received = False
+    def __init__(self, out):
+        self.out = out
+        self.number = 0         # of the signal that was received
         signal.signal(signal.SIGTERM, self.receive)
+        # A shell makes what it starts in the background ignore Ctrl-C. So it stays.
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self.receive)
 
-    def receive(self, signal_number, frame):
-        self.was_received = True
+    def receive(self, number, frame):
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt(run_folder.what_is_saved(self.out))
+        self.number = number
+        if number == signal.SIGINT and get_rank() == 0:
+            # Not print, which may be what the signal has interrupted.
+            os.write(2, b"\nCtrl-C: ends after this step, and saves it (again Ctrl-C: at once)\n")
 
-    def reached_any_rank(self, device):
-        """Return whether any rank has received SIGTERM. All ranks ask at the end of a step, so all
-        stop at the same one: they save and exit 0. A rank whose peers have died never gets here:
-        its collectives fail."""
-        return all_reduce([int(self.was_received)], device, dist.ReduceOp.MAX)[0] > 0
+    def received_by_any_rank(self, device):
+        """Return the number of the signal that a rank has received, 0 if none has. All ranks ask at
+        the end of a step, so all stop at the same one: they save and exit. A rank whose peers have
+        died never gets here: its collectives fail."""
+        return int(all_reduce([self.number], device, dist.ReduceOp.MAX)[0])
+
+
+def exit_code(stop_signal):
+    """Return the exit code of a run that a signal has stopped, that of a shell: 143 for SIGTERM,
+    130 for Ctrl-C. So `python sft.py && python rl.py` ends here. But if torchrun has restarts left
+    (--max_restarts) the code is 0: with any other it would start the run again."""
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 128 + stop_signal if num_restarts >= max_restarts else 0
 
 
 def agree_on_attempt(store, rank, num_ranks):

@@ -171,10 +171,14 @@ def test_a_whole_step_of_rl(trained_folder, world, tmp_path):
     """Rollouts, update, evaluation and export of the tiny model, in the type of --dtype auto."""
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"system": "Look closer."}))
-    run_script("rl.py", "--model", trained_folder, "--data", world / "train.jsonl",
+    seen = {row["id"] for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]}
+    rows = sorted(tools.read_jsonl(world / "train.jsonl"), key=lambda row: row["id"] in seen)
+    tools.write_jsonl(world / "held_out.jsonl", rows[:4])
+    tools.write_jsonl(world / "trained_on.jsonl", rows[4:])
+    run_script("rl.py", "--model", trained_folder, "--data", world / "trained_on.jsonl",
                "--prompts", prompts, "--prompts_per_step", 6, "--group_size", 8,
                "--max_new_tokens", 80, "--max_model_len", 1200, "--steps", 2, "--eval_every", 2,
-               "--eval_data", world / "train.jsonl", "--eval_size", 4, "--eval_turns", 8,
+               "--eval_data", world / "held_out.jsonl", "--eval_size", 4, "--eval_turns", 8,
                "--gradient_checkpointing", "--out", tmp_path / "rl")
     steps = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").open()]
     for metrics in steps:
@@ -196,8 +200,7 @@ def test_save_and_resume(trained_folder, world, tmp_path):
     run_script(*command, "--out", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole/state", tmp_path / "cut/state")
     shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "cut")
-    latest = tmp_path / "cut/state/latest.json"
-    latest.write_text(json.dumps({**json.loads(latest.read_text()), "step": 2}))
+    shutil.rmtree(tmp_path / "cut/state/step_0000004")
     run_script(*command, "--out", tmp_path / "cut", "--resume")
     difference = largest_difference(tmp_path / "whole", tmp_path / "cut")
     moved = largest_difference(tmp_path / "whole", trained_folder)

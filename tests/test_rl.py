@@ -6,6 +6,8 @@ import copy
 import doctest
 import json
 import math
+import shlex
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate
 import rl
 import sft
 import tools
-from extras import crash
+from extras import crash, run_folder
 from support.launch import Forked, run_script
 from support.models import largest_difference
 from support.servers import ChatServer
@@ -809,10 +813,13 @@ def runs(trained_folder, world, tmp_path_factory):
             for row in tools.read_jsonl(world / "coldstart.jsonl")[:4]]
     tools.write_jsonl(world / "seen.jsonl", seen)
     tools.write_jsonl(world / "seen2.jsonl", seen[::-1])
+    seen_images = {row["image"] for row in seen}
+    tools.write_jsonl(world / "unseen.jsonl", [
+        row for row in tools.read_jsonl(world / "train.jsonl") if row["image"] not in seen_images])
     common = ["rl.py", "--model", trained_folder,
               "--data", world / "seen.jsonl", world / "seen2.jsonl",
               "--prompts", prompts, *COMMON, "--save_every", 1, "--save_rollouts_every", 2,
-              "--eval_every", 2, "--eval_data", world / "seen2.jsonl",
+              "--eval_every", 2, "--eval_data", world / "unseen.jsonl",
               "--eval_size", 2, "--eval_turns", 8]
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
@@ -875,9 +882,10 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
     policy = make_tiny(torch.float64)
     policy.model.config.save_pretrained(tmp_path / "random")
     sft.export(policy, tmp_path / "random")
-    run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl",
-               *COMMON, "--max_new_tokens", 4,
-               "--steps", 1, "--out", tmp_path / "out", nproc=2)
+    done = run_script("rl.py", "--model", tmp_path / "random", "--data", world / "train.jsonl",
+                      *COMMON, "--max_new_tokens", 4,
+                      "--steps", 1, "--out", tmp_path / "out", nproc=2)
+    assert done.stdout.count("rl: nothing was trained") == 1
     metrics = read_metrics(tmp_path / "out")[0]
     assert metrics["num_zero_variance_groups"] == 4 and metrics["void"] == 1.0
     assert metrics["num_trained_responses"] == 0 and metrics["grad_norm"] == 0
@@ -945,6 +953,46 @@ def test_resuming_without_the_log_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
         rl.read_history(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(tools.InputError, match="metrics.jsonl:2: "):
+        rl.read_history(tmp_path)
+
+
+def test_the_advice_after_a_forgotten_resume_works(runs, monkeypatch):
+    """Stopped after step 1 and started again without --resume: as told, the first run continues
+    with its log, and ends like a run that was never stopped."""
+    out, common = runs
+    folder = out / "forgotten"
+    three_steps = [*common, "--steps", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.StopSignal, "received_by_any_rank", lambda *_: signal.SIGTERM)
+        for _ in range(2):
+            stopped = run_script(*three_steps, "--out", folder, check=False)
+            assert stopped.returncode == 143
+    advice = shlex.split(stopped.stdout.split("stop this one and give ")[1].splitlines()[0])
+    continued = run_script(*three_steps, *advice)
+    assert "rl: continues from step 1 of 3" in continued.stdout
+    assert largest_difference(out / "one", folder / "old_run_1") == 0
+    assert [m["step"] for m in read_metrics(folder / "old_run_1")] == [1, 2, 3]
+    best = max(m["val_accuracy"] for m in read_metrics(folder / "old_run_1")[1:])
+    assert f"rl: model written to {advice[2]}: that of step " in continued.stdout
+    assert f"val_accuracy {best:.3f}" in continued.stdout
+
+
+@pytest.mark.parametrize("accuracies, trained, expected", [
+    ([0.5, None, 0.7, 0.7, 0.6], 3, "that of step 4, val_accuracy 0.700"),
+    ([None, None], 3, "that of the last step, 2 (nothing was evaluated)"),
+    ([0.5], 0, "that of step 1, val_accuracy 0.500")])
+def test_the_end_of_a_run_says_which_model_it_has_kept(
+        tmp_path, capsys, accuracies, trained, expected):
+    rows = [{"step": step, "val_accuracy": accuracy, "num_trained_responses": 0}
+            for step, accuracy in enumerate(accuracies, 1)]
+    rows[0]["num_trained_responses"] = trained
+    tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    run_folder.report_rl_model(tmp_path)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"rl: model written to {tmp_path}: {expected}"
+    assert len(others) == (trained == 0) and all("nothing was trained" in line for line in others)
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -970,12 +1018,24 @@ def test_other_baselines_are_refused(text):
     (["--baseline", "estimate", "--eval_size", "0"], "set --eval_every and --eval_size above 0"),
     (["--eval_turns", "5"], "--eval_turns 5 is less than --max_turns 6"),
     (["--eval_turns", "5", "--baseline", "outcome", "--eval_every", "0"],
-     "--eval_turns 5 is less than --max_turns 6")],
+     "--eval_turns 5 is less than --max_turns 6"),
+    (["--baseline", "0.5", "--no-overturn_mask"], "leave one of them out"),
+    (["--no-overturn_mask", "--base", "group"], "leave one of them out"),
+    (["--max_images", "1"], "--max_images 1 allows no zoom"),
+    (["--warmup_ratio", "50"], "--warmup_ratio 50.0 is above 1: it is a fraction")],
     ids=lambda value: value if isinstance(value, str) else None)
 def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, message):
     monkeypatch.setattr("sys.argv", ["rl.py", *flags])
     with pytest.raises(tools.InputError, match=message):
         rl.parse_args()
+
+
+@pytest.mark.parametrize("flags, baseline", [
+    ([], 0.5), (["--no-overturn_mask"], 0.5), (["--baseline", "group"], "group"),
+    (["--overturn_mask", "--baseline", "0"], 0.0)], ids=str)
+def test_the_default_of_the_baseline(monkeypatch, flags, baseline):
+    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
+    assert rl.parse_args().baseline == baseline
 
 
 @pytest.mark.parametrize("flags", [["--eval_turns", "6"],
@@ -998,14 +1058,41 @@ def question_files(tmp_path):
 
 def test_question_files_are_concatenated(question_files):
     """Each question with its own file's folder, in which its image lies."""
-    args = argparse.Namespace(data=question_files, eval_data=question_files[1], eval_every=1,
-                              eval_size=2, prompts_per_step=10)
+    args = argparse.Namespace(data=question_files, eval_every=0, eval_size=2, prompts_per_step=10)
     questions = rl.load_questions(args)
     assert [(row["id"], folder.name) for row, folder in questions.training] == [
         (f"{name}{i}", name) for name in "ab" for i in range(5)]
-    assert [(row["id"], folder.name) for row, folder in questions.held_out] == [
+    assert questions.held_out == []
+    args.data = question_files[:1]
+    args.eval_data = question_files[1]
+    args.eval_every = 1
+    args.prompts_per_step = 5
+    assert [(row["id"], folder.name) for row, folder in rl.load_questions(args).held_out] == [
         ("b0", "b"), ("b1", "b")]
-    args.eval_every = 0
+
+
+@pytest.mark.parametrize("held_out, message", [
+    ([("b7", "y.jpg"), ("a3", "y.jpg"), ("a2", "x.jpg")],
+     "2 of 3 held-out .* by their id or image.*'a3'"),
+    ([("new", "./x.jpg")], "1 of 1 held-out .*'new'"),
+    ([("new", "link.jpg")], "1 of 1 held-out .*'new'"),
+    ([("new", "y.jpg"), ("a3", "y.jpg")], None)], ids=str)
+def test_questions_that_are_trained_on_are_not_held_out(question_files, held_out, message):
+    """By their id, and by their image in any spelling; only those that are played (--eval_size)."""
+    folder = question_files[0].parent
+    for name in ("x.jpg", "y.jpg"):
+        Image.new("RGB", (40, 40)).save(folder / name)
+    (folder / "link.jpg").symlink_to("x.jpg")
+    tools.write_jsonl(folder / "val.jsonl", [
+        {"id": name, "image": image, "question": "?", "answer": "1"} for name, image in held_out])
+    args = argparse.Namespace(data=question_files[:1], eval_data=folder / "val.jsonl", eval_every=1,
+                              eval_size=3 if message else 1, prompts_per_step=5)
+    if message is None:
+        assert len(rl.load_questions(args).held_out) == 1
+        return
+    with pytest.raises(tools.InputError, match=message):
+        rl.load_questions(args)
+    args.eval_every = 0     # then no checkpoint is chosen
     assert rl.load_questions(args).held_out == []
 
 
@@ -1040,8 +1127,7 @@ def test_no_library_prints_a_warning(trained_folder, world, tmp_path):
     coldstart = ["sft.py", "--data", world / "coldstart.jsonl", "--batch_size", 2]
     step = ["rl.py", "--data", world / "train.jsonl",
             "--prompts_per_step", 2, "--group_size", 2, "--max_num_seqs", 4,
-            "--max_turns", 2, "--max_new_tokens", 40, "--eval_data", world / "train.jsonl",
-            "--eval_size", 1, "--eval_turns", 2]
+            "--max_turns", 2, "--max_new_tokens", 40, "--eval_every", 0]
     started = {}
     for stage, *flags in (coldstart, step):
         started[stage] = crash.launch(

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import socket
 import threading
@@ -26,7 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import sft
 import tools
-from extras import crash
+from extras import crash, run_folder
 from support.launch import ROOT, Forked, run_script
 from support.memory import LiveBytes
 from support.models import PREPROCESSORS, largest_difference, library_attention
@@ -1277,8 +1279,8 @@ def command(trained_folder, world):
 
 
 def latest(out):
-    """Return what latest.json says."""
-    return json.loads((out / "state/latest.json").read_text())
+    """Return what the newest checkpoint says about itself."""
+    return json.loads((run_folder.checkpoints(out)[0] / "checkpoint.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -1314,7 +1316,7 @@ def test_sharded_state_loads_under_another_world_size(command, tmp_path):
     four_steps = command("--shard_optimizer", "--save_every", 2, "--steps", 4)
     cut = tmp_path / "cut"
     process = Forked([*four_steps, "--out", cut], 3)
-    crash.wait_until(process, (cut / "state/latest.json").exists)
+    crash.wait_until(process, lambda: run_folder.checkpoints(cut))
     crash.kill(process)
     assert latest(cut)["num_shards"] == 3
     completed = run_script(*four_steps, "--out", cut, "--resume", nproc=2)
@@ -1327,7 +1329,7 @@ def test_sharded_state_loads_under_another_world_size(command, tmp_path):
 def test_the_last_checkpoints_are_kept(tmp_path, keep_checkpoints, kept):
     optimizer = sft.Optimizer([torch.nn.Parameter(torch.ones(3, 2))], 0.1, 0.0)
     for step in range(1, 5):
-        sft.save_state(tmp_path, optimizer, step, keep_checkpoints)
+        sft.save_state(tmp_path, sft.TrainingRun(optimizer, {}, None), step, keep_checkpoints)
     folders = sorted(path.name for path in (tmp_path / "state").glob("step_*"))
     assert folders == [f"step_{step:07d}" for step in kept]
 
@@ -1349,6 +1351,7 @@ def test_disk_full_leaves_the_old_checkpoint(command, tmp_path):
     last_line = completed.stderr.splitlines()[-1]
     assert "error:" in last_line
     assert "cannot save" in last_line or "too large" in last_line
+    assert str(out) in last_line and "step 1 is saved: continue with --resume" in last_line
     assert (out / "state/step_0000001/0.pt").read_bytes() == before
     assert latest(out)["step"] == 1
     assert not list(out.glob(".*"))
@@ -1361,13 +1364,158 @@ def test_a_fresh_run_never_continues_an_older_one(command, tmp_path):
     run_script(*command("--steps", 2, "--seed", 1, "--out", out))
     old_shard = (out / "state/step_0000002/0.pt").read_bytes()
     process = Forked(command("--steps", 3, "--out", out))
-    crash.wait_until(process, (out / "old_state").exists)
+    crash.wait_until(process, (out / "old_run_1").exists)
     crash.kill(process)
-    assert (out / "old_state/step_0000002/0.pt").read_bytes() == old_shard
+    assert (out / "old_run_1/state/step_0000002/0.pt").read_bytes() == old_shard
     assert not (out / "state").exists()
     run_script(*command("--steps", 3, "--out", out, "--resume"))
     run_script(*command("--steps", 3, "--out", tmp_path / "whole"))
     assert largest_difference(tmp_path / "whole", out) == 0
+
+
+def stop_at_first_step(monkeypatch):
+    """Make every run end after its first step, as if SIGTERM had come."""
+    monkeypatch.setattr(sft.StopSignal, "received_by_any_rank", lambda *_: signal.SIGTERM)
+
+
+def test_the_advice_after_a_forgotten_resume_works(command, tmp_path, monkeypatch):
+    """Stopped after step 1, started again twice without --resume: as told, both can be continued.
+    The first one ends like a run that was never stopped."""
+    three_steps = command("--steps", 3)
+    run_script(*three_steps, "--out", tmp_path / "whole")
+    out = tmp_path / "my out"
+    with monkeypatch.context() as patch:
+        stop_at_first_step(patch)
+        for seed in (0, 0, 1):
+            stopped = run_script(*three_steps, "--out", out, "--seed", seed, check=False)
+            assert stopped.returncode == 143
+            assert "finished" not in stopped.stdout + stopped.stderr
+    assert "starts at step 0 of 3" in stopped.stdout
+    advice = shlex.split(stopped.stdout.split("stop this one and give ")[1].splitlines()[0])
+    assert advice == ["--resume", "--out", str(out / "old_run_2")]
+    first = [argument.replace("old_run_2", "old_run_1") for argument in advice]
+    continued = run_script(*three_steps, *first)
+    assert f"sft: continues from step 1 of 3, checkpoint {first[2]}" in continued.stdout
+    assert f"sft: model written to {first[2]}" in continued.stdout
+    assert largest_difference(tmp_path / "whole", out / "old_run_1") == 0
+    log = (out / "old_run_1/metrics.jsonl").read_text()
+    assert log == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert run_folder.checkpoints(out / "old_run_2") and latest(out)["flags"]["seed"] == 1
+
+
+INFO = {"stage": "sft", "dtype": "float32", "num_parameters": 6, "flags": {"lr": 0.1, "seed": 0}}
+
+
+def small_run(**info):
+    """Return a run whose optimizer has six parameters in one bucket, before its first step."""
+    optimizer = sft.Optimizer([torch.nn.Parameter(torch.zeros(3, 2))], 0.1, 0.0)
+    return sft.TrainingRun(optimizer, {**INFO, **info}, None)
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """(Folder of a run; its states at steps 4 and 6, of which there are checkpoints)."""
+    run = small_run()
+    states = {}
+    for step in (2, 4, 6):
+        run.optimizer.backward([None], lambda _: step * run.optimizer.buckets[0].params[0].sum())
+        run.optimizer.step(0.1, 1.0)
+        sft.save_state(tmp_path, run, step)
+        states[step] = copy.deepcopy(run.optimizer.state()[0])
+    return tmp_path, states
+
+
+def truncate(folder):
+    os.truncate(folder / "0.pt", 700)
+
+
+def change_shard(folder, **changed):
+    """Change some entries of a shard's one bucket."""
+    shard = torch.load(folder / "0.pt")
+    shard["optimizer"][0].update(changed)
+    torch.save(shard, folder / "0.pt")
+
+
+DAMAGES = {
+    "a shard is cut": truncate,
+    "a shard is empty": lambda folder: os.truncate(folder / "0.pt", 0),
+    "a shard is missing": lambda folder: (folder / "0.pt").unlink(),
+    "a shard is a folder": lambda folder: ((folder / "0.pt").unlink(), (folder / "0.pt").mkdir()),
+    "something else": lambda folder: torch.save({"a": torch.ones(2)}, folder / "0.pt"),
+    "a list": lambda folder: torch.save([1, 2], folder / "0.pt"),
+    "a text": lambda folder: (folder / "0.pt").write_text("version https://git-lfs"),
+    "the shard of another step": lambda folder: shutil.copy(
+        folder.with_name("step_0000004") / "0.pt", folder),
+    "another model": lambda folder: change_shard(folder, size=8),
+    "moments are too short": lambda folder: change_shard(folder, exp_avg_sq=torch.ones(2)),
+    "no description": lambda folder: (folder / "checkpoint.json").unlink(),
+    "a cut description": lambda folder: os.truncate(folder / "checkpoint.json", 9),
+    "an empty description": lambda folder: (folder / "checkpoint.json").write_text("{}"),
+    "of more shards": lambda folder: (folder / "checkpoint.json").write_text(
+        (folder / "checkpoint.json").read_text().replace('"num_shards": 1', '"num_shards": 2'))}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(two_checkpoints, capsys, damage):
+    """It is told in one sentence, and nothing of the damaged one is loaded. The run that continues
+    can save the step again."""
+    out, states = two_checkpoints
+    damage(out / "state/step_0000006")
+    run = small_run()
+    assert sft.load_state(out, run, True, 10) == 4
+    assert same_state(run.optimizer.state()[0], states[4])
+    printed = capsys.readouterr().out
+    assert "continues from step 4 of 10" in printed and "step_0000006" in printed
+    sft.save_state(out, run, 6)
+    assert sft.load_state(out, small_run(), True, 10) == 6
+
+
+def test_all_ranks_take_the_checkpoint_that_all_can_read(two_checkpoints, capsys, monkeypatch):
+    """Only another rank cannot read the newest."""
+    out, _ = two_checkpoints
+    answers = iter([run_folder.checkpoints(out), ["step_0000006 cannot be read (why)"], []])
+    monkeypatch.setattr(sft, "all_gather_objects", lambda items: next(answers))
+    assert sft.load_state(out, small_run(), True, 10) == 4
+    assert "step_0000006 cannot be read (why): continues from step 4" in capsys.readouterr().out
+
+
+def test_if_no_checkpoint_is_whole_the_run_is_refused(two_checkpoints):
+    out, _ = two_checkpoints
+    for folder in run_folder.checkpoints(out):
+        truncate(folder)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(tools.InputError, match="step_0000006 .*step_0000004 .*leave out --resume"):
+        sft.load_state(out, small_run(), True, 10)
+    assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("info, message", [
+    ({"stage": "rl"}, "was saved by sft.py, and rl.py cannot continue it"),
+    ({"dtype": "float64"}, "give --dtype float32"),
+    ({"num_parameters": 8}, "trains 6 parameters, and this run 8")], ids=str)
+def test_the_checkpoint_of_another_kind_of_run_is_refused(two_checkpoints, info, message):
+    out, _ = two_checkpoints
+    with pytest.raises(tools.InputError, match=message):
+        sft.load_state(out, small_run(**info), True, 10)
+
+
+def test_flags_that_differ_from_those_of_the_checkpoint_are_told(two_checkpoints, capsys):
+    out, _ = two_checkpoints
+    sft.load_state(out, small_run(), True, 10)
+    assert "other flags" not in capsys.readouterr().out
+    sft.load_state(out, small_run(flags={"lr": 9.0, "seed": 0}), True, 10)
+    assert "other flags than those of the checkpoint: --lr 0.1 -> 9.0\n" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_share_a_folder(command, tmp_path):
+    """The second ends with one line before it touches anything."""
+    (tmp_path / "metrics.jsonl").write_text("of the first\n")
+    with run_folder.lock_folder(tmp_path):
+        second = run_script(*command("--out", tmp_path), check=False, env={"RANK": "0"})
+    assert second.returncode == 1
+    line = second.stderr.splitlines()[-1]
+    assert line.startswith("sft.py: error: another run is writing to ") and str(tmp_path) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "metrics.jsonl"]
 
 
 def test_a_state_beyond_the_steps_of_the_run_is_refused(command, tmp_path):
@@ -1539,7 +1687,7 @@ def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, row
     completed = run_script(*command, "--out", tmp_path / "out", nproc=2, check=False, timeout=120)
     assert completed.returncode != 0
     assert completed.stderr.count("image is missing") == 1
-    assert not (tmp_path / "out/state/latest.json").exists()
+    assert not run_folder.checkpoints(tmp_path / "out")
     our_lines = [line for line in completed.stderr.splitlines() if line.startswith("sft.py: ")]
     assert len(our_lines) <= 2
     assert all("error: " in line or "another process has ended" in line for line in our_lines)
@@ -1556,14 +1704,15 @@ def test_a_run_that_diverges_stops_before_it_saves(command, tmp_path):
 
 @pytest.mark.parametrize("num_skipped, stops", [(4, False), (5, True)])
 def test_too_many_skipped_steps_in_a_row_end_the_run(num_skipped, stops, tmp_path):
-    run = sft.TrainingRun(SimpleNamespace(num_skipped=num_skipped), 0,
-                          SimpleNamespace(reached_any_rank=lambda device: False))
+    run = sft.TrainingRun(SimpleNamespace(num_skipped=num_skipped), {},
+                          SimpleNamespace(received_by_any_rank=lambda device: 0))
     args = SimpleNamespace(out=tmp_path, save_every=7)
     if stops:
-        with pytest.raises(tools.InputError, match="step 7: .* not finite 5 times in a row"):
+        with pytest.raises(tools.InputError, match="step 7: .* not finite 5 times in a row.*; no "
+                           "step of this run is saved"):
             sft.end_step(run, args, 7, 9, "cpu")
     else:
-        assert not sft.end_step(run, args, 7, 9, "cpu")
+        sft.end_step(run, args, 7, 9, "cpu")
     # the weights may be broken: nothing was saved
     assert not list(tmp_path.iterdir())
 
@@ -1576,7 +1725,7 @@ def test_unhealthy_steps_in_a_row_end_the_run(tmp_path):
         optimizer.step(0.1, 1.0, healthy=False)
     args = SimpleNamespace(out=tmp_path, save_every=7)
     with pytest.raises(tools.InputError, match="step 7: .* not finite 5 times in a row"):
-        sft.end_step(sft.TrainingRun(optimizer, 0, None), args, 7, 9, "cpu")
+        sft.end_step(sft.TrainingRun(optimizer, {}, None), args, 7, 9, "cpu")
 
 
 def two_nodes(args, restarts=0):
@@ -1603,12 +1752,20 @@ def test_two_nodes_equal_one(command, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--lr", "nan"], ["--lr", -1], ["--epochs", "inf"], ["--warmup_ratio", "nan"], ["--seed", -1],
-    ["--steps", 0], ["--max_grad_norm", 0], ["--weight_decay", "nan"], ["--max_pixels", -5]],
+    ["--steps", 0], ["--max_grad_norm", 0], ["--weight_decay", "nan"], ["--max_pixels", -5],
+    ["--warmup_ratio", 50]],
     ids=str)
 def test_nonsense_numbers_are_refused_by_flag(monkeypatch, flags):
     monkeypatch.setattr("sys.argv", ["sft.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=flags[0]):
         sft.parse_args()
+
+
+def test_steps_and_epochs_together_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sft.py", "--steps", "3", "--epochs", "1.5"])
+    with pytest.raises(SystemExit):
+        sft.parse_args()
+    assert "--epochs: not allowed with argument --steps" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -1635,6 +1792,14 @@ def test_a_missing_model_names_the_command_that_makes_it(error_of, world):
     assert "sft.py --model tiny" in command
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
     assert command in " ".join(readme.split())
+
+
+def test_the_folder_of_the_model_is_not_trained_in(error_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "is the folder of --model" in error_of("--model", f"{tmp_path}/./out")
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").touch()
+    assert "out is a file" in error_of()
 
 
 def test_a_wrong_row_is_named_by_file_and_line(error_of, world, tmp_path):
@@ -1716,20 +1881,51 @@ def test_patch_embedding_equals_the_library(each_family):
 # ---- SIGTERM and restarts by torchrun -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps_done, stops", [(1, True), (2, False)])
-def test_sigterm_in_the_last_step_does_not_stop_a_run_before_it_is_exported(
-        tmp_path, steps_done, stops):
-    """Before it the state is saved and the run stops; after it nothing is left to stop."""
+@pytest.fixture
+def stop_signal(tmp_path):
+    """A StopSignal, whose handlers are removed after the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield sft.StopSignal(tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_last_step_does_not_stop_a_run_before_it_is_exported(
+        tmp_path, stop_signal, capsys, number, code):
+    """Before it the state is saved and the run ends with the exit code of the signal; after it
+    nothing is left to stop."""
     optimizer = sft.Optimizer([torch.nn.Parameter(torch.ones(3, 2))], 0.1, 0.0)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        run = sft.TrainingRun(optimizer, 0, sft.StopSignal())
-        os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    run = sft.TrainingRun(optimizer, {}, stop_signal)
+    os.kill(os.getpid(), number)
     args = SimpleNamespace(out=tmp_path, save_every=10, keep_checkpoints=2)
-    assert sft.end_step(run, args, steps_done, 2, "cpu") == stops
-    assert latest(tmp_path)["step"] == steps_done
+    with pytest.raises(SystemExit) as end:
+        sft.end_step(run, args, 1, 2, "cpu")
+    assert end.value.code == code and latest(tmp_path)["step"] == 1
+    assert f"stopped after step 1 of 2, as {number.name} asks" in capsys.readouterr().out
+    sft.end_step(run, args, 2, 2, "cpu")
+    assert latest(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("num_restarts, max_restarts, code", [(0, 0, 143), (1, 3, 0), (3, 3, 143)])
+def test_torchrun_does_not_restart_a_run_that_was_asked_to_stop(
+        monkeypatch, num_restarts, max_restarts, code):
+    """It would after any other exit code than 0."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(num_restarts))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(max_restarts))
+    assert sft.exit_code(signal.SIGTERM) == code
+
+
+@pytest.mark.parametrize("saved, message", [
+    (None, "no step of this run is saved"), (3, "step 3 is saved: continue with --resume")])
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_saved(tmp_path, stop_signal, saved, message):
+    if saved:
+        optimizer = sft.Optimizer([torch.nn.Parameter(torch.ones(2))], 0.1, 0.0)
+        run = sft.TrainingRun(optimizer, {}, None)
+        sft.save_state(tmp_path, run, saved)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=message):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def wait_for_steps(process, out, num_steps):
@@ -1744,8 +1940,9 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(command, tmp_path):
     os.kill(crash.processes(process.pid)[-1], signal.SIGTERM)
     exit_code, stdout, _ = crash.finish(process)
     step = latest(tmp_path)["step"]
-    assert exit_code == 0
-    assert f"stopped after step {step}" in stdout
+    assert exit_code == 1       # torchrun's; so what follows after && is not started
+    assert f"stopped after step {step} of 40, as SIGTERM asks" in stdout
+    assert "finished in" not in stdout
     assert 2 <= step < 40
     assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == step
     assert not (tmp_path / "model.safetensors").exists()

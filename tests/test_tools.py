@@ -201,6 +201,27 @@ def test_output_that_cannot_be_printed_costs_nothing_else(tmp_path, redirect, ex
     assert (tmp_path / "out").read_text() == "computed"
 
 
+def test_an_interrupted_stage_may_say_what_is_saved(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt("step 3 is saved")
+
+    monkeypatch.setattr(sys, "argv", ["rl.py"])
+    monkeypatch.setattr(os, "_exit", lambda exit_code: None)
+    tools.run(main)
+    assert capsys.readouterr().err == "rl.py: interrupted; step 3 is saved\n"
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    """The error of a write does not know its file."""
+    def write(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as error:
+        tools.write_atomic(tmp_path / "x", write)
+    assert error.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_rank_0_prints_how_long_a_stage_took(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rl.py"])
     monkeypatch.delenv("RANK", raising=False)

@@ -37,7 +37,7 @@ def run_here(script, *args):
     stderr = io.StringIO()
     exit_code = 0
     num_threads = torch.get_num_threads()
-    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     torch.set_num_threads(1)
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout),
           contextlib.redirect_stderr(stderr)):
@@ -51,7 +51,8 @@ def run_here(script, *args):
             print(end.code, file=stderr)
         finally:
             torch.set_num_threads(num_threads)
-            signal.signal(signal.SIGTERM, sigterm_handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(args, exit_code, stdout.getvalue(), stderr.getvalue())
 
 
