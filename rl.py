@@ -120,7 +120,7 @@ def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     has_spread = highest_reward > lowest_reward                                             # (P, 1)
     b = baseline if is_number else mean_reward
     advantages = (rewards - b) / (variance.sqrt() + eps)                                    # (P, G)
-    return torch.where(kept & has_spread, advantages, 0.0)                              # (P, G)
+    return torch.where(kept & has_spread, advantages, 0.0)                                  # (P, G)
 
 
 def count_denominator(mask, kept, *, divisor="kept", aggregation="response",

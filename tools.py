@@ -725,10 +725,10 @@ WRAPPINGS = [r".*<answer>(.*?)</answer>.*",
              r"\W*(?:(?:the|my|best|correct|right|final)\s+|正确)*"
              rf"(?:{OPTION_WORD})(?:\s+is\b|[是为]|\W*[:：])(.*)",
              r".*\\boxed\{(.*)\}.*", r"[\s$]*\\(?:text|math)\w*\{(.*)\}[\s$]*"]
-# An article in front of a word. "A" is one at the beginning, after a comma and after words such as
-# "and", but not in "Gate A 5" and "vitamin A deficiency". The group is what comes before "a".
-ARTICLE = re.compile(r"\bthe\s+(?=\W*\w)|(^\W*|[,;:.]\s+|\b(?:and|at|by|in|of|on|or|to|with)\s+)"
-                     r"an? +(?=['\"*]*[a-z])")
+# "The", and "a" at the beginning, after a comma or a word such as "and": not that of "Gate A 5".
+ARTICLE = re.compile(
+    r"\bthe\s+(?=\W*\w)|(^\W*|[,;:.]\s+|\b(?:and|at|behind|by|for|from|in|near|of|on|or|to|under|"
+    r"with)\s+)an? +(?=['\"*]*[a-z])")
 # An option's letter, and perhaps the option's words after it. The sign of "B+" or "-5" is no pause.
 PAUSE = r"(?:[^\w+-]|_|-\s)*"
 OPTION_LETTER = re.compile(rf"{PAUSE}(?:(?:{OPTION_WORD}){PAUSE})?([A-Z])(?![a-z0-9+-]){PAUSE}(.*)",
@@ -736,8 +736,7 @@ OPTION_LETTER = re.compile(rf"{PAUSE}(?:(?:{OPTION_WORD}){PAUSE})?([A-Z])(?![a-z
 
 
 def plain_answer(text):
-    """Return an answer without what is written around it: "7" for "<answer>7</answer>",
-    "$\\boxed{7}$" or "The answer is 7"."""
+    """Return what is inside of WRAPPINGS: "7" for "<answer>7</answer>" and "$\\boxed{7}$"."""
     for wrapping in WRAPPINGS:
         text = re.sub(rf"\A{wrapping}\Z", r"\1", text, flags=re.IGNORECASE | re.DOTALL)
     return text.strip()

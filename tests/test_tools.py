@@ -1078,7 +1078,8 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ("cat or red", "red", False), ("cat\nred", "red", False), ("fox red", "red fox", False),
     # "A" is an article at the beginning of a text, or where nothing else can be meant
     ("a man and a woman", "man and woman", True), ("a dog, a cat", "dog, cat", True),
-    ("on a table", "on the table", True), ("LOOKING FOR A JOB", "looking for a job", True),
+    ("on a table", "on the table", True), ("near a car", "near the car", True),
+    ("LOOKING FOR A JOB", "looking for a job", True),
     ("Gate A 5", "Gate 5", False), ("bus a 12", "bus 12", False), ("A 12", "12", False),
     ("a 12", "12", False), ("vitamin A deficiency", "vitamin deficiency", False),
     ("Vitamin A deficiency", "VITAMIN A DEFICIENCY", True), ("Plan A", "Plan", False),

@@ -312,6 +312,8 @@ def test_hrbench(tmp_path, capsys):
         "options": ["5%", "5", "$5", "six"], "category": "single", "cycle": "cycle 3"}
     right = [tools.match_answer(letter, "(C)", rows["4k"][0]["options"]) for letter in "ABCD"]
     assert right == [False, False, True, False]
+    right = [tools.match_answer(words, "(C)", rows["4k"][0]["options"]) for words in ("5", "$5")]
+    assert right == [False, True]
     assert rows["4k"][4]["answer"] == "six" and rows["8k"][0]["source"] == "hrbench_8k"
     assert len({row["image"] for row in rows["4k"][:4]}) == 1
 
