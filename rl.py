@@ -822,9 +822,9 @@ def load_questions(args):
                 f"train on, fewer than --prompts_per_step {args.prompts_per_step}")
     held_out = []
     if args.eval_every:
-        rows = tools.read_questions(args.eval_data, hint="python build_data.py")
+        rows = tools.read_questions(args.eval_data, hint="python build_data.py")[:args.eval_size]
         check_images(args.eval_data, rows)
-        held_out = [(row, args.eval_data.parent) for row in rows[:args.eval_size]]
+        held_out = [(row, args.eval_data.parent) for row in rows]
     run_folder.check_overlap(training, held_out)
     return Questions(training, held_out)
 

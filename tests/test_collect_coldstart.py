@@ -612,6 +612,15 @@ def test_a_collection_without_any_trajectory_leaves_the_old_file(small, num_ques
     assert (small / "old.jsonl").read_text() == "kept"
 
 
+def test_a_missing_image_is_told_before_anything_is_solved(small):
+    first, second = tools.read_jsonl(small / "train.jsonl")
+    tools.write_jsonl(small / "train.jsonl", [first, {**second, "image": "images/gone.jpg"}])
+    done = collect(small, "bad.jsonl", check=False)
+    assert re.fullmatch(r"collect_coldstart\.py: error: .*train\.jsonl:2: .*gone\.jpg: image is "
+                        r"missing; .*\n", done.stderr)
+    assert not list(small.glob("bad*"))
+
+
 def test_the_questions_are_not_overwritten(small):
     before = (small / "train.jsonl").read_bytes()
     done = collect(small, "train.jsonl", check=False)

@@ -1167,4 +1167,5 @@ def test_corrupt_image_is_one_line(trained_folder, world, tmp_path):
     completed = run_script("evaluate.py", "--model", trained_folder, "--data",
                            tmp_path / "q.jsonl", "--out", tmp_path / "o", check=False)
     assert completed.returncode == 1
-    assert "bad.jpg" in completed.stderr and "Traceback" not in completed.stderr
+    assert "q.jsonl:1: " in completed.stderr and "bad.jpg" in completed.stderr
+    assert "Traceback" not in completed.stderr

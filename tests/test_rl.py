@@ -1053,6 +1053,7 @@ def question_files(tmp_path):
         tools.write_jsonl(tmp_path / name / "q.jsonl", [
             {"id": f"{name}{i}", "image": "x.jpg", "question": "?", "answer": "1"}
             for i in range(5)])
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.jpg")
     return [tmp_path / "a" / "q.jsonl", tmp_path / "b" / "q.jsonl"]
 
 
@@ -1100,6 +1101,22 @@ def test_too_few_questions_are_refused(question_files):
     args = argparse.Namespace(data=question_files, eval_every=0, prompts_per_step=11)
     with pytest.raises(tools.InputError, match="--data has 10 questions to train on, fewer than "
                        "--prompts_per_step 11"):
+        rl.load_questions(args)
+
+
+def test_missing_images_are_told_before_the_first_step(question_files):
+    """Of the questions that are used: those beyond --eval_size are not."""
+    train_file, eval_file = question_files
+    args = argparse.Namespace(data=[train_file], eval_data=eval_file, eval_every=1, eval_size=2,
+                              prompts_per_step=1)
+    eval_rows = tools.read_jsonl(eval_file)
+    tools.write_jsonl(eval_file, [*eval_rows[:2], {**eval_rows[2], "image": "gone.jpg"}])
+    assert len(rl.load_questions(args).held_out) == 2
+    args.eval_size = 3
+    with pytest.raises(tools.InputError, match="b/q.jsonl:3: .*gone.jpg: image is missing"):
+        rl.load_questions(args)
+    (train_file.parent / "x.jpg").unlink()
+    with pytest.raises(tools.InputError, match=r"a/q.jsonl:1: .* \(and 4 more rows\)"):
         rl.load_questions(args)
 
 

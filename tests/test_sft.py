@@ -1679,14 +1679,19 @@ def test_a_rank_without_any_sample_joins_every_collective(command, tmp_path):
 
 
 def test_one_rank_that_raises_stops_all_with_its_line(trained_folder, world, rows, tmp_path):
-    """The image of one of two rows is missing: one rank of two fails."""
+    """The image of one of two rows is damaged in the middle, which shows when it is decoded: one
+    rank of two fails."""
     (tmp_path / "images").mkdir()
     (tmp_path / rows[0]["image"]).write_bytes((world / rows[0]["image"]).read_bytes())
+    noise = numpy.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=numpy.uint8)
+    Image.fromarray(noise).save(tmp_path / rows[1]["image"], "PNG")
+    content = (tmp_path / rows[1]["image"]).read_bytes()
+    (tmp_path / rows[1]["image"]).write_bytes(content[:9000] + bytes(900) + content[9900:])
     tools.write_jsonl(tmp_path / "rows.jsonl", rows[:2])
     command = command_on(tmp_path / "rows.jsonl", trained_folder, "--batch_size", 2, "--steps", 3)
     completed = run_script(*command, "--out", tmp_path / "out", nproc=2, check=False, timeout=120)
     assert completed.returncode != 0
-    assert completed.stderr.count("image is missing") == 1
+    assert completed.stderr.count("not a readable image") == 1
     assert not run_folder.checkpoints(tmp_path / "out")
     our_lines = [line for line in completed.stderr.splitlines() if line.startswith("sft.py: ")]
     assert len(our_lines) <= 2
@@ -1778,6 +1783,24 @@ def error_of(monkeypatch, tmp_path):
             sft.main()
         return str(error.value)
     return run
+
+
+def test_rows_that_cannot_be_used_are_told_before_training(error_of, world, rows, tmp_path):
+    """A missing image, an impossible zoom, and a file of questions, which has no turns."""
+    path = tmp_path / "rows.jsonl"
+    (tmp_path / "images").symlink_to(world / "images")
+    tools.write_jsonl(path, [rows[0], {**rows[1], "image": "images/gone.jpg"}])
+    assert f"{path}:2: {tmp_path}/images/gone.jpg: image is missing" in error_of("--data", path)
+
+    narrow_zoom = {"bbox_2d": [0, 0, 1, 1e-9], "source": "original_image"}
+    turns = [{"text": "a", "zoom": narrow_zoom}, {"text": "b"}]
+    tools.write_jsonl(path, [rows[0], rows[1], {**rows[2], "turns": turns}])
+    message = f"{path}:3: trajectory {rows[2]['id']}, turn 1: The box is too narrow"
+    assert message in error_of("--data", path)
+
+    message = error_of("--data", world / "train.jsonl")
+    assert "train.jsonl:1: it has no 'turns': it is a question, not a trajectory" in message
+    assert "make another file with: python collect_coldstart.py" in message
 
 
 def test_missing_data_names_the_command_that_makes_it(error_of):

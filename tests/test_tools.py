@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import tools
@@ -405,6 +406,46 @@ def test_a_photo_is_turned_upright(tmp_path):
 def test_16_bits_are_scaled_to_8(tmp_path, name, number_type):
     Image.fromarray(np.full((3, 3), 127 * 256 + 9).astype(number_type)).save(tmp_path / name)
     assert tools.open_image(tmp_path / name).getpixel((1, 1)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("number_type, white", [("int32", 255), ("int32", 65535),
+                                                ("float32", 1), ("float32", 255)])
+def test_numbers_of_32_bits_are_refused_and_not_shown_black(tmp_path, number_type, white):
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.full((3, 3), white).astype(number_type)).save(path)
+    with pytest.raises(tools.InputError, match="x.tiff: image has numbers of 32 bits.*save it"):
+        tools.open_image(path)
+
+
+def test_the_limit_of_pixels_is_told_with_a_way_out(tmp_path):
+    """No decoding: the file is small and claims its size."""
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "x.png")
+    with pytest.raises(tools.InputError, match="x.png: image has too many pixels "
+                       r"\(90,000,000, the limit is 89,478,485\); make it smaller, or raise"):
+        tools.open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["x.ppm", "x.ico"])
+def test_other_formats_are_refused_with_a_way_out(tmp_path, name):
+    Image.new("RGB", (16, 16)).save(tmp_path / name)
+    with pytest.raises(tools.InputError, match="not a readable image.*JPEG, PNG, .*AVIF"):
+        tools.open_image(tmp_path / name)
+
+
+def test_an_avif_is_opened(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this build of Pillow cannot read AVIF")
+    Image.new("RGB", (16, 8), "white").save(tmp_path / "x.avif")
+    image = tools.open_image(tmp_path / "x.avif")
+    assert image.size == (16, 8) and image.getpixel((8, 4)) == (255, 255, 255)
+
+
+def test_a_png_with_long_texts_is_opened(tmp_path):
+    """Image generators store prompts and workflows in it; packed, ten million bytes are short."""
+    texts = PngInfo()
+    texts.add_text("prompt", "x" * 10_000_000, zip=True)
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "x.png", pnginfo=texts)
+    assert tools.open_image(tmp_path / "x.png").getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -869,6 +910,47 @@ def test_rows_that_could_not_be_written_again_are_refused_by_line(tmp_path, line
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n\n" + line + b"\n")
     with pytest.raises(tools.InputError, match=f"rows.jsonl:3: .*{words}"):
         tools.read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_a_mark_of_windows_and_its_line_ends_are_no_part_of_a_row(tmp_path):
+    """Also in a file of prompts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "1"}\r\n\r\n{"id": "2"}\r\n')
+    assert tools.read_jsonl(path) == [{"id": "1"}, {"id": "2"}]
+    path.write_bytes(b'\xef\xbb\xbf\n{"id": "1"}')
+    assert tools.read_jsonl(path) == [{"id": "1"}]
+    path.write_bytes(b'\xef\xbb\xbf{"system": "Look."}')
+    assert tools.load_prompts(path) == {**tools.PROMPTS, "system": "Look."}
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"id": "1", "que', "cut off"), ('{"id": "1", "question": ', "cut off"),
+    ('{"id": "1"', "cut off"), ('{"id": "1",', "cut off"), ("{", "cut off"), ("[", "cut off"),
+    ("{'id': '1'}", "not JSON"), ('{"id": None}', "not JSON"), ("id,image", "not JSON"),
+    ('{"id": "1"},', "not JSON")])
+def test_a_cut_line_is_called_cut_off(tmp_path, line, words):
+    (tmp_path / "rows.jsonl").write_text('{"id": "0"}\n' + line + "\n")
+    with pytest.raises(tools.InputError, match=f"rows.jsonl:2: {words}") as error:
+        tools.read_jsonl(tmp_path / "rows.jsonl")
+    assert "control character" not in str(error.value)
+
+
+def test_only_the_first_row_asks_whether_this_is_the_right_file(tmp_path):
+    """Where all rows are of another kind, the first one is, too."""
+    path = tmp_path / "q.jsonl"
+    tools.write_jsonl(path, [question(), question(answer="")])
+    with pytest.raises(tools.InputError, match="q.jsonl:1: it has no 'turns': it is a question, "
+                       "not a trajectory; fix or remove this line, or make another file with: fox"):
+        tools.read_jsonl(path, tools.check_trajectory, hint="fox")
+    with pytest.raises(tools.InputError, match="q.jsonl:2: .*; fix or remove this line$"):
+        tools.read_jsonl(path, tools.check_question, hint="fox")
+
+
+def test_a_message_has_one_full_stop_at_most(tmp_path):
+    path = tmp_path / "t.jsonl"
+    tools.write_jsonl(path, [trajectory(zoom_turn([1, 0, 0, 1], "original_image"), LAST)])
+    with pytest.raises(tools.InputError, match="y0 < y1 <= 1; fix or remove this line$"):
+        tools.read_jsonl(path, tools.check_trajectory)
 
 
 def test_a_row_that_fails_its_check_is_named(tmp_path):

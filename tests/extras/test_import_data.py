@@ -318,6 +318,60 @@ def test_hrbench(tmp_path, capsys):
     assert len({row["image"] for row in rows["4k"][:4]}) == 1
 
 
+@pytest.mark.parametrize("question, text", [
+    ('"STOP" sign?', '"STOP" sign?'), ('"STOP sign', '"STOP sign'), ('What is "it"?',) * 2,
+    ('"', '"'), ('"all ""of"" it"', 'all "of" it'), ('"two\nlines"', "two\nlines"),
+    ('"a\ttab"', "a\ttab")])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_quote_that_is_not_doubled_belongs_to_the_text(tmp_path, capsys, question, text, is_last):
+    """Of a table whose other cells are in quotes. It loses no row, wherever the cell is."""
+    rows = [hrbench_row(i) for i in range(4)]
+    if is_last:
+        rows = [{**row, "question": row.pop("question")} for row in rows]
+    write_tsv(tmp_path / "hr_bench_4k.tsv", [{**row, "question": "(q)"} for row in rows])
+    table = (tmp_path / "hr_bench_4k.tsv").read_bytes().decode()
+    before, after = table.split("(q)", 1)
+    whole = '"in ""quotes"", on\ntwo lines"'
+    (tmp_path / "hr_bench_4k.tsv").write_text(before + question + after.replace("(q)", whole))
+    found, counts, notes = imported(capsys, "hrbench", tmp_path, tmp_path / "out")
+    assert counts == {"4k": (4, 4)} and notes == set()
+    texts = [row["question"].rpartition("\n(A)")[0] for row in found["4k"]]
+    assert texts == [text, *3 * ['in "quotes", on\ntwo lines']]
+
+
+def test_a_row_with_more_cells_than_columns_is_counted(tmp_path, capsys):
+    write_tsv(tmp_path / "hr_bench_4k.tsv", [hrbench_row(0, question="a"), hrbench_row(1)])
+    table = (tmp_path / "hr_bench_4k.tsv").read_text()
+    (tmp_path / "hr_bench_4k.tsv").write_text(table.replace("\ta\t", "\ta\tb\t"))
+    found, _, notes = imported(capsys, "hrbench", tmp_path, tmp_path / "out")
+    assert [row["id"] for row in found["4k"]] == ["hrbench_4k_1"]
+    assert notes == {"1 skipped: not a readable row (first: hr_bench_4k.tsv:1)"}
+
+
+def test_a_table_that_was_saved_again_has_floats(monkeypatch, tmp_path, capsys):
+    """A column of numbers, and NaN where a cell was empty."""
+    rows = [{**hrbench_row(i), "index": float(i), "A": 1.5, "B": 2.0, "C": 7, "D": 0}
+            for i in range(3)]
+    rows[2]["C"] = float("nan")
+    monkeypatch.setattr(import_data, "read_rows", lambda path, columns: iter(rows))
+    write(tmp_path / "hr_bench_4k.parquet", b"")
+    found, _, notes = imported(capsys, "hrbench", tmp_path, tmp_path / "out")
+    assert [row["id"] for row in found["4k"]] == ["hrbench_4k_0", "hrbench_4k_1"]
+    assert found["4k"][0]["options"] == ["1.5", "2", "7", "0"]
+    assert notes == {
+        "1 skipped: field 'C' is missing or not text (first: hr_bench_4k.parquet:3)"}
+
+
+@pytest.mark.parametrize("sidecar", ["._hr_bench_4k.tsv", "__MACOSX/hr_bench_4k.tsv",
+                                     ".cache/huggingface/hr_bench_4k.tsv", "._hr_bench_4k.parquet"])
+def test_hidden_files_are_no_data(tmp_path, capsys, sidecar):
+    """macOS and hf download write them."""
+    write(tmp_path / "in" / sidecar, b"\0\5\x16\7\0\2 Mac OS X")
+    write_tsv(tmp_path / "in/hr_bench_4k.tsv", [hrbench_row(0)])
+    _, counts, notes = imported(capsys, "hrbench", tmp_path / "in", tmp_path / "out")
+    assert counts == {"4k": (1, 1)} and notes == set()
+
+
 def test_hrbench_as_parquet_gives_the_same_rows(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -360,6 +414,30 @@ def test_mme_realworld(tmp_path, capsys):
                     "(E) Not there.",
         "answer": "é", "options": ["It's \"here\"", "There, (C)", "3.5", "é", "Not there."],
         "source": "mme_realworld_lite"}
+
+
+@pytest.mark.parametrize("folder, split", [
+    ("MME-RealWorld-lite-lmms-eval/data", "lite"), ("MME-RealWorld-Lmms-eval/data", "test"),
+    ("MME-RealWorld-CN-Lmms-eval/data", "cn"), ("mme_realworld_lite_parts", "lite"),
+    ("datasets--owner--MME-RealWorld-CN-Lmms-eval/snapshots/0a1b/data", "cn")])
+def test_mme_realworld_in_parts(monkeypatch, tmp_path, capsys, folder, split):
+    """As lmms-eval publishes it: the folder has the name, and the image is in the column bytes, as
+    base64 text; once also as text in bytes, with line breaks, and as a data: URL."""
+    rows = [{**mme_row(number), "bytes": data} for number, data in enumerate([
+        base64_of(picture(0)), base64_of(picture(1)).encode(), picture(2),
+        base64.encodebytes(picture(3)).decode(), "data:image/png;base64," + base64_of(picture(4))])]
+    for row in rows[1:]:
+        del row["image"]
+    rows[0]["image"] = None
+    monkeypatch.setattr(import_data, "read_rows", lambda path, columns: iter(
+        rows[:2] if path.name.startswith("train-00000") else rows[2:]))
+    for part in range(2):
+        write(tmp_path / folder / f"train-0000{part}-of-00002.parquet", b"")
+    source = tmp_path / folder.split("/")[0]
+    found, counts, notes = imported(capsys, "mme_realworld", source, tmp_path / "out")
+    assert counts == {split: (5, 5)} and notes == set()
+    assert [row["image"] for row in found[split]] == [stored(picture(i)) for i in range(5)]
+    assert found[split][0]["source"] == f"mme_realworld_{split}"
 
 
 # ---- DeepEyes -----------------------------------------------------------------------------------
@@ -621,6 +699,12 @@ def test_a_folder_without_the_data_set_is_one_line(tmp_path, name):
     expected = import_data.IMPORTERS[name].expected
     assert line == f"{source}: nothing to import; {name} expects {expected}"
     assert not out.exists()
+
+
+def test_what_is_packed_is_named(tmp_path):
+    write(tmp_path / "MME-RealWorld/remote.7z.001", b"7z")
+    with pytest.raises(tools.InputError, match=r"nothing to import; .* \(unpack remote.7z.001 "):
+        import_data.import_data("mme_realworld", tmp_path, tmp_path / "out", 0)
 
 
 def test_a_second_run_rewrites_no_image_and_gives_the_same_rows(tmp_path, capsys):
