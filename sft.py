@@ -244,8 +244,8 @@ def read_config(path):
     family = config.get("model_type")
     tools.check(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
                 f"{', '.join(FAMILIES)}")
-    tools.check("quantization_config" not in config, f"{path}: a quantized model cannot be trained; "
-                "use the one that it was made of")
+    tools.check("quantization_config" not in config, f"{path}: a quantized model cannot be "
+                "trained; use the one that it was made of")
     return config
 
 

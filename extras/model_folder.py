@@ -101,8 +101,8 @@ def download(hub_id, files):
             hub_id, allow_patterns=files, ignore_patterns="*/*", local_files_only=not is_online)
     except Exception as error:      # of several libraries
         if is_online:
-            raise tools.InputError(f"{hub_id}: cannot download this model: "
-                                   f"{one_line(error)}") from None
+            raise tools.InputError(f"{hub_id}{similar_folders(hub_id)}: cannot download this "
+                                   f"model: {one_line(error)}") from None
         raise tools.InputError(
             f"{hub_id} is not a local folder{similar_folders(hub_id)}; as an id on the hub it was "
             f"not downloaded before, and {huggingface_hub.constants.ENDPOINT} does not answer (no "
@@ -147,8 +147,9 @@ def check_files(path, folder):
     existing = [name for name in JSON_FILES if (Path(folder) / name).exists()]
     for file_name, other_name in [("tokenizer.json", "vocab.json"),
                                   ("preprocessor_config.json", "processor_config.json")]:
-        tools.check(file_name in existing or other_name in existing, f"{path}: cannot load a model: "
-                    f"{file_name} is missing; copy it from the model that this one was made of")
+        tools.check(file_name in existing or other_name in existing, f"{path}: cannot load a "
+                    f"model: {file_name} is missing; copy it from the model that this one was made "
+                    "of")
     for name in existing:
         try:
             content = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
@@ -169,8 +170,8 @@ def load_image_processor(folder):
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     except OSError:
-        raise tools.InputError(f"{folder}: cannot load a model: preprocessor_config.json is "
-                               "missing; copy it from the model that this one was made of") from None
+        raise tools.InputError(f"{folder}: cannot load a model: preprocessor_config.json is missing"
+                               "; copy it from the model that this one was made of") from None
     # 2. Where the file names a class that the library does not have (an early
     #    Qwen2_5_VLImageProcessor), `config` makes it take that of the model's family. It refuses
     #    some forms of a size, hence another one.

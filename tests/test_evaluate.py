@@ -8,6 +8,8 @@ the same ids.
 import argparse
 import itertools
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -444,6 +446,20 @@ def test_sampling_follows_the_distribution(make_tiny):
     assert ids == expected
     assert logprobs == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
     assert all(type(token_id) is int for token_id in ids)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_end_in_one_line(make_tiny, value, greedy):
+    """One of them, in the last of three slots; not the -inf of a suppressed id."""
+    policy = make_tiny()
+    engine = evaluate.Engine(policy, LIMITS, greedy=greedy)
+    logits = torch.zeros(3, 9)
+    logits[:, 8] = -math.inf
+    engine.sample_tokens(logits.log_softmax(-1), [0.5] * 3)
+    logits[2, 7] = value
+    with pytest.raises(tools.InputError, match=r"not finite \(NaN or infinite\) in torch\.float"):
+        engine.sample_tokens(logits.log_softmax(-1), [0.5] * 3)
 
 
 def test_a_suppressed_id_is_not_sampled_when_rounding_took_some_of_the_mass(make_tiny):
@@ -1095,6 +1111,23 @@ def test_other_settings_questions_or_levels_start_over(play_again):
     assert play_again(player, level="b") == EVERYTHING
     assert play_again(player, settings="y") == EVERYTHING
     assert play_again(player, questions="12") == "1a 1b 2a 2b "
+
+
+def test_another_model_starts_over(tmp_path):
+    """Also one in several files, that was written into the same folder. The log is no part of
+    it."""
+    args = argparse.Namespace(model=str(tmp_path), data=[], judge=None)
+    digests = set()
+    for name in ("config.json", "model-00001-of-00002.safetensors",
+                 "model-00002-of-00002.safetensors"):
+        (tmp_path / name).write_text("old")
+        digests.add(evaluate.run_digest("a", [], args, {}))
+    stat = (tmp_path / name).stat()
+    os.utime(tmp_path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+    digests.add(evaluate.run_digest("a", [], args, {}))
+    assert len(digests) == 4
+    (tmp_path / "metrics.jsonl").write_text("a step")
+    assert evaluate.run_digest("a", [], args, {}) in digests
 
 
 def test_every_conversation_is_saved_as_it_ends(play_again, tmp_path):

@@ -750,6 +750,19 @@ def test_statistics_of_the_ratio_by_hand():
     assert metrics["num_trained_responses"] == 3 and metrics["grad_norm"] == 0
 
 
+@pytest.mark.parametrize("log_ratios", [[math.nan], [0.5, math.nan], [math.inf, 0.5]])
+def test_a_ratio_that_is_not_finite_is_not_lost(log_ratios):
+    """Also where a later micro-batch is healthy. The log says null."""
+    args = argparse.Namespace(clip_low=0.2, clip_high=0.3)
+    statistics = rl.UpdateStatistics()
+    statistics.add(0.0, torch.tensor(log_ratios), 1, args)
+    statistics.add(0.0, torch.tensor([0.25]), 1, args)
+    metrics = rl.step_metrics([rollout(1.0, logprobs=[0.0])], [statistics, rl.UpdateStatistics()],
+                              0, dict.fromkeys(evaluate.COUNTS, 0), "cpu")
+    for name in ("max_log_ratio", "logprob_diff", "approx_kl"):
+        assert metrics[name] is None
+
+
 def test_metrics_of_the_conversations_by_hand():
     """Four conversations: right after 2 turns, wrong after 1, unfinished after 3, unscored after
     2. They have 3 + 1 + 4 + 2 = 10 tokens, of log-probability -1/2 but for two of -3: the mean of
