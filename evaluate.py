@@ -1104,24 +1104,20 @@ def play_level(engine, question_file, rows, digest, args, process, prompts):
                             args.out.glob(journal_path(args, digest, "*").name))
     sft.barrier()
     finished = {(row["id"], row["sample"]): row for row in scored_rows(journal.rows)}
-    num_finished = collections.Counter(question_id for question_id, _ in finished)
-    # 2. This rank's share of the rest: indices of questions.
-    open_questions = [index for index, row in enumerate(rows)
-                      if num_finished[row["id"]] < args.num_samples]
-    my_questions = open_questions[process.rank::process.world_size]
-    num_missing = sum(args.num_samples - num_finished[rows[index]["id"]] for index in my_questions)
-    # 3. Play them, a few slots' worth at a time, which bounds the memory.
-    block_size = max(1, 4 * args.max_num_seqs // args.num_samples)
+    # 2. This rank's share of the rest.
+    waiting = []
+    for rollout in make_rollouts(rows, args.num_samples, question_file.parent, None, prompts):
+        is_mine = rollout.prompt_number % process.world_size == process.rank
+        if is_mine and (rollout.row["id"], rollout.sample_number) not in finished:
+            waiting.append(rollout)
+    # 3. Play it, a few slots' worth at a time: a rollout takes more memory than its row.
+    block_size = args.num_samples * max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
-    with tools.progress_bar(total=num_missing, desc=question_file.stem,
+    with tools.progress_bar(total=len(waiting), desc=question_file.stem,
                             disable=process.rank != 0) as progress:
-        for start in range(0, len(my_questions), block_size):
-            block = my_questions[start:start + block_size]
-            rollouts = make_rollouts([rows[index] for index in block], args.num_samples,
-                                     question_file.parent, block, prompts)
-            rollouts = [rollout for rollout in rollouts
-                        if (rollout.row["id"], rollout.sample_number) not in finished]
-            new_rows += play_and_save(engine, rollouts, journal, progress)
+        while waiting:
+            new_rows += play_and_save(engine, waiting[:block_size], journal, progress)
+            waiting = waiting[block_size:]
     # 4. Everybody's rows.
     for row in sft.all_gather_objects(new_rows):
         finished[row["id"], row["sample"]] = row
@@ -1232,13 +1228,15 @@ def write_results(levels, engine, args):
     """Write table.json, trajectories and pass rates; print the tables."""
     # 1. Write first: what cannot be printed must not be lost.
     table = summarise(levels, args.budgets)
-    set_aside(levels, args)
+    from extras import old_results
+    old_results.set_aside(levels, args)
     file_names = ["table.json"]
     for level, rows in levels.items():
         tools.write_jsonl(args.out / f"{level}.jsonl", rows)
         tools.write_jsonl(args.out / f"{level}.rates.jsonl", pass_rates(rows, args.budgets[-1]))
         file_names += [f"{level}.jsonl", f"{level}.rates.jsonl"]
-    write_json(args.out / "table.json", table)
+    text = json.dumps(table, indent=1) + "\n"
+    tools.write_atomic(args.out / "table.json", lambda file: file.write(text.encode()))
     # 2. Print.
     print_table(table, args.budgets, args.num_samples)
     if not is_served(args) and engine.counts["sequence_passes"] > 0:
@@ -1247,40 +1245,6 @@ def write_results(levels, engine, args):
               f"{statistics_of_drafts['mean_acceptance_length']:.2f} tokens per pass, "
               f"{statistics_of_drafts['acceptance_rate']:.0%} of drafted tokens accepted")
     print(f"written to {args.out}/: {', '.join(file_names)}")
-
-
-def set_aside(levels, args):
-    """Write settings.json: what the results in --out depend on. If results of other settings lie
-    there (another model, fewer questions), move them to --out/old_results/1, 2, ... first."""
-    no_influence = ("out", "max_num_seqs", "num_speculative_tokens")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
-    settings["conversations"] = {level: len(rows) for level, rows in levels.items()}
-    old_table = read_json(args.out / "table.json")
-    if old_table and read_json(args.out / "settings.json") != settings:
-        old_results = args.out / "old_results"
-        folder = old_results / str(1 + len(list(old_results.glob("*"))))
-        folder.mkdir(parents=True)
-        for name in ["table", *old_table, "settings"]:
-            for path in (args.out / f"{name}{ending}"
-                         for ending in (".json", ".jsonl", ".rates.jsonl")):
-                if path.exists():
-                    path.rename(folder / path.name)
-        print(f"the results of another evaluation in {args.out}/ are moved to {folder}/")
-    write_json(args.out / "settings.json", settings)
-
-
-def read_json(path):
-    """Return the content of a JSON file, or {} if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path, value):
-    """Write a JSON file in one step."""
-    text = json.dumps(value, indent=1) + "\n"
-    tools.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def parse_args():

@@ -6,6 +6,7 @@ the same ids.
 """
 
 import argparse
+import collections
 import itertools
 import json
 from dataclasses import replace
@@ -1035,6 +1036,34 @@ def test_a_killed_evaluation_continues_where_it_was(trained_folder, world, tmp_p
     for name in ("a.jsonl", "b.jsonl", "table.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     assert list(cut.glob("partial*")) == [other]
+
+
+def test_other_results_are_moved_not_replaced_or_mixed(tmp_path):
+    """The same evaluation again replaces its results. One with fewer questions, with other levels
+    or of another model of the same name moves them."""
+    def write(levels, model="a/sft"):
+        args = argparse.Namespace(out=tmp_path, model=model, budgets=[1], num_samples=1)
+        engine = argparse.Namespace(counts=collections.Counter())
+        evaluate.write_results(levels, engine, args)
+        return [sorted(path.name for path in folder.iterdir() if path.is_file())
+                for folder in (tmp_path, *sorted(tmp_path.glob("old_results/*")))]
+
+    def files(*levels):
+        endings = (".jsonl", ".rates.jsonl")
+        return sorted([f"{level}{ending}" for level in levels for ending in endings]
+                      + ["settings.json", "table.json"])
+
+    rows = [result("1", 1.0, 1), result("2", 0.0, 1)]
+    assert write({"easy": rows, "hard": rows}) == [files("easy", "hard")]
+    assert write({"easy": rows, "hard": rows}) == [files("easy", "hard")]
+    assert write({"easy": rows[:1]}) == [files("easy"), files("easy", "hard")]
+    assert write({"easy": rows[:1]}, "b/sft") == [files("easy"), files("easy", "hard"),
+                                                 files("easy")]
+    assert tools.read_jsonl(tmp_path / "old_results/1/hard.jsonl") == rows
+    # results of before there were settings
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "table.json").write_text('{"easy": {}}')
+    assert len(write({"easy": rows[:1]}, "b/sft")) == 4
 
 
 class ScriptedPlayer:
