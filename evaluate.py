@@ -37,7 +37,6 @@ Commands:
 
 import collections
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -54,7 +53,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sft
 import tools
-from extras import model_folder
+from extras import results_folder
 from extras.images import check_images
 
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
@@ -1083,61 +1082,29 @@ def conversation_cells(summary):
 # ---- The command --------------------------------------------------------------------------------
 
 
-def journal_path(args, digest, rank):
-    """Return the file to which a rank appends finished samples (rank "*": a pattern for all)."""
-    return args.out / f"partial.{digest}.{rank}.jsonl"
-
-
-def result_settings(args):
-    """Return the flags that results depend on, as {name: text}. Served models are known by their
-    name: a server may move to another address, and a URL may hold a password."""
-    no_influence = ["max_num_seqs", "num_speculative_tokens", "out", "judge"]
-    if is_served(args):
-        no_influence.append("model")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}
-    settings["has_judge"] = str(bool(args.judge))
-    return settings
-
-
-def run_digest(level, rows, args, prompts):
-    """Return a name for all that the samples of a level depend on. A run of other settings,
-    questions or weights does not take over samples that an interrupted one has left."""
-    settings = result_settings(args)
-    del settings["data"]    # the level's own rows count
-    files = model_folder.fingerprint(args.model)
-    text = json.dumps([level, rows, settings, prompts, files])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    # Rank 0's: on several nodes, copies of one model may have different times.
-    return sft.all_gather_objects([digest])[0]
-
-
 def play_level(engine, question_file, rows, digest, args, process, prompts):
     """Play all questions of one file, num_samples times each, shared out over ranks. A sample is
     left out if an interrupted run of this digest, with any number of processes, has finished and
     scored it. Return all trajectory rows, ordered by question, then sample."""
     # 1. What is there already. No rank may add rows before all have read.
-    journal = tools.Journal(journal_path(args, digest, process.rank),
-                            args.out.glob(journal_path(args, digest, "*").name))
+    journal = tools.Journal(results_folder.journal_path(args.out, digest, process.rank),
+                            results_folder.journal_paths(args.out, digest))
     sft.barrier()
     finished = {(row["id"], row["sample"]): row for row in scored_rows(journal.rows)}
-    num_finished = collections.Counter(question_id for question_id, _ in finished)
-    # 2. This rank's share of the rest: indices of questions.
-    open_questions = [index for index, row in enumerate(rows)
-                      if num_finished[row["id"]] < args.num_samples]
-    my_questions = open_questions[process.rank::process.world_size]
-    num_missing = sum(args.num_samples - num_finished[rows[index]["id"]] for index in my_questions)
-    # 3. Play them, a few slots' worth at a time, which bounds the memory.
-    block_size = max(1, 4 * args.max_num_seqs // args.num_samples)
+    # 2. This rank's share of the rest.
+    waiting = []
+    for rollout in make_rollouts(rows, args.num_samples, question_file.parent, None, prompts):
+        is_mine = rollout.prompt_number % process.world_size == process.rank
+        if is_mine and (rollout.row["id"], rollout.sample_number) not in finished:
+            waiting.append(rollout)
+    # 3. Play it, a few slots' worth at a time: a rollout takes more memory than its row.
+    block_size = args.num_samples * max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
-    with tools.progress_bar(total=num_missing, desc=question_file.stem,
+    with tools.progress_bar(total=len(waiting), desc=question_file.stem,
                             disable=process.rank != 0) as progress:
-        for start in range(0, len(my_questions), block_size):
-            block = my_questions[start:start + block_size]
-            rollouts = make_rollouts([rows[index] for index in block], args.num_samples,
-                                     question_file.parent, block, prompts)
-            rollouts = [rollout for rollout in rollouts
-                        if (rollout.row["id"], rollout.sample_number) not in finished]
-            new_rows += play_and_save(engine, rollouts, journal, progress)
+        while waiting:
+            new_rows += play_and_save(engine, waiting[:block_size], journal, progress)
+            waiting = waiting[block_size:]
     # 4. Everybody's rows.
     for row in sft.all_gather_objects(new_rows):
         finished[row["id"], row["sample"]] = row
@@ -1158,15 +1125,6 @@ def play_and_save(engine, rollouts, journal, progress):
         engine.judge.wait()
     journal.add(*[rollout.to_row() for rollout in without_score])
     return [rollout.to_row() for rollout in rollouts]
-
-
-def count_saved(args, digests):
-    """Return how many conversations of these digests all ranks have saved."""
-    num_saved = 0
-    for digest in digests.values():
-        for path in args.out.glob(journal_path(args, digest, "*").name):
-            num_saved += path.read_bytes().count(b"\n")
-    return num_saved
 
 
 def add_rollout_flags(group):
@@ -1225,16 +1183,11 @@ def make_engine(policy, args, max_turns, judge, greedy=False):
                   greedy=greedy, judge=judge, num_speculative_tokens=args.num_speculative_tokens)
 
 
-def is_served(args):
-    """Return whether --model is the URL of a server."""
-    return "://" in args.model
-
-
 def make_player(args, prompts, process):
     """Return what plays the questions: an Engine with a policy, or a ServedPlayer with a server."""
     max_turns = max(args.budgets)
     judge = make_judge(args, process.rank)
-    if is_served(args):
+    if results_folder.is_served(args):
         from extras.served import ChatClient, ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
@@ -1251,54 +1204,22 @@ def write_results(levels, engine, args):
     """Write table.json, trajectories and pass rates; print the tables."""
     # 1. Write first: what cannot be printed must not be lost.
     table = summarise(levels, args.budgets)
-    set_aside(levels, args)
+    results_folder.set_aside(levels, args)
     file_names = ["table.json"]
     for level, rows in levels.items():
         tools.write_jsonl(args.out / f"{level}.jsonl", rows)
         tools.write_jsonl(args.out / f"{level}.rates.jsonl", pass_rates(rows, args.budgets[-1]))
         file_names += [f"{level}.jsonl", f"{level}.rates.jsonl"]
-    write_json(args.out / "table.json", table)
+    text = json.dumps(table, indent=1) + "\n"
+    tools.write_atomic(args.out / "table.json", lambda file: file.write(text.encode()))
     # 2. Print.
     print_table(table, args.budgets, args.num_samples)
-    if not is_served(args) and engine.counts["sequence_passes"] > 0:
+    if not results_folder.is_served(args) and engine.counts["sequence_passes"] > 0:
         statistics_of_drafts = draft_statistics(engine.counts)
         print("drafts of rank 0: "
               f"{statistics_of_drafts['mean_acceptance_length']:.2f} tokens per pass, "
               f"{statistics_of_drafts['acceptance_rate']:.0%} of drafted tokens accepted")
     print(f"written to {args.out}/: {', '.join(file_names)}")
-
-
-def set_aside(levels, args):
-    """Write settings.json: what the results in --out depend on. If results of other settings lie
-    there (another model, fewer questions), move them to --out/old_results/1, 2, ... first."""
-    settings = result_settings(args)
-    settings["conversations"] = {level: len(rows) for level, rows in levels.items()}
-    old_table = read_json(args.out / "table.json")
-    if old_table and read_json(args.out / "settings.json") != settings:
-        old_results = args.out / "old_results"
-        folder = old_results / str(1 + len(list(old_results.glob("*"))))
-        folder.mkdir(parents=True)
-        for name in ["table", *old_table, "settings"]:
-            for path in (args.out / f"{name}{ending}"
-                         for ending in (".json", ".jsonl", ".rates.jsonl")):
-                if path.exists():
-                    path.rename(folder / path.name)
-        print(f"the results of another evaluation in {args.out}/ are moved to {folder}/")
-    write_json(args.out / "settings.json", settings)
-
-
-def read_json(path):
-    """Return the content of a JSON file, or {} if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path, value):
-    """Write a JSON file in one step."""
-    text = json.dumps(value, indent=1) + "\n"
-    tools.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def parse_args():
@@ -1337,7 +1258,7 @@ def parse_args():
     tools.check(args.budgets[0] >= 1, "--budgets must be at least 1")
     tools.check(args.num_samples == 1 or not args.greedy, "--greedy plays every sample of a "
                 "question alike: add --num_samples 1")
-    if is_served(args):
+    if results_folder.is_served(args):
         tools.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
                            "with a server as --model")
     else:
@@ -1345,10 +1266,9 @@ def parse_args():
                            "unless --model is the URL of a server")
         check_rollout_flags(args)
     if args.out is None:
-        name = (args.model_name or "served") if is_served(args) else Path(args.model).name
+        is_served = results_folder.is_served(args)
+        name = (args.model_name or "served") if is_served else Path(args.model).name
         args.out = Path("results") / name
-    tools.check(is_served(args) or not args.model_name, "--model_name is the name of a model on a "
-                "server: it needs --model URL")
     check_level_names(args)
     return args
 
@@ -1377,7 +1297,9 @@ def main():
         tools.check(rows, f"{question_file} has no rows")
         check_images(question_file, rows)
         questions[question_file] = rows
-        digests[question_file.stem] = run_digest(question_file.stem, rows, args, prompts)
+        digest = results_folder.run_digest(question_file.stem, rows, args, prompts)
+        # Rank 0's: on several nodes, copies of one model may have different times.
+        digests[question_file.stem] = sft.all_gather_objects([digest])[0]
     # 2. Play them.
     levels = {}
     try:
@@ -1387,11 +1309,11 @@ def main():
                                        prompts)
     except KeyboardInterrupt:
         num_all = args.num_samples * sum(len(rows) for rows in questions.values())
-        raise KeyboardInterrupt(f"{count_saved(args, digests)} of {num_all} conversations are "
-                                f"saved in {args.out}; run the same command again to continue"
-                                ) from None
+        num_saved = results_folder.count_saved(args.out, digests.values())
+        raise KeyboardInterrupt(f"{num_saved} of {num_all} conversations are saved in {args.out}; "
+                                "run the same command again to continue") from None
     # 3. Score them, after what servers say about samples without a score.
-    if is_served(args):
+    if results_folder.is_served(args):
         engine.report_cost(process.device, process.rank)
     if engine.judge is not None:
         engine.judge.report_cost(process.device, process.rank)
@@ -1402,7 +1324,7 @@ def main():
     if process.rank == 0:
         for level, digest in digests.items():
             if len(scored_rows(levels[level])) == len(levels[level]):
-                for path in args.out.glob(journal_path(args, digest, "*").name):
+                for path in results_folder.journal_paths(args.out, digest):
                     path.unlink()
     sft.close_distributed()
 

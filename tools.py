@@ -29,7 +29,6 @@ This file has no command of its own. Try it:
 """
 
 import argparse
-import errno
 import gc
 import json
 import math
@@ -76,22 +75,10 @@ def check_number_flags(args, may_be_zero=(), any_number=()):
             check(0 < value < math.inf, f"--{flag_name} {value} must be a number above 0")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds its default to the help of a flag, unless the help says what happens without it."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        is_switch = action.nargs == 0 and default in (False, argparse.SUPPRESS)
-        if not action.option_strings or is_switch or "default" in action.help:
-            return action.help
-        if isinstance(default, list):
-            default = " ".join(map(str, default))
-        return f"{action.help} (default: {default})"
-
-
 def make_parser(description):
     """Return a parser of a script's flags, whose --help shows their defaults."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    from extras import terminal
+    return argparse.ArgumentParser(description=description, formatter_class=terminal.HelpFormatter)
 
 
 def check_unused(args, parser, names, when):
@@ -119,13 +106,7 @@ def run(main):
     except InputError as error:
         sys.exit(f"{script_name}: error: {error}")
     except OSError as error:  # disk full, no permission; no file is half-written (write_atomic)
-        file_name = error.filename or "while writing"
-        advice = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "; earlier files are untouched: free the disk or change --out and run again"
-        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-            advice = "; a file is where a folder is needed: change --out"
-        sys.exit(f"{script_name}: error: {error.strerror or error} ({file_name}){advice}")
+        sys.exit(f"{script_name}: error: {terminal.describe(error)}")
     except RuntimeError as error:  # of torch.distributed, if the process of another rank has ended
         if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
             raise
@@ -151,22 +132,12 @@ def first_line(error):
     return text.splitlines()[0] if text else type(error).__name__
 
 
-class PlainLines:
-    """A file for tqdm that prints each state of a progress bar on a line of its own."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-
 def progress_bar(*args, **kwargs):
     """Return tqdm's bar. Where there is no terminal it prints a plain line every half minute."""
     if not sys.stderr.isatty():
+        from extras import terminal
         bar_format = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        kwargs.update(file=PlainLines(), mininterval=30, maxinterval=30, bar_format=bar_format)
+        kwargs.update(file=terminal.PlainLines(), mininterval=30, maxinterval=30, bar_format=bar_format)
     return tqdm(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import root  # noqa: F401
 import tools
 from build_data import LEVELS, PHRASES
+from collect_coldstart import check_layout
 from extras import report
 
 KINDS = ["correct", "guess", "tag", "claim", "misread", "list", "void", "over_turn", "over_context"]
@@ -99,7 +100,7 @@ def main():
         tools.check(levels, f"{folder}/table.json has none of {', '.join(LEVELS)}; make them with: "
                     "python evaluate.py")
         for level in levels:
-            question_rows = tools.read_questions(args.data / f"{level}.jsonl",
+            question_rows = tools.read_questions(args.data / f"{level}.jsonl", check_layout,
                                                  hint="python build_data.py")
             questions = {row["id"]: row for row in question_rows}
             rows = tools.read_jsonl(folder / f"{level}.jsonl")

@@ -1,11 +1,15 @@
-"""What a stage prints must not cost what it computes.
+"""What a user sees at the terminal: help, progress, errors, and how Ctrl-C is answered.
+
+What a stage prints must not cost what it computes.
 
 Who reads the output may go away (`python evaluate.py | head -1`), its disk may be full, and its
 encoding may lack letters of a question. Without this file each of these would end a stage in the
 middle of its work. And Ctrl-C would be answered by every process of a pool.
 """
 
+import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -80,3 +84,37 @@ def only_parent_answers_ctrl_c():
         signal.signal(number, handler)
     if interrupts:
         raise KeyboardInterrupt
+
+
+def describe(error):
+    """Return one line about an OSError: what, where, and what to do."""
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "; earlier files are untouched: free the disk or change --out and run again"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        advice = "; a file is where a folder is needed: change --out"
+    return f"{error.strerror or error} ({error.filename or 'while writing'}){advice}"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds its default to the help of a flag, unless the help says what happens without it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        is_switch = action.nargs == 0 and default in (False, argparse.SUPPRESS)
+        if not action.option_strings or is_switch or "default" in action.help:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})"
+
+
+class PlainLines:
+    """A file for tqdm that prints each state of a progress bar on a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass

@@ -6,6 +6,7 @@ the same ids.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import torch
 import evaluate
 import sft
 import tools
-from extras import crash
+from extras import crash, results_folder
 from support.launch import Forked, run_script
 from support.memory import LiveBytes
 from support.models import library_attention
@@ -1053,6 +1054,34 @@ def test_a_killed_evaluation_continues_where_it_was(trained_folder, world, tmp_p
     assert list(cut.glob("partial*")) == [other]
 
 
+def test_other_results_are_moved_not_replaced_or_mixed(tmp_path):
+    """The same evaluation again replaces its results. One with fewer questions, with other levels
+    or of another model of the same name moves them."""
+    def write(levels, model="a/sft"):
+        args = argparse.Namespace(out=tmp_path, model=model, budgets=[1], num_samples=1)
+        engine = argparse.Namespace(counts=collections.Counter())
+        evaluate.write_results(levels, engine, args)
+        return [sorted(path.name for path in folder.iterdir() if path.is_file())
+                for folder in (tmp_path, *sorted(tmp_path.glob("old_results/*")))]
+
+    def files(*levels):
+        endings = (".jsonl", ".rates.jsonl")
+        return sorted([f"{level}{ending}" for level in levels for ending in endings]
+                      + ["settings.json", "table.json"])
+
+    rows = [result("1", 1.0, 1), result("2", 0.0, 1)]
+    assert write({"easy": rows, "hard": rows}) == [files("easy", "hard")]
+    assert write({"easy": rows, "hard": rows}) == [files("easy", "hard")]
+    assert write({"easy": rows[:1]}) == [files("easy"), files("easy", "hard")]
+    assert write({"easy": rows[:1]}, "b/sft") == [files("easy"), files("easy", "hard"),
+                                                 files("easy")]
+    assert tools.read_jsonl(tmp_path / "old_results/1/hard.jsonl") == rows
+    # results of before there were settings
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "table.json").write_text('{"easy": {}}')
+    assert len(write({"easy": rows[:1]}, "b/sft")) == 4
+
+
 class ScriptedPlayer:
     """A player whose samples have these scores; rewards[(question, sample)] (default: 1). played:
     "1a 1b " are both samples of question 1."""
@@ -1078,7 +1107,7 @@ def play_again(tmp_path):
                                   settings=settings)
         rows = [{"id": question_id} for question_id in questions]
         path = Path(f"{level}.jsonl")
-        digest = evaluate.run_digest(level, rows, args, {})
+        digest = results_folder.run_digest(level, rows, args, {})
         player.played = ""
         process = argparse.Namespace(rank=0, world_size=1)
         results = evaluate.play_level(player, path, rows, digest, args, process, tools.PROMPTS)
@@ -1121,13 +1150,13 @@ def test_another_model_starts_over(tmp_path):
     for name in ("config.json", "model-00001-of-00002.safetensors",
                  "model-00002-of-00002.safetensors"):
         (tmp_path / name).write_text("old")
-        digests.add(evaluate.run_digest("a", [], args, {}))
+        digests.add(results_folder.run_digest("a", [], args, {}))
     stat = (tmp_path / name).stat()
     os.utime(tmp_path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
-    digests.add(evaluate.run_digest("a", [], args, {}))
+    digests.add(results_folder.run_digest("a", [], args, {}))
     assert len(digests) == 4
     (tmp_path / "metrics.jsonl").write_text("a step")
-    assert evaluate.run_digest("a", [], args, {}) in digests
+    assert results_folder.run_digest("a", [], args, {}) in digests
 
 
 def test_every_conversation_is_saved_as_it_ends(play_again, tmp_path):

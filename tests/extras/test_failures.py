@@ -1,7 +1,11 @@
 """Specification of extras/failures.py: one conversation of each kind, by hand."""
 
+import json
+
 import pytest
 
+import build_data
+import tools
 from extras import failures
 
 CALL = '<grounding>{"bbox_2d": [0.0, 0.0, 0.333, 0.333], "source": "original_image"}</grounding>'
@@ -41,3 +45,40 @@ def test_plan_of_a_first_turn(plan, text):
 
 def test_shares_are_printed_in_order_and_only_if_they_occur():
     assert failures.format_shares(["a", "c", "a", "b"], ["b", "d"]) == "b 25.0  a 50.0  c 25.0"
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A folder with results of one easy question, for which a server gave no reply, next to stale
+    ones of a hard question; and the questions in data/."""
+    (tmp_path / "data").mkdir()
+    for level in ("easy", "hard"):
+        question = build_data.make_question((level, 0, level), tmp_path / "data", 0)
+        tools.write_jsonl(tmp_path / f"data/{level}.jsonl", [question])
+        refused = {"id": question["id"], "turns": [], "reward": None, "finish_reason": None}
+        tools.write_jsonl(tmp_path / f"{level}.jsonl", [refused])
+    accuracy = {"accuracy": {"1": 0.5}, "standard_error": {"1": 0.0}}
+    (tmp_path / "table.json").write_text(json.dumps({"easy": accuracy}))
+    return tmp_path
+
+
+def run(monkeypatch, folder):
+    monkeypatch.setattr("sys.argv", ["failures.py", str(folder), "--data", str(folder / "data")])
+    failures.main()
+
+
+def test_only_levels_of_the_table_are_read(evaluated, monkeypatch, capsys):
+    run(monkeypatch, evaluated)
+    assert capsys.readouterr().out == (
+        f"{evaluated.name} easy: no reply 100.0\n    plan: none 100.0\n")
+
+
+def test_other_questions_are_told(evaluated, monkeypatch):
+    path = evaluated / "data/easy.jsonl"
+    [row] = tools.read_jsonl(path)
+    tools.write_jsonl(path, [{**row, "id": "other"}])
+    with pytest.raises(tools.InputError, match="question easy_00000 is not in .*easy.jsonl; name "):
+        run(monkeypatch, evaluated)
+    tools.write_jsonl(path, [{"id": "1", "image": "1.jpg", "question": "?", "answer": "7"}])
+    with pytest.raises(tools.InputError, match="easy.jsonl:1: .* with a layout"):
+        run(monkeypatch, evaluated)
