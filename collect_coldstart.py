@@ -429,9 +429,8 @@ def parse_args():
     tools.check_number_flags(args, may_be_zero=("seed",))
     tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must "
                 f"be in the folder of --data ({args.data.parent}), where the images are")
-    for name in ("teacher_model", "exemplars"):
-        tools.check(args.teacher != "scripted" or getattr(args, name) is None,
-                    f"--{name} is of a served teacher: it needs --teacher URL")
+    tools.check(args.teacher != "scripted" or not (args.teacher_model or args.exemplars),
+                "--teacher_model and --exemplars need --teacher URL")
     tools.check(args.out.resolve() != args.data.resolve(), f"--out {args.out} would overwrite the "
                 "questions in --data; choose another name")
     return args

@@ -1249,8 +1249,7 @@ def parse_args():
     if args.out is None:
         name = (args.model_name or "served") if is_served(args) else Path(args.model).name
         args.out = Path("results") / name
-    tools.check(is_served(args) or not args.model_name, "--model_name is the name of a model on a "
-                "server: it needs --model URL")
+    tools.check(is_served(args) or not args.model_name, "--model_name needs --model URL")
     check_level_names(args)
     return args
 
