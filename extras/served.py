@@ -177,7 +177,7 @@ def error_message(body, text):
 
 def is_context_full(texts):
     """Return whether these words of a server mean that a conversation is too long."""
-    text = " ".join(texts)
+    text = " ".join(texts)[:20_000]
     return bool(CONTEXT_FULL_PATTERN.search(text)) and not RATE_PATTERN.search(text)
 
 

@@ -23,7 +23,7 @@ import collect_coldstart
 import evaluate
 import tools
 from extras import crash, served
-from support.launch import ROOT, Forked, run_script
+from support.launch import ROOT, Forked, refused, run_script
 from support.servers import ChatServer, engine_behind_a_server, picture_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -630,7 +630,8 @@ def test_questions_without_a_usable_reply_stay_open_for_another_run(world, promp
         # another collection: nothing is taken over
         trajectories, _, num_requests = collect([{"role": "system", "content": "other exemplars"}])
         assert len(trajectories) == 6 and num_requests == oracle.num_turns(questions)
-        # the same collection: only the question that is open
+        # the same collection, of a server that has moved: only the question that is open
+        args.teacher = "y"
         _, correct, num_requests = collect([])
         assert num_requests == oracle.num_turns([questions[2]])
     assert [row["id"] for row in correct] == [row["id"] for row in questions]
@@ -697,6 +698,28 @@ def test_bad_flags_of_a_served_teacher_are_one_line(questions, tmp_path, flags, 
     assert re.fullmatch(r"collect_coldstart\.py: error: .*\n", done.stderr) and words in done.stderr
 
 
+@pytest.mark.parametrize("behave, words", [
+    (None, "no connection to"), (lambda body: (401, {}, b""), "TEACHER_API_KEY"),
+    (lambda body: (400, {}, b"too poor"), "6 of 6 questions got no usable reply (6 x HTTP 400: "
+                                          "too poor)")])
+def test_a_collection_that_fails_says_why_and_leaves_no_files(questions, tmp_path, behave, words):
+    with ChatServer(behave) as server:
+        if behave is None:
+            server.server_close()
+        assert words in refused(*teacher_command(tmp_path, server.url, 1))
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("collect_coldstart.py", ["--teacher_model", "x"], "--teacher_model .* --teacher URL"),
+    ("collect_coldstart.py", ["--exemplars", "x"], "--exemplars .* --teacher URL"),
+    ("evaluate.py", ["--judge_model", "x"], "--judge_model needs --judge URL"),
+    ("evaluate.py", ["--model_name", "x"], "--model_name .* --model URL"),
+    ("evaluate.py", ["--model", "HTTP://me:secret@x"], "'HTTP://[*]{3}@x' must be a URL")])
+def test_a_flag_of_a_served_model_needs_its_url(script, flags, words):
+    assert re.search(words, refused(script, *flags))
+
+
 # ---- The player ---------------------------------------------------------------------------------
 
 
@@ -728,13 +751,12 @@ def test_a_served_model_is_measured_like_a_local_one(trained_policy, world, prom
 def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(trained_policy, world,
                                                                            tmp_path):
     """Two processes; one of six conversations is refused. The same command plays that question
-    only, and no other."""
-    refused = [True]
+    only, and no other, also if the server has moved."""
     behave = engine_behind_a_server(trained_policy)
     rows = tools.read_jsonl(world / "train.jsonl")[:6]
 
     def refuse_one(body):
-        if refused and rows[3]["question"] in json.dumps(body):
+        if rows[3]["question"] in json.dumps(body):
             return 400, {}, b"not allowed"
         return behave(body)
 
@@ -745,16 +767,16 @@ def test_a_conversation_that_a_server_refuses_is_left_out_and_played_later(train
         done = run_script(*command, nproc=2)
         assert "train: 1 of 6 samples have no score" in done.stdout
         assert f"model: {len(server.requests) - 1} replies" in done.stdout
+        assert "model: no usable reply for 1 x HTTP 400: not allowed" in done.stdout
         table = json.loads((tmp_path / "out/table.json").read_text())["train"]
         assert (table["questions"], table["samples"], table["unscored"]) == (6, 6, 1)
         rates = tools.read_jsonl(tmp_path / "out/train.rates.jsonl")
         assert rows[3]["id"] not in [row["id"] for row in rates]
-        refused.clear()
-        before = len(server.requests)
+    with ChatServer(behave) as moved:
+        command[2] = moved.url
         run_script(*command)
-        assert len(server.requests) > before
-        assert all(rows[3]["question"] in json.dumps(body)
-                   for _, _, body in server.requests[before:])
+        assert moved.requests
+        assert all(rows[3]["question"] in json.dumps(body) for _, _, body in moved.requests)
     assert all(row["turns"] for row in tools.read_jsonl(tmp_path / "out/train.jsonl"))
 
 
@@ -767,6 +789,15 @@ def test_a_server_that_is_away_ends_the_evaluation_in_one_line(world, tmp_path):
     assert "HTTP 400: away" in done.stderr
     assert len(server.requests) < 60 and not (tmp_path / "out/table.json").exists()
     assert "Traceback" not in done.stderr
+
+
+def test_an_evaluation_without_any_score_says_why(world, tmp_path):
+    """Too few conversations to give up."""
+    with ChatServer(lambda body: (400, {}, b"THE REASON")) as server:
+        done = run_script("evaluate.py", "--model", server.url, "--data", world / "train.jsonl",
+                          "--limit", 2, "--num_samples", 1, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "no sample has a score" in done.stderr
+    assert "model: no usable reply for 2 x HTTP 400: THE REASON" in done.stdout
 
 
 # ---- The judge ----------------------------------------------------------------------------------
@@ -829,8 +860,8 @@ def test_a_judge_with_a_wrong_key_stops_the_run(tmp_path):
             verdict_of(judge_at(server, tmp_path), "cub")
 
 
-def test_a_judge_that_is_away_does_not_hold_up_the_run(tmp_path, monkeypatch):
-    """Two attempts each, then one, until one succeeds."""
+def test_a_judge_that_is_away_does_not_hold_up_the_run(tmp_path, monkeypatch, capsys):
+    """Two attempts each, then one, until one succeeds. The first failure is told."""
     monkeypatch.setattr(served, "GIVE_UP", 3)
 
     def behave(body):
@@ -842,8 +873,31 @@ def test_a_judge_that_is_away_does_not_hold_up_the_run(tmp_path, monkeypatch):
         for index in range(11):
             verdict_of(judge, f"cub {index}")
             num_requests.append(len(server.requests))
+            told = capsys.readouterr().err
+            assert ("stay without a score" in told and "HTTP 503" in told) == (index == 0)
     assert num_requests == [2, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert judge.num_failures == 0
+
+
+def test_a_judge_that_hangs_is_asked_one_thing_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(served, "HANG_SECONDS", 0.1)
+
+    def behave(body):
+        time.sleep(0.5)
+        return '{"same": true}'
+
+    with ChatServer(behave) as server:
+        client = served.ChatClient(server.url, "j", "judge", pause=0.01, timeout=0.15)
+        judge = served.Judge(client, tmp_path)
+        assert verdict_of(judge, "cub") is None and len(server.requests) == 1
+        rollouts = [SimpleNamespace(row={"question": "What?", "answer": "a cat"},
+                                    prediction=f"cub {index}") for index in range(9)]
+        for rollout in rollouts:
+            judge.submit(rollout)
+        judge.wait()
+        assert [rollout.reward for rollout in rollouts] == [None] * 9
+        assert len(server.requests) <= 4
+        assert "not asked" in client.failures()
 
 
 def reward_of(judge, prediction, answer="a cat", options=None):
@@ -909,7 +963,8 @@ def test_a_judge_that_was_away_is_asked_again_by_the_same_command(trained_folder
         rows = tools.read_jsonl(tmp_path / "out/train.jsonl")
         unscored = [row for row in rows if row["reward"] is None]
         assert unscored and f"train: {len(unscored)} of {len(rows)} samples" in done.stdout
-        assert "judge: " in done.stdout
+        assert "judge: no usable reply for" in done.stdout
+        assert "no verdict in the reply '?'" in done.stdout
         assert all(row["prediction"] and row["finish_reason"] == "answer" for row in unscored)
         is_away.clear()
         run_script(*command)
