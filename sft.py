@@ -858,7 +858,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr, max_grad_norm, healthy=True):
         """Clip the gradient, update the masters with AdamW, send the new weights to all ranks.
-        Return the global norm before clipping, summed in float64.
+        Return the global norm before clipping, a float, summed in float64.
 
         If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, not
         even AdamW's moments, and num_skipped counts one more step. Gradients are freed either

@@ -188,7 +188,9 @@ ASSIGNMENTS = {
             "test_rl.py::test_a_conversation_is_cut_after_its_last_turn_within_the_cap": 9,
             "test_rl.py::test_a_conversation_within_the_cap_is_returned_as_it_is": 1})]),
     5: Assignment("Data parallel by hand: sums that do not depend on who computes", 6, [
-        Task("buckets", ["sft.py:make_buckets"], {"test_sft.py::test_buckets_by_hand": 15}),
+        Task("buckets", ["sft.py:make_buckets"], {
+            "test_sft.py::test_buckets_by_hand": 12,
+            "test_sft.py::test_buckets_of_random_parameters": 3}),
         Task("objects and weights of all ranks",
              ["sft.py:all_gather_objects", "sft.py:broadcast_weights"], {
                  "test_sft.py::test_one_process_needs_no_group": 4,
@@ -229,7 +231,9 @@ ASSIGNMENTS = {
                  "test_sft.py::test_steps_that_are_not_finite_are_skipped_and_counted": 10}),
         Task("resume under another world size",
              ["sft.py:Optimizer.load", "sft.py:Bucket.reshard"], {
-                 "test_sft.py::test_state_is_resharded_by_hand": 12,
+                 "test_sft.py::test_state_is_resharded_by_hand": 8,
+                 "test_sft.py::test_every_bucket_gets_its_own_state": 2,
+                 "test_sft.py::test_state_of_any_number_of_ranks_is_resharded": 2,
                  "test_sft.py::test_the_state_of_another_model_is_refused": 4,
                  "test_sft.py::"
                  "test_the_state_of_another_model_is_refused_before_anything_changes": 2,

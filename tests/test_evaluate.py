@@ -80,6 +80,8 @@ def test_random_numbers_are_indexed_by_position():
     assert rollout.next_uniforms(9) == stream[60:69]
     assert rollout.next_uniforms(0) == []
     assert rollout.next_uniforms(130) == stream[60:190]
+    rollout.logprobs = [0.0] * 150
+    assert rollout.next_uniforms(9) == stream[150:159]
     fresh = evaluate.Rollout(random_generator=np.random.default_rng([0, 0, 1, 2]))
     assert fresh.next_uniforms(200) == stream
 
@@ -493,6 +495,17 @@ def test_sampling_follows_the_distribution(make_tiny):
     assert ids == expected
     assert logprobs == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
     assert all(type(token_id) is int for token_id in ids)
+    assert type(logprobs) is list and all(type(logprob) is float for logprob in logprobs)
+    # many rows, each with its own number
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(200, 9, dtype=torch.float64, generator=generator)
+    probs /= probs.sum(1, keepdim=True)
+    uniforms = torch.rand(200, dtype=torch.float64, generator=generator).tolist()
+    ids, logprobs = engine.sample_tokens(probs.log(), uniforms)
+    expected = [int(np.searchsorted(row.cumsum(), uniform, side="right"))
+                for row, uniform in zip(probs.numpy(), uniforms)]
+    assert ids == expected
+    assert logprobs == pytest.approx(probs.log()[range(200), expected].tolist())
 
 
 def test_a_suppressed_id_is_not_sampled_when_rounding_took_some_of_the_mass(make_tiny):
@@ -756,7 +769,8 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained_policy, world):
 
 @pytest.mark.parametrize("num_left, proposed, expected", [
     (3, [7, 7, 7, 7], [7, 7]), (5, [7, 7, 7, 7], [7, 7, 7, 7]), (8, [7] * 9, [7, 7, 7, 7]),
-    (3, [7, "image"], [7]), (3, ["stop", 7], []), (3, [], [])], ids=str)
+    (3, [7, "image"], [7]), (3, ["stop", 7], []), (3, [], []), (2, [7, 7], [7]), (1, [7, 7], [])],
+    ids=str)
 def test_what_is_drafted_by_hand(make_tiny, num_left, proposed, expected):
     """Not the last token of a turn: with 3 left of a turn, 2 at most; and 4 at most by
     --num_speculative_tokens. Nothing that ends a turn, no image placeholder, nor what comes
@@ -966,6 +980,8 @@ def test_samples_that_agree_are_no_more_evidence_than_one():
     """The deviation of (1, 0) is 0.7071."""
     agreeing = [result("a", 1.0, 2), result("a", 1.0, 2), result("b", 0.0, 2), result("b", 0.0, 2)]
     assert evaluate.avg_at_k(agreeing, 3) == pytest.approx((0.5, 0.5))
+    # one question says nothing of its error
+    assert evaluate.avg_at_k(agreeing[:2], 3) == (1.0, 0.0)
 
 
 def test_a_question_counts_once_however_many_samples_it_has():
@@ -981,6 +997,7 @@ def test_one_question_has_no_error():
 def test_what_was_not_scored_is_not_wrong():
     rows = [result("a", 1.0, 1), result("a", None, 1), result("b", None, 1), result("c", 0.0, 1)]
     assert evaluate.accuracy_per_question(rows, 1) == {"a": 1.0, "c": 0.0}
+    assert evaluate.accuracy_per_question(rows[2:3], 1) == {}
 
 
 def test_levels_weigh_the_same():

@@ -352,10 +352,13 @@ def test_masked_responses_get_no_gradient_and_no_garbage(garbage, place):
 def test_nothing_kept_is_a_zero_loss_still_connected():
     new, old, advantages, mask, _ = random_batch(2)
     new[~mask] = math.inf
-    new.requires_grad_(True)
-    loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool))
-    loss.backward()
-    assert loss.item() == 0 and (new.grad == 0).all()
+    # also if other ranks kept some
+    for denominator in (None, 3.0):
+        new = new.detach().requires_grad_(True)
+        loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool),
+                            denominator=denominator)
+        loss.backward()
+        assert loss.item() == 0 and (new.grad == 0).all()
     # the same if the denominator of all ranks is 0, which is a number like any other
     batch = random_batch(2)
     batch[0].requires_grad_(True)

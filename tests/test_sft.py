@@ -292,6 +292,9 @@ def check_positions(policy):
                                                        policy.merge_size)
         assert torch.equal(positions, reference[:, 0])
         assert next_position == len(token_ids) + delta.item()
+        shifted, shifted_next = sft.mrope_positions(token_ids, grids, image_id, policy.merge_size,
+                                                    start=100)
+        assert torch.equal(shifted, positions + 100) and shifted_next == next_position + 100
 
 
 # ---- From a conversation to tensors: packed batches ---------------------------------------------
@@ -536,11 +539,9 @@ def test_logits_never_exist_whole():
     assert inputs_seen["use_cache"] is False
 
 
-@pytest.mark.parametrize("num_positions, forward, backward", [
-    (10, [4, 4, 2], [2, 4, 4]), (8, [4, 4], [4, 4]), (5, [4, 1], [1, 4]), (4, [4], []),
-    (0, [0], [])], ids=str)
-def test_chunks_and_what_is_computed_again(num_positions, forward, backward):
-    """At most four positions at a time; what was cut is computed again in backward, and log-probs
+@pytest.mark.parametrize("num_positions, num_chunks", [(10, 3), (8, 2), (5, 2)])
+def test_chunks_and_what_is_computed_again(num_positions, num_chunks):
+    """At most four positions at a time; all of them are computed again in backward, and log-probs
     are in the order of loss_positions, whatever that is."""
     hidden = torch.randn(12, 16, requires_grad=True)
     policy = policy_with_hidden_states(hidden, {})
@@ -556,13 +557,15 @@ def test_chunks_and_what_is_computed_again(num_positions, forward, backward):
     loss_positions = 1 + torch.randperm(11, generator=generator)[:num_positions]
     batch = {"input_ids": torch.randint(4, 20_000, (1, 12)), "loss_positions": loss_positions}
     logprobs = sft.token_logprobs(policy, batch, chunk_size=4)
-    assert num_computed == forward
+    assert len(num_computed) == num_chunks
+    assert sum(num_computed) == num_positions and max(num_computed) <= 4
+    forward = sorted(num_computed)
     expected = [sft.vocab_logprobs(policy, hidden[t - 1])[batch["input_ids"][0, t]].item()
                 for t in loss_positions]
     assert logprobs.tolist() == pytest.approx(expected)
     num_computed.clear()
     logprobs.sum().backward()
-    assert sorted(num_computed) == sorted(backward)
+    assert sorted(num_computed) == forward
 
 
 def test_logprobs_of_no_token_still_have_a_gradient():
@@ -720,6 +723,24 @@ def test_buckets_by_hand(sizes, dtypes, num_bytes, expected):
     assert all(a is b for a, b in zip(sum(buckets, []), params, strict=True))
 
 
+def test_buckets_of_random_parameters():
+    """Each but the last is larger than the limit, or followed by another dtype, and none would be
+    without its last parameter."""
+    generator = random.Random(0)
+    for _ in range(100):
+        params = [torch.zeros(generator.randint(1, 90), dtype=generator.choice([SINGLE, DOUBLE]))
+                  for _ in range(generator.randint(1, 30))]
+        limit = generator.choice([0, 100, 500])
+        buckets = list(sft.make_buckets(params, megabytes=limit / 2**20))
+        assert all(a is b for a, b in zip(sum(buckets, []), params, strict=True))
+        for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
+            num_bytes = sum(param.nbytes for param in bucket)
+            assert len({param.dtype for param in bucket}) == 1
+            assert num_bytes - bucket[-1].nbytes <= limit
+            is_last = following is None or following[0].dtype != bucket[0].dtype
+            assert is_last or num_bytes > limit
+
+
 @pytest.mark.parametrize("dtype, master_dtype", [
     (DOUBLE, DOUBLE), (SINGLE, SINGLE), (HALF, SINGLE)], ids=str)
 def test_a_bucket_by_hand(dtype, master_dtype):
@@ -756,19 +777,23 @@ def test_a_bucket_is_on_the_device_of_its_parameters():
 @pytest.mark.parametrize("dtype, master_dtype", [
     (DOUBLE, DOUBLE), (SINGLE, SINGLE), (HALF, SINGLE)], ids=str)
 @pytest.mark.parametrize("with_gradient, expected", [
-    (0, [0.5] * 6 + [0.0] * 6), (1, [0.0] * 6 + [0.5] * 4 + [0.0] * 2)])
+    (0, [0.5, 1.0, 1.5, 2.0, 2.5, 3.0] + [0.0] * 6),
+    (1, [0.0] * 6 + [0.5, 1.0, 1.5, 2.0] + [0.0] * 2)], ids=["matrix", "vector"])
 def test_gradients_of_a_bucket_by_hand(dtype, master_dtype, with_gradient, expected):
     """In the parameters' order and in the master's dtype, with padding; zeros for the parameter
     that has none. They are freed."""
-    params = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size in (6, 4)]
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2, 3), (4,))]
     param = params[with_gradient]
-    param.grad = torch.full_like(param, 0.5)
+    param.grad = (torch.arange(1, param.numel() + 1).view_as(param) / 2).to(dtype)
     bucket = sft.Bucket(params, num_shards=3, shard_index=1)
     gradients = bucket.flatten_gradients()
     assert gradients.tolist() == expected
     assert gradients.dtype == master_dtype
     assert params[0].grad is None
     assert params[1].grad is None
+    # what was returned is nobody else's
+    assert bucket.flatten_gradients().tolist() == [0.0] * 12
+    assert gradients.tolist() == expected
 
 
 # ---- Data parallel: reductions that overlap with backward ---------------------------------------
@@ -912,10 +937,13 @@ def test_buckets_are_reduced_in_their_order(first_of_two_ranks):
 
 
 def test_a_bucket_is_reduced_once_all_its_gradients_are_complete(first_of_two_ranks):
-    params, optimizer, log = first_of_two_ranks([1, 2], one_bucket_for_all)
-    optimizer.backward([0], lambda _: params[0].sum() + params[1].sum())
-    assert log.sent == [3]
-    assert optimizer.buckets[0].master.grad.tolist() == [1.0] * 3
+    """In whatever order they come."""
+    for order in itertools.permutations(range(3)):
+        params, optimizer, log = first_of_two_ranks([1, 2, 4], one_bucket_for_all)
+        log.sent.clear()
+        optimizer.backward([0], lambda _: sum(params[index].sum() for index in order))
+        assert log.sent == [7]
+        assert optimizer.buckets[0].master.grad.tolist() == [1.0] * 7
 
 
 def test_few_buckets_are_in_flight_and_all_are_waited_for(first_of_two_ranks):
@@ -1067,7 +1095,8 @@ def test_the_squares_of_large_gradients_do_not_overflow():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = sft.Optimizer([weight], 0.1, 0.0)
     optimizer.backward([None], lambda _: (weight * 1e25).sum())
-    assert optimizer.step(0.1, 1.0) == pytest.approx(2e25)
+    norm = optimizer.step(0.1, 1.0)
+    assert type(norm) is float and norm == pytest.approx(2e25)
     assert optimizer.num_skipped == 0 and (weight < 1).all()
 
 
@@ -1307,6 +1336,37 @@ def test_state_is_resharded_by_hand(saved, num_shards, shard_index, expected):
     assert state["exp_avg_sq"].tolist() == [20 * number for number in expected]
     # a view of the whole would keep all of it
     assert state["exp_avg"].untyped_storage().nbytes() == 4 * len(expected)
+
+
+def test_state_of_any_number_of_ranks_is_resharded():
+    """However many ranks saved 0, 1, 2 ..., the shards of all ranks end to end are these numbers,
+    and zeros."""
+    for size, num_saved, num_shards in itertools.product((1, 2, 7, 12), (1, 2, 3, 5), (1, 2, 3, 5)):
+        saved = EmptyBucket(size, num_saved, 0, torch.float32).flat
+        saved[:size] = torch.arange(1.0, size + 1)
+        shards = [EmptyBucket(size, num_shards, index, torch.float32).reshard(
+                      list(saved.chunk(num_saved))) for index in range(num_shards)]
+        whole = torch.cat(shards)
+        assert whole[:size].tolist() == list(range(1, size + 1))
+        assert len({len(shard) for shard in shards}) == 1 and (whole[size:] == 0).all()
+        assert len(whole) - size < num_shards
+
+
+def test_every_bucket_gets_its_own_state():
+    optimizer = optimizer_of(2)
+    optimizer.buckets = [optimizer_of(size).buckets[0] for size in (2, 3)]
+    saved = [{"size": size, "master": torch.full((size,), 1.0 * size),
+              "exp_avg": torch.full((size,), 10.0 * size), "step": torch.tensor(7.0 * size),
+              "exp_avg_sq": torch.full((size,), 20.0 * size)} for size in (2, 3)]
+    sft.Optimizer.load(optimizer, [saved])
+    for size, bucket in zip((2, 3), optimizer.buckets):
+        state = optimizer.adam.state[bucket.master]
+        assert bucket.flat.tolist() == [size] * size and state["step"] == 7 * size
+        assert state["exp_avg"].tolist() == [10 * size] * size
+        assert state["exp_avg_sq"].tolist() == [20 * size] * size
+    # what was given is not changed
+    assert all(bucket_state.keys() == {"size", "master", "exp_avg", "exp_avg_sq", "step"}
+               for bucket_state in saved)
 
 
 @pytest.mark.parametrize("sizes", [[11], [10, 1], [10, 10], []],
@@ -1559,6 +1619,7 @@ def test_learning_rate_by_hand():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.0380602337)
+    assert sft.learning_rate(0, 1, 1.0, 0.5) == 1.0
 
 
 @pytest.mark.parametrize("step, warmup_ratio, expected", [

@@ -637,7 +637,8 @@ def test_a_turn_at_the_image_cap_keeps_its_zoom():
 CALL = {"bbox_2d": WHOLE, "source": "original_image"}
 CALL_TOO_EARLY = {"bbox_2d": WHOLE, "source": "observation_9"}
 PARSED = {"zoom": ("zoom", CALL), "zoom too early": ("zoom", CALL_TOO_EARLY),
-          "bad call": ("error", "No."), "answer": ("answer", "7"), "empty answer": ("answer", ""), "void": ("void", None)}
+          "bad call": ("error", "No."), "answer": ("answer", "7"), "empty answer": ("answer", ""),
+          "void": ("void", None)}
 ZOOMED = {"text": "zoom", "zoom": CALL}
 TOO_EARLY = {"text": "zoom too early", "zoom": CALL_TOO_EARLY}
 REFUSED = {"text": "bad call", "error": "No."}
@@ -675,7 +676,8 @@ def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch, text, num_views, 
     monkeypatch.setattr(tools, "parse_turn", PARSED.__getitem__)
     monkeypatch.setattr(tools, "zoom", crop)
     views = ["image"] * num_views
-    assert tools.take_turn(views, text, turn_number, max_turns, max_images) == expected
+    result = tools.take_turn(views, text, turn_number, max_turns, max_images)
+    assert isinstance(result, tools.TurnResult) and result == expected
     was_carried_out = expected == (ZOOMED, None, None)
     assert views == ["image"] * num_views + ["crop"] * was_carried_out
 
