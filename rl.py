@@ -86,8 +86,8 @@ from extras.images import check_images
 def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     """Return A'_i = M_i (r_i - b) / (s + eps) of each response in its group.
 
-    rewards (P, G) float, kept M (P, G) bool -> (P, G). `baseline` chooses b and the rewards whose
-    unbiased standard deviation is s:
+    rewards (P, G) float, kept M (P, G) bool -> (P, G) float of the same dtype. `baseline` chooses b
+    and the rewards whose unbiased standard deviation is s:
         "group"      b is the mean reward of all responses; unfinished ones enter with their reward,
                      0 (official code)
         "completed"  b is the mean reward of the kept responses; s is theirs too
@@ -150,7 +150,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, kept, *, clip_low=0.2, c
     denominator: the count over the whole mini-batch on all ranks (default: count this batch). If it
     is 0, the loss is 0 and still has a gradient. Masked responses (M = 0) add nothing, whatever
     their advantages and log-probs are. Raises ValueError for an unknown divisor or aggregation, and
-    for "constant" without max_response_tokens."""
+    for "constant" without max_response_tokens (None or 0)."""
     if divisor not in ("kept", "all") or aggregation not in ("response", "token", "constant"):
         raise ValueError(f"unknown divisor '{divisor}' or aggregation '{aggregation}'")
     if aggregation == "constant" and not max_response_tokens:
@@ -187,7 +187,8 @@ def is_unfinished(rollout, args):
 
 def is_kept(rollout, args):
     """Return M_i: True unless the over-turn mask removes this conversation from the loss. With
-    --baseline outcome nothing is masked, because conversations are played to their end."""
+    --baseline outcome nothing is masked, not even by --mask_void: conversations are played to their
+    end."""
     if not args.overturn_mask or args.baseline == "outcome":
         return True
     return not is_unfinished(rollout, args)
@@ -236,8 +237,8 @@ def pick_questions(num_questions, prompt_numbers, seed, step):
 
 
 def truncate_rollout(rollout, max_turns):
-    """Return a copy of a rollout with only its first max_turns turns, their tokens and log-probs.
-    Only --baseline outcome plays longer ones.
+    """Return a copy of a rollout with only its first max_turns turns, their tokens and log-probs;
+    the tool's words after them are cut, too. Only --baseline outcome plays longer ones.
 
     Reward and finish reason stay those of the whole conversation. A rollout of at most max_turns
     turns is returned as it is. Rollouts hold no images: with_images cuts those of the turns."""
@@ -400,9 +401,9 @@ def balance_by_tokens(rollouts):
 def mini_batches(groups_with_signal, args, device):
     """Cut the indices of the groups with signal, on all ranks, into mini-batches: a list of lists.
 
-    groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups;
-    their sizes differ by at most one. So a step in which few groups have signal takes fewer
-    optimizer steps, not noisier ones. Without any signal there is one mini-batch, and it is empty.
+    groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups
+    (their number is rounded); sizes differ by at most one. So a step in which few groups have signal
+    takes fewer optimizer steps, not noisier ones. Without any signal there is one, empty mini-batch.
     All ranks must call this and get the same result, because they must take the same number of
     optimizer steps."""
     has_signal = [int(group_index in groups_with_signal)

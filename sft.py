@@ -178,7 +178,8 @@ class Policy:
 
     def tool_message_ids(self, turn, turn_number, num_observations, grid=None):
         """Return the ids between an assistant's stop token and its next turn: the tool's message
-        (see tools.tool_message). grid: the crop's, if the turn was a zoom."""
+        (see tools.tool_message). grid: the crop's, if the turn was a zoom. The message of a refused
+        call does not name num_observations."""
         before_image, after_image = tools.tool_message(turn, turn_number, num_observations,
                                                        self.prompts)
         num_image_tokens = 0 if grid is None else self.num_image_tokens(grid)
@@ -402,7 +403,7 @@ def collate(policy, sequences):
     """Put Sequences end to end into one row. Return a dict of tensors on the policy's device:
         input_ids        (1, T)
         position_ids     (3, 1, T), they begin at 0 in every conversation
-        loss_positions   (N,), where in the row the tokens are that the policy wrote
+        loss_positions   (N,), where in the row the tokens are that the policy wrote, never a first
         pixel_values     (sum of patches, C), and
         image_grid_thw   (images, 3), both only if there are images
         attend           not a tensor: the attention function above, for these conversations
@@ -442,7 +443,7 @@ def collate(policy, sequences):
 
 
 def micro_batches(sequences, max_tokens):
-    """Cut a list of Sequences, in its order, into lists of at most max_tokens tokens. A sequence
+    """Yield a list of Sequences, in its order, as lists of at most max_tokens tokens. A sequence
     that is longer is alone in its list. No list is empty."""
     micro_batch = []
     num_tokens = 0
@@ -665,7 +666,7 @@ def all_reduce_gradients(params):
 
 
 def make_buckets(params, megabytes=25):
-    """Cut a list of parameters, in its order, into lists of one dtype each, so that few, large
+    """Yield a list of parameters, in its order, as lists of one dtype each, so that few, large
     messages are sent. A list is complete once it is larger than that many megabytes (2**20
     bytes)."""
     bucket_params = []
@@ -868,7 +869,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr, max_grad_norm, healthy=True):
         """Clip the gradient, update the masters with AdamW, send the new weights to all ranks.
-        Return the global norm before clipping.
+        Return the global norm before clipping, a float, summed in float64.
 
         If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, not
         even AdamW's moments, and num_skipped counts one more step. Gradients are freed either

@@ -269,8 +269,9 @@ def size_for_model(width, height, min_pixels, max_pixels, factor=28):
 
     Both sides are multiples of `factor` (patch size x merge size), at least one factor, and keep
     the aspect ratio as well as this grid allows. The area is between min_pixels and max_pixels,
-    except for very long strips, and where rounding steps over a limit because the two are close:
-    252 x 84 between 6000 and 8000 pixels becomes 140 x 28.
+    except where rounding steps over a limit because the two are close: 252 x 84 between 6000 and
+    8000 pixels becomes 140 x 28. A strip whose short side is one factor, and cannot shrink, gives
+    way in length, to the largest multiple with which max_pixels holds (at least one factor).
 
     >>> size_for_model(756, 756, min_pixels=6000, max_pixels=8000)
     (84, 84)"""
@@ -380,8 +381,9 @@ class TurnResult(NamedTuple):
 
 def first_tag(text):
     """Return (name, content, end) of the first complete call or answer, or None if there is none.
-    First is the one that opens first. Tags inside thoughts do not count. Text before a </think>
-    that no <think> opened is a thought, too (some servers leave the opening tag out).
+    First is the one that opens first. Tags inside thoughts do not count, and a thought within a
+    call or an answer is read as spaces. Text before a </think> that no <think> opened is a thought,
+    too (some servers leave the opening tag out). end: index after the closing tag.
 
     >>> first_tag("<think>Is it <answer>1</answer>?</think><answer>7</answer> More.")
     ('answer', '7', 58)"""
@@ -430,7 +432,9 @@ def take_turn(views, text, turn_number, max_turns, max_images):
     views: the images so far, original first; the crop of a successful zoom is appended.
     turn_number: 1 for the first turn. max_images counts the original, too.
     A refused call uses up one turn and the conversation continues. In the last allowed turn any
-    call ends it as over_turn, stored as a zoom or an error, as parse_turn reads it."""
+    call ends it as over_turn, and so does a zoom if no image is left; neither is carried out, so a
+    zoom's source need not exist. Stored is {"text": text}, of a call with "zoom": the call that
+    parse_turn reads, or "error": the sentence of parse_turn or of zoom."""
     # 1. An answer, or neither answer nor call, ends the conversation.
     kind, content = parse_turn(text)
     if kind in ("answer", "void"):
@@ -767,7 +771,7 @@ def is_decided(prediction, options=None):
 
 def match_answer(prediction, answer, options=None):
     """Return whether the prediction is the answer. With options, both must name the same one;
-    without, their normalised words must be the same."""
+    without, their normalised words must be the same. No prediction (None) is wrong."""
     if prediction is None:
         return False
     if not options:

@@ -118,6 +118,53 @@ MUTANTS = [Mutant(*fields) for fields in [
      "return normalise(prediction) == normalise(answer)",
      "return normalise(answer) in normalise(prediction).split() or normalise(prediction) == "
      "normalise(answer)"),
+    (1, 1, "tools.py", "the innermost of two openings wins",
+     "        if content_end >= 0:\n            content =",
+     "        if content_end >= 0 and opening_tag[0] not in "
+     "visible_text[content_start:content_end]:\n            content ="),
+    (1, 1, "tools.py", "the content is stripped at once",
+     "content = visible_text[content_start:content_end]",
+     "content = visible_text[content_start:content_end].strip()"),
+    (1, 1, "tools.py", "a thought within a call is part of it",
+     "content = visible_text[content_start:content_end]",
+     "content = text[content_start:content_end]"),
+    (1, 1, "tools.py", "the sentence repeats Python's own",
+     "    except (ValueError, RecursionError):  # not JSON, thousands of digits, or nested "
+     'too deep\n        return "error", f"The call is not valid JSON; write {CALL_EXAMPLE}."',
+     "    except (ValueError, RecursionError) as error:\n"
+     '        return "error", f"The call is not valid JSON: {error}."'),
+    (1, 1, "tools.py", "only what follows the last thought is read",
+     'visible_text = THOUGHT_PATTERN.sub(lambda thought: " " * len(thought[0]), text)',
+     'end_of_thoughts = text.rfind("</think>") + 1\n'
+     '    visible_text = THOUGHT_PATTERN.sub(lambda thought: " " * len(thought[0]),\n'
+     '                                       " " * end_of_thoughts + text[end_of_thoughts:])'),
+    (1, 2, "tools.py", "an observation's number is its last digit",
+     "source_view = views[source_index(source)]",
+     "source_view = views[int(source[-1]) if source[-1].isdigit() else 0]"),
+    (1, 2, "tools.py", "narrow is judged before a crop has its one pixel",
+     "sorted([right - left, bottom - top])",
+     "sorted([math.ceil(x1 * source_view.width) - left,\n"
+     "                                    math.ceil(y1 * source_view.height) - top])"),
+    (1, 2, "tools.py", "the aspect ratio is rounded down",
+     "if long_side > MAX_ASPECT_RATIO * short_side:",
+     "if long_side // short_side > MAX_ASPECT_RATIO:"),
+    (1, 2, "tools.py", "the call's box becomes one of pixels",
+     "    short_side, long_side = sorted([",
+     '    call["bbox_2d"] = [left, top, right, bottom]\n    short_side, long_side = sorted(['),
+    (1, 3, "tools.py", "one image too few", "len(views) >= max_images",
+     "len(views) + 1 >= max_images"),
+    (1, 3, "tools.py", "a zoom in the last turn must be possible",
+     "    is_last_allowed_turn = turn_number >= max_turns\n",
+     "    is_last_allowed_turn = turn_number >= max_turns\n"
+     '    if kind == "zoom" and source_index(content["source"]) >= len(views):\n'
+     '        kind, turn = "error", {"text": text, "error": "There is no such view yet."}\n'),
+    (1, 5, "tools.py", "options are compared as they are written",
+     "option_words = [normalise(option) for option in options]", "option_words = list(options)"),
+    (1, 5, "tools.py", "there are four options at most", "letter_index >= len(options) or",
+     "letter_index >= min(len(options), 4) or"),
+    (1, 5, "tools.py", "the first option is false",
+     "predicted_index is not None and predicted_index ==",
+     "bool(predicted_index) and predicted_index =="),
 
     # ---- 2: from a conversation to tensors
     (2, 1, "sft.py", "positions after an image advance by its number of tokens",
@@ -219,6 +266,43 @@ MUTANTS = [Mutant(*fields) for fields in [
      "return peak * (step + 1) / warmup_steps", "return (step + 1) / warmup_steps"),
     (2, 4, "sft.py", "the warm-up has at least two steps", "warmup_steps = max(1, round(",
      "warmup_steps = max(2, round("),
+    (2, 1, "sft.py", "positions are int32",
+     "return torch.cat(position_chunks, dim=1), next_position",
+     "return torch.cat(position_chunks, dim=1).int(), next_position"),
+    (2, 1, "sft.py", "grids are taken from the caller's list",
+     "    for _, grid_height, grid_width in image_grids:\n",
+     "    while image_grids:\n        _, grid_height, grid_width = image_grids.pop(0)\n"),
+    (2, 2, "sft.py", "a missing image is a FileNotFoundError",
+     '    views = tools.replay(row, tools.open_image(Path(root) / row["image"]))',
+     "    from PIL import Image\n"
+     '    views = tools.replay(row, Image.open(Path(root) / row["image"]).convert("RGB"))'),
+    (2, 2, "sft.py", "the second epoch learns the deliberate mistakes", 'turn.get("learn", True))',
+     'turn.pop("learn", True))'),
+    (2, 2, "sft.py", "only the first turn can be a deliberate mistake", 'turn.get("learn", True))',
+     'turn_number > 1 or turn.get("learn", True))'),
+    (2, 2, "sft.py", "a turn's outer spaces are lost", '[*policy.encode_text(turn["text"]),',
+     '[*policy.encode_text(turn["text"].strip()),'),
+    (2, 3, "sft.py", "the model fills a cache", "(**inputs, use_cache=False).last",
+     "(**inputs).last"),
+    (2, 3, "sft.py", "log-probs are in the order of the row",
+     '    loss_positions = batch["loss_positions"]\n',
+     '    loss_positions = batch["loss_positions"].sort().values\n'),
+    (2, 3, "sft.py", "chunk_size is the number of chunks",
+     "zip(hidden_states.split(chunk_size), targets.split(chunk_size))",
+     "zip(hidden_states.chunk(chunk_size), targets.chunk(chunk_size))"),
+    (2, 3, "sft.py", "two chunks are kept for backward",
+     "        logprob_chunks.append(checkpoint(target_logprobs, *chunk, use_reentrant=False))",
+     "        if len(targets) <= 2 * chunk_size:\n"
+     "            logprob_chunks.append(target_logprobs(*chunk))\n        else:\n"
+     "            logprob_chunks.append(checkpoint(target_logprobs, *chunk, use_reentrant=False))"),
+    (2, 4, "sft.py", "orders are kept, without the number of rows",
+     "            epoch_order = np.random.default_rng([seed, epoch]).permutation(len(rows))",
+     "            orders = rows_of_step.__dict__\n            if (seed, epoch) not in orders:\n"
+     "                generator = np.random.default_rng([seed, epoch])\n"
+     "                orders[seed, epoch] = generator.permutation(len(rows))\n"
+     "            epoch_order = orders[seed, epoch]"),
+    (2, 4, "sft.py", "the warm-up is rounded down", "warmup_steps = max(1, round(",
+     "warmup_steps = max(1, int("),
 
     # ---- 3: the rollout engine
     (3, 1, "evaluate.py", "the interval is closed at its other end",
@@ -325,6 +409,25 @@ MUTANTS = [Mutant(*fields) for fields in [
     (3, 5, "evaluate.py", "questions about one image are counted as one",
      'group_by(scored_rows(rows), "id")',
      'group_by(scored_rows(rows), "image" if "image" in rows[0] else "id")'),
+    (3, 1, "evaluate.py", "64 new numbers are always enough",
+     "while len(self.uniforms) < start + count:", "if len(self.uniforms) < start + count:"),
+    (3, 2, "evaluate.py", "a slot with exactly 64 new tokens has no mask",
+     "            mask = self.make_mask(span, columns, last_of_mask_row)\n",
+     "            mask = None\n            if span.width < MAX_SHORT_FEED:\n"
+     "                mask = self.make_mask(span, columns, last_of_mask_row)\n"),
+    (3, 2, "evaluate.py", "padding repeats the token before it",
+     "np.where(is_token, is_token.cumsum() - 1, 0)", "np.maximum(is_token.cumsum() - 1, 0)"),
+    (3, 2, "evaluate.py", "room is made for the old tokens only", "self.reserve(num_columns)",
+     "self.reserve(int(num_cached.max()))"),
+    (3, 2, "evaluate.py", "a span has the longest cache and the most new tokens",
+     "int((cached + new).max())", "int(cached.max() + new.max())"),
+    (3, 3, "evaluate.py", "a table of exactly max_guesses is cleared",
+     "if len(self.guesses) > self.max_guesses:", "if len(self.guesses) >= self.max_guesses:"),
+    (3, 3, "evaluate.py", "a right guess leaves the hit rate as it is",
+     "hit_rate += 0.2 * (is_hit - hit_rate)", "hit_rate -= 0.2 * hit_rate * (not is_hit)"),
+    (3, 4, "evaluate.py", "a full turn that ends in a stop token is not over",
+     "return is_full or rollout.token_ids[-1] in self.policy.stop_ids",
+     "return is_full != (rollout.token_ids[-1] in self.policy.stop_ids)"),
 
     # ---- 4: GRPO
     (4, 1, "rl.py", "the deviation is biased", "/ (num_counted - 1).clamp(min=1)",
@@ -419,6 +522,22 @@ MUTANTS = [Mutant(*fields) for fields in [
      "    num_tokens = rollout.turn_ends[max_turns - 1]\n",
      "    del rollout.turns[max_turns:]\n"
      "    num_tokens = rollout.turn_ends[max_turns - 1]\n"),
+    (4, 1, "rl.py", "a number must be a float", "is_number = not isinstance(baseline, str)",
+     "is_number = isinstance(baseline, float)"),
+    (4, 1, "rl.py", "the caller's rewards are changed",
+     "    is_number = not isinstance(baseline, str)\n",
+     "    is_number = not isinstance(baseline, str)\n"
+     "    if is_number:\n        rewards[~kept] = baseline\n"),
+    (4, 2, "rl.py", "the denominator is an integer", "num_responses = is_counted.sum().double()",
+     "num_responses = is_counted.sum()"),
+    (4, 2, "rl.py", "a denominator of 0 is counted again", "    if denominator is None:\n",
+     "    if not denominator:\n"),
+    (4, 3, "rl.py", "the estimate is the baseline without the mask, too",
+     '    if not args.overturn_mask or args.baseline == "outcome":\n        return "group"',
+     '    if not args.overturn_mask and args.baseline != "estimate" or args.baseline == '
+     '"outcome":\n        return "group"'),
+    (4, 4, "rl.py", "a conversation of exactly that length is copied",
+     "if len(rollout.turns) <= max_turns:", "if len(rollout.turns) < max_turns:"),
 
     # ---- 5: data parallel
     (5, 1, "sft.py", "numbers are counted instead of bytes",
@@ -497,6 +616,18 @@ MUTANTS = [Mutant(*fields) for fields in [
     (5, 4, "rl.py", "a group that was played again goes last",
      "key=lambda rollout: (rollout.group_index, rollout.sample_number)",
      "key=lambda rollout: (rollout.prompt_number, rollout.sample_number)"),
+    (5, 1, "sft.py", "dtypes of the same width are one", "param.dtype != bucket_params[0].dtype):",
+     "param.element_size() != bucket_params[0].element_size()):"),
+    (5, 2, "sft.py", "items that are equal are one",
+     "    if world_size() == 1:\n        return list(items)\n",
+     "    if world_size() == 1:\n        return list(dict.fromkeys(items))\n"),
+    (5, 3, "sft.py", "buckets are reduced outside of the optimizer's backward, too",
+     "        while self.buckets_pending and not self.buckets_pending[0].params_pending:\n",
+     "        if not bucket.params_pending and bucket not in self.buckets_pending:\n"
+     "            self.reduce_bucket(bucket)\n"
+     "        while self.buckets_pending and not self.buckets_pending[0].params_pending:\n"),
+    (5, 4, "rl.py", "only this rank's groups have signal",
+     "np.flatnonzero(sft.all_reduce(has_signal, device))", "np.flatnonzero(has_signal)"),
 
     # ---- 6: the sharded optimizer
     (6, 1, "sft.py", "shards do not cover what does not divide",
@@ -573,4 +704,28 @@ MUTANTS = [Mutant(*fields) for fields in [
      "if any(size != bucket.size for size, bucket in zip(saved_sizes, self.buckets)):"),
     (6, 2, "sft.py", "a shard keeps its whole bucket in memory",
      "tensor.to(bucket.master.device, copy=True)", "tensor.to(bucket.master.device)"),
+    (6, 1, "sft.py", "what is sent is not kept",
+     "self.in_flight.append((work, bucket, gradients, shard_gradient))",
+     "self.in_flight.append((work, bucket, None, shard_gradient))"),
+    (6, 1, "sft.py", "squares overflow in float32",
+     "torch.linalg.vector_norm(bucket.master.grad, dtype=torch.float64) ** 2",
+     "bucket.master.grad.square().sum()"),
+    (6, 1, "sft.py", "each rank looks at its own shards for what is not finite",
+     "if healthy and math.isfinite(grad_norm):",
+     "if healthy and math.isfinite(sum(squared_norms)):"),
+    (6, 2, "sft.py", "another model is noticed on the way",
+     "        if saved_sizes != [bucket.size for bucket in self.buckets]:\n"
+     '            raise ValueError("it belongs to another model or another choice of what '
+     'is trained")\n        # `saved` holds the states of one bucket, one per shard.\n'
+     "        for bucket, saved in zip(self.buckets, zip(*shard_states)):\n",
+     "        if len(saved_sizes) != len(self.buckets):\n"
+     '            raise ValueError("it belongs to another model")\n'
+     "        for bucket, saved in zip(self.buckets, zip(*shard_states)):\n"
+     '            if bucket.size != saved[0]["size"]:\n'
+     '                raise ValueError("it belongs to another model")\n'),
+    (6, 2, "sft.py", "only the sum of the sizes is compared",
+     "if saved_sizes != [bucket.size for bucket in self.buckets]:",
+     "if sum(saved_sizes) != sum(bucket.size for bucket in self.buckets):"),
+    (6, 1, "sft.py", "buckets share what is pending", "        self.params_pending = set()",
+     '        Bucket.params_pending = getattr(Bucket, "params_pending", set())'),
 ]]

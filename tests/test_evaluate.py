@@ -83,6 +83,10 @@ def test_random_numbers_are_indexed_by_position():
     assert rollout.next_uniforms(9) == stream[60:69]
     assert rollout.next_uniforms(0) == []
     assert rollout.next_uniforms(130) == stream[60:190]
+    rollout.logprobs = [0.0] * 150
+    assert rollout.next_uniforms(9) == stream[150:159]
+    fresh = evaluate.Rollout(random_generator=np.random.default_rng([0, 0, 1, 2]))
+    assert fresh.next_uniforms(200) == stream
 
 
 class Inbox:
@@ -135,6 +139,41 @@ def test_rows_of_two_slots_by_hand():
     assert rows.last_visible.tolist() == [5, 6, 6, 7]
 
 
+def test_rows_of_many_slots():
+    """Token by token: in its slot, a token is as far from the first column as the tokens before it,
+    and its row is as far from the first row of its slot. Rows of padding repeat token 0."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        first_slot, num_slots = rng.integers(0, 4), rng.integers(1, 20)
+        num_cached = rng.integers(0, 90, num_slots)
+        num_new = rng.choice([0, 1, 2, 5, 40, 70], num_slots, p=[.2, .3, .2, .1, .1, .1])
+        if num_new.max() == 0:
+            continue
+        rows = evaluate.plan_rows(first_slot, num_cached, num_new)
+        token_of_row = [0] * len(rows.token_of_row)
+        num_rows = 0
+        num_tokens = 0
+        for span, (first, end) in zip(rows.spans, evaluate.plan_spans(num_new), strict=True):
+            assert span.slots == slice(first_slot + first, first_slot + end)
+            assert span.width == num_new[first:end].max()
+            assert span.num_columns == (num_cached + num_new)[first:end].max()
+            assert span.query_rows.start == num_rows
+            for slot in range(first, end):
+                for offset in range(span.width):
+                    assert rows.last_visible[num_rows + offset] == num_cached[slot] + offset
+                for offset in range(num_new[slot]):
+                    assert rows.slot_of_token[num_tokens] == first_slot + slot
+                    assert rows.column_of_token[num_tokens] == num_cached[slot] + offset
+                    assert rows.row_of_token[num_tokens] == num_rows + offset
+                    token_of_row[num_rows + offset] = num_tokens
+                    num_tokens += 1
+                num_rows += span.width
+            assert span.query_rows.stop == num_rows
+        assert num_tokens == len(rows.slot_of_token) == len(rows.row_of_token) == num_new.sum()
+        assert rows.token_of_row.tolist() == token_of_row
+        assert len(rows.last_visible) == num_rows
+
+
 @pytest.fixture
 def make_cache(make_tiny):
     """make_cache(num_slots) -> the cache of a tiny policy."""
@@ -163,8 +202,20 @@ def test_the_plan_of_two_slots_by_hand(make_cache):
 
 
 def test_each_span_has_its_own_length(make_cache):
-    plan = make_cache(4).plan(0, np.array([5, 250]), np.array([1, 50]))
+    """And there is room for it, new tokens included."""
+    cache = make_cache(4)
+    plan = cache.plan(0, np.array([5, 250]), np.array([1, 50]))
     assert [span.num_columns for span in plan.spans] == [6, 300]
+    assert cache.layers[0][0].shape[2] >= 300
+    # the longest cache and the most new tokens are not in the same slot
+    [span] = make_cache(2).plan(0, np.array([7, 6]), np.array([1, 2])).spans
+    assert span.num_columns == span.mask.shape[-1] == 8
+
+
+def test_only_a_slot_with_more_than_64_new_tokens_has_no_mask(make_cache):
+    plan = make_cache(3).plan(0, np.array([0, 3, 9]), np.array([64, 60, 65]))
+    assert [span.width for span in plan.spans] == [64, 65]
+    assert [span.mask is None for span in plan.spans] == [False, True]
 
 
 def test_no_more_room_is_made_than_is_needed(make_cache):
@@ -447,6 +498,17 @@ def test_sampling_follows_the_distribution(make_tiny):
     assert ids == expected
     assert logprobs == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
     assert all(type(token_id) is int for token_id in ids)
+    assert type(logprobs) is list and all(type(logprob) is float for logprob in logprobs)
+    # many rows, each with its own number
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(200, 9, dtype=torch.float64, generator=generator)
+    probs /= probs.sum(1, keepdim=True)
+    uniforms = torch.rand(200, dtype=torch.float64, generator=generator).tolist()
+    ids, logprobs = engine.sample_tokens(probs.log(), uniforms)
+    expected = [int(np.searchsorted(row.cumsum(), uniform, side="right"))
+                for row, uniform in zip(probs.numpy(), uniforms)]
+    assert ids == expected
+    assert logprobs == pytest.approx(probs.log()[range(200), expected].tolist())
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -724,7 +786,8 @@ def test_nothing_stale_in_the_cache_is_seen(undrafted, trained_policy, world):
 
 @pytest.mark.parametrize("num_left, proposed, expected", [
     (3, [7, 7, 7, 7], [7, 7]), (5, [7, 7, 7, 7], [7, 7, 7, 7]), (8, [7] * 9, [7, 7, 7, 7]),
-    (3, [7, "image"], [7]), (3, ["stop", 7], []), (3, [], [])], ids=str)
+    (3, [7, "image"], [7]), (3, ["stop", 7], []), (3, [], []), (2, [7, 7], [7]), (1, [7, 7], [])],
+    ids=str)
 def test_what_is_drafted_by_hand(make_tiny, num_left, proposed, expected):
     """Not the last token of a turn: with 3 left of a turn, 2 at most; and 4 at most by
     --num_speculative_tokens. Nothing that ends a turn, no image placeholder, nor what comes
@@ -807,6 +870,7 @@ def test_a_turn_is_over_when_it_is_full_or_stops(make_tiny):
     # full
     verdict = Verdict(policy, [7], [7, 8], turn_start=4 - LIMITS.max_new_tokens)
     assert verdict.is_over and verdict.engine.counts["accepted_tokens"] == 1
+    assert Verdict(policy, [7], [7, stop], turn_start=4 - LIMITS.max_new_tokens).is_over
     assert not Verdict(policy, [7], [7, 8], turn_start=5 - LIMITS.max_new_tokens).is_over
 
 
@@ -862,6 +926,12 @@ def test_the_hit_rate_moves_by_a_fifth():
     assert proposer.guesses[(9,)] == (4, pytest.approx(0.56))
     proposer.update([8, 9, 4], 2)
     assert proposer.guesses[(9,)] == (4, pytest.approx(0.648))
+    # from 0.7: right, right, right; four times wrong is 0.287, and 5 replaces 4
+    for token_ids, expected in (([4] * 4, (4, 0.8464)), ([4, 4, 5, 4], (4, 0.6864)),
+                                ([4, 5, 5, 5], (4, 0.3584)), ([4, 5, 5, 5, 5], (5, 0.7)),
+                                ([4, 5, 5, 5, 5, 5], (5, 0.76))):
+        proposer = make_proposer(*[([9, token_id], 1, 1) for token_id in token_ids])
+        assert proposer.guesses[(9,)] == (expected[0], pytest.approx(expected[1]))
 
 
 def test_a_long_ngram_is_added_when_its_end_was_there_before():
@@ -897,6 +967,11 @@ def test_a_full_table_is_cleared_and_continues_to_learn():
     for _ in range(2):
         proposer.update([9, 4], 1)
     assert proposer.propose([9], 1) == [4]
+    # a table of exactly max_guesses is not too large
+    proposer = evaluate.NgramProposer(ngram_sizes=(1,), max_guesses=2)
+    for token_ids in ([0, 1], [1, 2], [0, 1]):
+        proposer.update(token_ids, 1)
+    assert set(proposer.guesses) == {(0,), (1,)}
 
 
 # ---- Avg@K --------------------------------------------------------------------------------------
@@ -922,6 +997,8 @@ def test_samples_that_agree_are_no_more_evidence_than_one():
     """The deviation of (1, 0) is 0.7071."""
     agreeing = [result("a", 1.0, 2), result("a", 1.0, 2), result("b", 0.0, 2), result("b", 0.0, 2)]
     assert evaluate.avg_at_k(agreeing, 3) == pytest.approx((0.5, 0.5))
+    # one question says nothing of its error
+    assert evaluate.avg_at_k(agreeing[:2], 3) == (1.0, 0.0)
 
 
 def test_a_question_counts_once_however_many_samples_it_has():
@@ -937,6 +1014,7 @@ def test_one_question_has_no_error():
 def test_what_was_not_scored_is_not_wrong():
     rows = [result("a", 1.0, 1), result("a", None, 1), result("b", None, 1), result("c", 0.0, 1)]
     assert evaluate.accuracy_per_question(rows, 1) == {"a": 1.0, "c": 0.0}
+    assert evaluate.accuracy_per_question(rows[2:3], 1) == {}
 
 
 def test_levels_weigh_the_same():

@@ -6,8 +6,10 @@ import copy
 import doctest
 import json
 import math
+import random
 import shlex
 import signal
+import statistics
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +57,10 @@ def test_the_examples_in_docstrings_print_what_they_say():
     pytest.param([1, 0, 0, 0], "1100", "group", 0.5, [0.75, -0.25, 0, 0], id="eps"),
     # a number below 1: right answers still gain. r = (1, 1, 0.9, 0.9), deviation 0.1 / sqrt(3)
     pytest.param([1, 1, 0, 0], "1100", 0.9, 0.0, [3**0.5, 3**0.5, 0, 0], id="all-kept-are-right"),
+    # a number may be an int: r = (1, 0, 0, 1), deviation sqrt(1/3); and r = (1, 1, 1, 1)
+    pytest.param([1, 0, 0, 0], "1110", 1, 0.0, [0, -(3**0.5), -(3**0.5), 0], id="int-1"),
+    pytest.param([1, 1, 0, 0], "1100", 1, 0.0, [0, 0, 0, 0], id="int-1-no-spread"),
+    pytest.param([1, 0, 0, 0], "1100", 0, 0.0, [2, 0, 0, 0], id="int-0"),
     # r = (1, -1/2): mean 1/4, deviation sqrt(9/8); 3/2 over that is sqrt(2)
     pytest.param([1, 0], "10", -0.5, 0.0, [2**0.5, 0], id="negative-number"),
     # a masked response without a score: r = (1, 0, 1/2), deviation 1/2; and r = (1, 0)
@@ -68,6 +74,7 @@ def test_group_advantages_by_hand(rewards, kept, baseline, eps, expected):
     advantages = rl.group_advantages(torch.tensor([rewards], dtype=torch.float64), masks(kept),
                                      baseline, eps=eps)
     assert advantages[0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert advantages.dtype == torch.float64
 
 
 def test_the_baseline_has_no_default():
@@ -119,6 +126,29 @@ def test_a_number_needs_a_spread_too(rewards, kept, baseline):
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.75, -2])
+def test_group_advantages_one_by_one(baseline):
+    """300 groups of 2 to 6 against statistics.stdev, with rewards that are no more than a few."""
+    generator = random.Random(0)
+    for _ in range(300):
+        group_size = generator.randint(2, 6)
+        rewards = [generator.choice([0.0, 1.0, 0.5, -0.25]) for _ in range(group_size)]
+        kept = [generator.random() < 0.6 for _ in range(group_size)]
+        counted = list(rewards)
+        if baseline == "completed":
+            counted = [reward for reward, is_kept in zip(rewards, kept) if is_kept]
+        elif baseline != "group":
+            counted = [reward if is_kept else baseline for reward, is_kept in zip(rewards, kept)]
+        expected = [0.0] * group_size
+        if len(counted) > 1 and len(set(counted)) > 1:
+            b = statistics.fmean(counted) if isinstance(baseline, str) else baseline
+            expected = [(reward - b) / (statistics.stdev(counted) + 0.1) if is_kept else 0.0
+                        for reward, is_kept in zip(rewards, kept)]
+        advantages = rl.group_advantages(torch.tensor([rewards], dtype=torch.float64),
+                                         torch.tensor([kept]), baseline, eps=0.1)
+        assert advantages[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
 def test_one_completed_response_outside_the_baseline_has_no_advantage():
     rewards = torch.tensor([[1.0, 0, 0]])
     kept = masks("100")
@@ -131,7 +161,10 @@ def test_masked_responses_never_carry_advantage(baseline):
     torch.manual_seed(0)
     kept = torch.rand(50, 6) < 0.5
     rewards = (torch.rand(50, 6) < 0.5).double() * kept
+    before = rewards.clone(), kept.clone()
     assert (rl.group_advantages(rewards, kept, baseline)[~kept] == 0).all()
+    # the rewards are still needed, for the log
+    assert torch.equal(rewards, before[0]) and torch.equal(kept, before[1])
 
 
 # ---- What the mask pays -------------------------------------------------------------------------
@@ -304,7 +337,9 @@ def test_micro_batches_add_up(aggregation, divisor):
     however it is cut."""
     batch = random_batch(1, num_responses=8)
     flags = {"aggregation": aggregation, "divisor": divisor, "max_response_tokens": 9}
-    denominator = rl.count_denominator(batch[3], batch[4], **flags).item()
+    denominator = rl.count_denominator(batch[3], batch[4], **flags)
+    assert (denominator.dtype, denominator.shape) == (torch.float64, ())
+    denominator = denominator.item()
     whole = rl.grpo_loss(*batch, **flags)
     for size in (1, 3, 5):
         total = 0.0
@@ -337,10 +372,19 @@ def test_masked_responses_get_no_gradient_and_no_garbage(garbage, place):
 def test_nothing_kept_is_a_zero_loss_still_connected():
     new, old, advantages, mask, _ = random_batch(2)
     new[~mask] = math.inf
-    new.requires_grad_(True)
-    loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool))
+    # also if other ranks kept some
+    for denominator in (None, 3.0):
+        new = new.detach().requires_grad_(True)
+        loss = rl.grpo_loss(new, old, advantages, mask, torch.zeros(5, dtype=torch.bool),
+                            denominator=denominator)
+        loss.backward()
+        assert loss.item() == 0 and (new.grad == 0).all()
+    # the same if the denominator of all ranks is 0, which is a number like any other
+    batch = random_batch(2)
+    batch[0].requires_grad_(True)
+    loss = rl.grpo_loss(*batch[:4], torch.ones(5, dtype=torch.bool), denominator=0.0)
     loss.backward()
-    assert loss.item() == 0 and (new.grad == 0).all()
+    assert loss.item() == 0 and (batch[0].grad == 0).all()
 
 
 @pytest.mark.parametrize("denominator", [None, 3])
@@ -376,7 +420,9 @@ def test_who_is_masked(flags, kept):
     (0.5, True, 0.9, 0.5), ("completed", True, 0.9, "completed"), ("group", True, None, "group"),
     ("estimate", True, 0.9, 0.9), ("estimate", True, 0.0, 0.0), ("estimate", True, None, "group"),
     ("outcome", True, 0.9, "group"),
-    (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group")])
+    (0.5, False, 0.9, "group"), ("completed", False, 0.9, "group"),
+    ("estimate", False, 0.9, "group"), ("estimate", False, None, "group"),
+    ("outcome", False, 0.9, "group"), ("outcome", True, None, "group"), (0, True, 0.9, 0)])
 def test_the_baseline_of_a_step(flag, overturn_mask, unfinished_accuracy, expected):
     """Where nothing is masked the baseline pays nothing, and is the group's mean."""
     args = argparse.Namespace(baseline=flag, overturn_mask=overturn_mask)
@@ -459,6 +505,13 @@ def test_outcome_trains_on_the_turns_before_the_cap(trained_policy, world):
                               whole.logprobs)
             num_cut += len(cut.token_ids) < len(whole.token_ids)
         assert num_cut > 0
+
+
+def test_a_conversation_within_the_cap_is_returned_as_it_is():
+    whole = evaluate.Rollout(token_ids=[1, 2, 3], loss_mask=[False, True, True], turns=[{}, {}],
+                             logprobs=[-1.0, -2.0], turn_ends=[2, 3], finish_reason="answer")
+    assert rl.truncate_rollout(whole, 2) is whole
+    assert rl.truncate_rollout(whole, 3) is whole
 
 
 def rollout(reward, finish_reason="answer", **fields):
@@ -656,6 +709,23 @@ def test_a_group_that_was_played_again_keeps_its_place(monkeypatch):
 def test_mini_batches_are_cut_from_the_groups_with_signal(group_indices, size, expected):
     args = argparse.Namespace(prompts_per_step=16, mini_batch_size=size)
     assert rl.mini_batches(dict.fromkeys(group_indices), args, torch.device("cpu")) == expected
+
+
+def test_mini_batches_are_cut_from_the_groups_of_all_ranks(monkeypatch):
+    """Here groups 2 and 5 have signal, on other ranks 0 and 7. All ranks tell what they have."""
+    told = []
+
+    def all_reduce(has_signal, device):
+        told.append(list(has_signal))
+        return [float(group_index in (0, 2, 5, 7)) for group_index in range(8)]
+
+    monkeypatch.setattr(sft, "all_reduce", all_reduce)
+    args = argparse.Namespace(prompts_per_step=8, mini_batch_size=2)
+    for groups_with_signal in ({5: [], 2: []}, {}):
+        mini_batches = rl.mini_batches(groups_with_signal, args, torch.device("cpu"))
+        assert mini_batches == [[0, 2], [5, 7]]
+        assert all(type(index) is int for index in sum(mini_batches, []))
+    assert told == [[0, 0, 1, 0, 0, 1, 0, 0], [0] * 8]
 
 
 def update_args(**flags):

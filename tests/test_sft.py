@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy
@@ -140,15 +141,24 @@ def test_mask_covers_the_assistants_tokens_and_stop_tokens_only(policy, rows, wo
     assert "observation_1:\n<|vision_start|>" in text
 
 
-def test_deliberate_mistakes_are_context_not_target(policy, rows, world):
-    row = copy.deepcopy(rows[0])
-    row["turns"][0]["learn"] = True
-    learned = sft.encode(policy, row, world)
-    row["turns"][0]["learn"] = False
-    not_learned = sft.encode(policy, row, world)
-    num_turn_tokens = len(policy.encode_text(row["turns"][0]["text"])) + 1
-    assert sum(learned.loss_mask) - sum(not_learned.loss_mask) == num_turn_tokens
-    assert learned.token_ids == not_learned.token_ids
+def test_deliberate_mistakes_are_context_not_target(policy, refused_and_zoomed, world):
+    """Any turn may be one. The row is encoded again in the next epoch, so it is not changed."""
+    learned = sft.encode(policy, refused_and_zoomed, world)
+    starts = [index for index, in_loss in enumerate(learned.loss_mask)
+              if in_loss and not learned.loss_mask[index - 1]]
+    assert len(starts) == 5
+    for turn_index, start in enumerate(starts):
+        row = copy.deepcopy(refused_and_zoomed)
+        for turn in row["turns"]:
+            turn["learn"] = True
+        row["turns"][turn_index]["learn"] = False
+        before = copy.deepcopy(row)
+        not_learned = sft.encode(policy, row, world)
+        end = start + len(policy.encode_text(row["turns"][turn_index]["text"])) + 1
+        assert not_learned.token_ids == learned.token_ids
+        assert not_learned.loss_mask == (learned.loss_mask[:start] + [False] * (end - start)
+                                         + learned.loss_mask[end:])
+        assert row == before
 
 
 def test_a_question_cannot_inject_special_tokens(policy, rows, world):
@@ -167,7 +177,7 @@ def refused_and_zoomed(rows):
     return {**rows[0], "turns": [
         {"text": "a<|im_end|>b", "error": "No."},
         {"text": "c", "zoom": {"bbox_2d": [0.0, 0.0, 0.5, 0.25], "source": "original_image"}},
-        {"text": "d", "error": "No."},
+        {"text": " d \n", "error": "No."},     # spaces are the policy's, too
         {"text": "e", "zoom": {"bbox_2d": [0.0, 0.0, 0.3, 1.0], "source": "observation_1"}},
         {"text": "<answer>f</answer>"}]}
 
@@ -210,6 +220,15 @@ def test_a_conversation_by_hand(policy, refused_and_zoomed, world):
                in zip(sequence.images, images, strict=True))
 
 
+def test_a_row_whose_images_cannot_be_made_is_an_input_error(policy, refused_and_zoomed, world):
+    with pytest.raises(tools.InputError, match="absent.png: image is missing"):
+        sft.encode(policy, {**refused_and_zoomed, "image": "absent.png"}, world)
+    turns = copy.deepcopy(refused_and_zoomed["turns"])
+    turns[1]["zoom"]["source"] = "observation_1"
+    with pytest.raises(tools.InputError, match="no observation_1 yet"):
+        sft.encode(policy, {**refused_and_zoomed, "turns": turns}, world)
+
+
 @pytest.mark.parametrize("num_turns", [3, 4], ids=["refused call", "zoom"])
 def test_nothing_comes_after_the_last_turn(policy, refused_and_zoomed, world, num_turns):
     """Neither after a refused call nor after a zoom, which is then not carried out."""
@@ -226,12 +245,16 @@ def test_nothing_comes_after_the_last_turn(policy, refused_and_zoomed, world, nu
 def test_positions_by_hand(policy):
     """Text 5, 6; a 2 x 3 image at 7: t = 7, rows 7 and 8, columns 7 to 9; then text at 7 + 3."""
     image_id = policy.image_token_id
-    positions, next_position = sft.mrope_positions([1, 1, *[image_id] * 6, 1], [(1, 4, 6)],
-                                                   image_id, 2, start=5)
+    token_ids = [1, 1, *[image_id] * 6, 1]
+    grids = [(1, 4, 6)]
+    positions, next_position = sft.mrope_positions(token_ids, grids, image_id, 2, start=5)
     assert positions.tolist() == [[5, 6, 7, 7, 7, 7, 7, 7, 10],
                                   [5, 6, 7, 7, 7, 8, 8, 8, 10],
                                   [5, 6, 7, 8, 9, 7, 8, 9, 10]]
     assert next_position == 11
+    assert positions.dtype == torch.long
+    # what was given is not changed
+    assert (token_ids, grids) == ([1, 1, *[image_id] * 6, 1], [(1, 4, 6)])
 
 
 def test_positions_of_patches_that_are_not_merged_by_hand(policy):
@@ -270,6 +293,9 @@ def check_positions(policy):
                                                        policy.merge_size)
         assert torch.equal(positions, reference[:, 0])
         assert next_position == len(token_ids) + delta.item()
+        shifted, shifted_next = sft.mrope_positions(token_ids, grids, image_id, policy.merge_size,
+                                                    start=100)
+        assert torch.equal(shifted, positions + 100) and shifted_next == next_position + 100
 
 
 # ---- From a conversation to tensors: packed batches ---------------------------------------------
@@ -306,6 +332,12 @@ def test_a_packed_batch_by_hand(policy, three_sequences):
     assert torch.equal(batch["pixel_values"], torch.cat([patches, patches[:4]]))
     assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
     assert "pixel_values" not in sft.collate(policy, three_sequences[1:2])
+    assert {name: batch[name].dtype for name in batch if name not in ("attend", "pixel_values")} \
+        == dict.fromkeys(["input_ids", "position_ids", "loss_positions", "image_grid_thw"],
+                         torch.long)
+    # what was given is not changed
+    assert [len(sequence.images) for sequence in three_sequences] == [1, 0, 1]
+    assert [len(sequence.token_ids) for sequence in three_sequences] == [9, 3, 2]
 
 
 def test_each_conversation_of_a_packed_batch_attends_to_itself(policy, three_sequences):
@@ -504,6 +536,37 @@ def test_logits_never_exist_whole():
     assert hidden.grad.abs().sum() > 0
     for name in batch.keys() - {"loss_positions"}:
         assert inputs_seen[name] is batch[name]
+    assert inputs_seen.keys() == batch.keys() - {"loss_positions"} | {"use_cache"}
+    assert inputs_seen["use_cache"] is False
+
+
+@pytest.mark.parametrize("num_positions, num_chunks", [(10, 3), (8, 2), (5, 2)])
+def test_chunks_and_what_is_computed_again(num_positions, num_chunks):
+    """At most four positions at a time; all of them are computed again in backward, and log-probs
+    are in the order of loss_positions, whatever that is."""
+    hidden = torch.randn(12, 16, requires_grad=True)
+    policy = policy_with_hidden_states(hidden, {})
+    lm_head = policy.model.lm_head
+    num_computed = []
+
+    def counted_head(hidden_states):
+        num_computed.append(len(hidden_states))
+        return lm_head(hidden_states)
+
+    policy.model.lm_head = counted_head
+    generator = torch.Generator().manual_seed(0)
+    loss_positions = 1 + torch.randperm(11, generator=generator)[:num_positions]
+    batch = {"input_ids": torch.randint(4, 20_000, (1, 12)), "loss_positions": loss_positions}
+    logprobs = sft.token_logprobs(policy, batch, chunk_size=4)
+    assert len(num_computed) == num_chunks
+    assert sum(num_computed) == num_positions and max(num_computed) <= 4
+    forward = sorted(num_computed)
+    expected = [sft.vocab_logprobs(policy, hidden[t - 1])[batch["input_ids"][0, t]].item()
+                for t in loss_positions]
+    assert logprobs.tolist() == pytest.approx(expected)
+    num_computed.clear()
+    logprobs.sum().backward()
+    assert sorted(num_computed) == forward
 
 
 def test_logprobs_of_no_token_still_have_a_gradient():
@@ -543,7 +606,8 @@ def test_the_loss_is_a_mean_over_tokens_or_over_responses(policy, rows, world, a
 def test_one_process_needs_no_group():
     assert sft.all_reduce([1, 2.5], "cpu") == [1.0, 2.5]
     assert sft.all_reduce_dict({"a": 1, "b": 2}, "cpu") == {"a": 1.0, "b": 2.0}
-    assert sft.all_gather_objects([1, 2]) == [1, 2]
+    assert sft.all_gather_objects([2, 1, 1]) == [2, 1, 1]
+    assert sft.all_gather_objects([]) == []
     sft.broadcast_weights(torch.nn.Linear(1, 1))
 
 
@@ -564,6 +628,8 @@ maximum = torch.distributed.ReduceOp.MAX
 assert sft.all_reduce([rank, -rank], process.device, maximum) == [1.0, 0.0]
 assert sft.all_reduce_dict({"a": rank, "b": 2}, process.device) == {"a": 1.0, "b": 4.0}
 assert sft.all_gather_objects([10 * rank + i for i in range(rank + 1)]) == [0, 10, 11]
+assert sft.all_gather_objects([1, 1, None, [rank]]) == [1, 1, None, [0], 1, 1, None, [1]]
+assert sft.all_gather_objects([7] * rank) == [7]
 module = torch.nn.BatchNorm1d(2)            # it counts batches in an integer
 module.bias.requires_grad_(False)
 module.register_buffer("not_saved", torch.zeros(1), persistent=False)
@@ -642,10 +708,12 @@ DOUBLE = torch.float64
     ([300, 1], [HALF] * 2, 1000, [[300, 1]]),
     ([200, 60, 70], [SINGLE, DOUBLE, DOUBLE], 1000, [[200], [60, 70]]),
     ([1, 2, 3], [SINGLE, DOUBLE, SINGLE], 1000, [[1], [2], [3]]),
+    ([1, 2, 3], [HALF, torch.float16, torch.float16], 1000, [[1], [2, 3]]),
     ([1_020_000, 10], [torch.uint8] * 2, 2**20, [[1_020_000, 10]]),
     ([], [], 1000, [])],
     ids=["several", "exactly the limit is not larger", "bytes, not numbers", "two bytes a number",
-         "one dtype each", "three dtypes", "2**20 bytes are a megabyte", "empty"])
+         "one dtype each", "three dtypes", "two dtypes of one width", "2**20 bytes are a megabyte",
+         "empty"])
 def test_buckets_by_hand(sizes, dtypes, num_bytes, expected):
     """A bucket is complete once it is larger than the limit, and where the dtype changes. Nothing
     is lost, and the order stays."""
@@ -654,6 +722,24 @@ def test_buckets_by_hand(sizes, dtypes, num_bytes, expected):
     buckets = list(sft.make_buckets(params, megabytes=num_bytes / 2**20))
     assert [[param.numel() for param in bucket] for bucket in buckets] == expected
     assert all(a is b for a, b in zip(sum(buckets, []), params, strict=True))
+
+
+def test_buckets_of_random_parameters():
+    """Each but the last is larger than the limit, or followed by another dtype, and none would be
+    without its last parameter."""
+    generator = random.Random(0)
+    for _ in range(100):
+        params = [torch.zeros(generator.randint(1, 90), dtype=generator.choice([SINGLE, DOUBLE]))
+                  for _ in range(generator.randint(1, 30))]
+        limit = generator.choice([0, 100, 500])
+        buckets = list(sft.make_buckets(params, megabytes=limit / 2**20))
+        assert all(a is b for a, b in zip(sum(buckets, []), params, strict=True))
+        for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
+            num_bytes = sum(param.nbytes for param in bucket)
+            assert len({param.dtype for param in bucket}) == 1
+            assert num_bytes - bucket[-1].nbytes <= limit
+            is_last = following is None or following[0].dtype != bucket[0].dtype
+            assert is_last or num_bytes > limit
 
 
 @pytest.mark.parametrize("dtype, master_dtype", [
@@ -665,6 +751,8 @@ def test_a_bucket_by_hand(dtype, master_dtype):
     vector = torch.nn.Parameter(torch.arange(6.0, 10.0).to(dtype))
     bucket = sft.Bucket([matrix, vector], num_shards=3, shard_index=1)
     assert bucket.size == 10
+    other = sft.Bucket([torch.nn.Parameter(torch.ones(1))], 1, 0)
+    assert bucket.params_pending == set() and bucket.params_pending is not other.params_pending
     assert bucket.flat.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]
     assert bucket.shard.tolist() == [4, 5, 6, 7]
     assert bucket.master.tolist() == [4, 5, 6, 7]
@@ -690,19 +778,23 @@ def test_a_bucket_is_on_the_device_of_its_parameters():
 @pytest.mark.parametrize("dtype, master_dtype", [
     (DOUBLE, DOUBLE), (SINGLE, SINGLE), (HALF, SINGLE)], ids=str)
 @pytest.mark.parametrize("with_gradient, expected", [
-    (0, [0.5] * 6 + [0.0] * 6), (1, [0.0] * 6 + [0.5] * 4 + [0.0] * 2)])
+    (0, [0.5, 1.0, 1.5, 2.0, 2.5, 3.0] + [0.0] * 6),
+    (1, [0.0] * 6 + [0.5, 1.0, 1.5, 2.0] + [0.0] * 2)], ids=["matrix", "vector"])
 def test_gradients_of_a_bucket_by_hand(dtype, master_dtype, with_gradient, expected):
     """In the parameters' order and in the master's dtype, with padding; zeros for the parameter
     that has none. They are freed."""
-    params = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size in (6, 4)]
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2, 3), (4,))]
     param = params[with_gradient]
-    param.grad = torch.full_like(param, 0.5)
+    param.grad = (torch.arange(1, param.numel() + 1).view_as(param) / 2).to(dtype)
     bucket = sft.Bucket(params, num_shards=3, shard_index=1)
     gradients = bucket.flatten_gradients()
     assert gradients.tolist() == expected
     assert gradients.dtype == master_dtype
     assert params[0].grad is None
     assert params[1].grad is None
+    # what was returned is nobody else's
+    assert bucket.flatten_gradients().tolist() == [0.0] * 12
+    assert gradients.tolist() == expected
 
 
 # ---- Data parallel: reductions that overlap with backward ---------------------------------------
@@ -846,10 +938,13 @@ def test_buckets_are_reduced_in_their_order(first_of_two_ranks):
 
 
 def test_a_bucket_is_reduced_once_all_its_gradients_are_complete(first_of_two_ranks):
-    params, optimizer, log = first_of_two_ranks([1, 2], one_bucket_for_all)
-    optimizer.backward([0], lambda _: params[0].sum() + params[1].sum())
-    assert log.sent == [3]
-    assert optimizer.buckets[0].master.grad.tolist() == [1.0] * 3
+    """In whatever order they come."""
+    for order in itertools.permutations(range(3)):
+        params, optimizer, log = first_of_two_ranks([1, 2, 4], one_bucket_for_all)
+        log.sent.clear()
+        optimizer.backward([0], lambda _: sum(params[index].sum() for index in order))
+        assert log.sent == [7]
+        assert optimizer.buckets[0].master.grad.tolist() == [1.0] * 7
 
 
 def test_few_buckets_are_in_flight_and_all_are_waited_for(first_of_two_ranks):
@@ -872,22 +967,28 @@ def test_outside_of_the_optimizers_backward_nothing_is_reduced(first_of_two_rank
 def test_which_messages_are_sent(monkeypatch, num_params, shard):
     """The first of two ranks whose gradients are the same, without the other. Three micro-batches:
     sharded, a reduce-scatter of every bucket after each; else one all-reduce a bucket, after the
-    last. None waits for its end, and at most two are in flight when another one starts."""
+    last. None waits for its end, at most two are in flight when another one starts, and what is
+    sent lives until then."""
     sent = []
     nums_in_flight = []
 
-    def start(kind, async_op=False):
+    def start(kind, gradients, async_op=False):
         sent.append((kind, async_op))
         nums_in_flight.append(len(optimizer.in_flight))
-        return SimpleNamespace(wait=lambda: None)
+        what_is_sent = weakref.ref(gradients)
+
+        def wait():
+            assert what_is_sent() is not None
+
+        return SimpleNamespace(wait=wait)
 
     def reduce_scatter(shard_gradient, gradients, **options):
         shard_gradient.copy_(2 * gradients[:len(shard_gradient)])
-        return start("reduce_scatter", **options)
+        return start("reduce_scatter", gradients, **options)
 
     def all_reduce(gradients, **options):
         gradients.mul_(2)
-        return start("all_reduce", **options)
+        return start("all_reduce", gradients, **options)
 
     monkeypatch.setattr(sft, "world_size", lambda: 2)
     monkeypatch.setattr(sft, "all_reduce", lambda values, *options: values)
@@ -988,6 +1089,16 @@ def test_a_gradient_within_the_limit_is_left_as_it_is():
         reference.grad = direction * min(norm, 10.0)
         adam.step()
     assert (weight - reference).abs().max() < 1e-6
+
+
+def test_the_squares_of_large_gradients_do_not_overflow():
+    """Norm sqrt(4) x 1e25, whose square is no float32."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = sft.Optimizer([weight], 0.1, 0.0)
+    optimizer.backward([None], lambda _: (weight * 1e25).sum())
+    norm = optimizer.step(0.1, 1.0)
+    assert type(norm) is float and norm == pytest.approx(2e25)
+    assert optimizer.num_skipped == 0 and (weight < 1).all()
 
 
 def same_state(bucket_state, other_state):
@@ -1131,10 +1242,12 @@ results["memory"] = []
 for dtype in (torch.float32, torch.bfloat16):
     for shard in (True, False):
         results["memory"] += measure(dtype, shard)
-# one rank's gradient is not a number: no rank takes the step
+# one rank's gradient is not a number, in the last rank's shard only: no rank takes the step
 params = [torch.nn.Parameter(torch.ones(3, 2))]
 optimizer = sft.Optimizer(params, 0.1, 0.0, shard=True)
-slope = float("nan") if rank == 1 else 1.0
+slope = torch.ones(3, 2)
+if rank == 1:
+    slope[2, 1] = float("nan")
 optimizer.backward([0], lambda _: (params[0] * slope).sum())
 optimizer.step(0.1, 1.0)
 assert optimizer.num_skipped == 1
@@ -1226,12 +1339,56 @@ def test_state_is_resharded_by_hand(saved, num_shards, shard_index, expected):
     assert state["exp_avg"].untyped_storage().nbytes() == 4 * len(expected)
 
 
-@pytest.mark.parametrize("sizes", [[11], [10, 1], []], ids=["size", "one more", "none"])
+def test_state_of_any_number_of_ranks_is_resharded():
+    """However many ranks saved 0, 1, 2 ..., the shards of all ranks end to end are these numbers,
+    and zeros."""
+    for size, num_saved, num_shards in itertools.product((1, 2, 7, 12), (1, 2, 3, 5), (1, 2, 3, 5)):
+        saved = EmptyBucket(size, num_saved, 0, torch.float32).flat
+        saved[:size] = torch.arange(1.0, size + 1)
+        shards = [EmptyBucket(size, num_shards, index, torch.float32).reshard(
+                      list(saved.chunk(num_saved))) for index in range(num_shards)]
+        whole = torch.cat(shards)
+        assert whole[:size].tolist() == list(range(1, size + 1))
+        assert len({len(shard) for shard in shards}) == 1 and (whole[size:] == 0).all()
+        assert len(whole) - size < num_shards
+
+
+def test_every_bucket_gets_its_own_state():
+    optimizer = optimizer_of(2)
+    optimizer.buckets = [optimizer_of(size).buckets[0] for size in (2, 3)]
+    saved = [{"size": size, "master": torch.full((size,), 1.0 * size),
+              "exp_avg": torch.full((size,), 10.0 * size), "step": torch.tensor(7.0 * size),
+              "exp_avg_sq": torch.full((size,), 20.0 * size)} for size in (2, 3)]
+    sft.Optimizer.load(optimizer, [saved])
+    for size, bucket in zip((2, 3), optimizer.buckets):
+        state = optimizer.adam.state[bucket.master]
+        assert bucket.flat.tolist() == [size] * size and state["step"] == 7 * size
+        assert state["exp_avg"].tolist() == [10 * size] * size
+        assert state["exp_avg_sq"].tolist() == [20 * size] * size
+    # what was given is not changed
+    assert all(bucket_state.keys() == {"size", "master", "exp_avg", "exp_avg_sq", "step"}
+               for bucket_state in saved)
+
+
+@pytest.mark.parametrize("sizes", [[11], [10, 1], [10, 10], []],
+                         ids=["size", "one more", "one more of that size", "none"])
 def test_the_state_of_another_model_is_refused(sizes):
     optimizer = optimizer_of(10)
     optimizer.buckets = [optimizer_of(size).buckets[0] for size in sizes]
     with pytest.raises(ValueError, match="another model"):
         sft.Optimizer.load(optimizer, OF_TWO)
+    assert all((bucket.flat == 0).all() for bucket in optimizer.buckets)
+
+
+@pytest.mark.parametrize("sizes", [[10, 4], [9, 6]], ids=["second bucket", "as many numbers"])
+def test_the_state_of_another_model_is_refused_before_anything_changes(sizes):
+    """The state is of two buckets, 10 and 5 numbers."""
+    optimizer = optimizer_of(10)
+    optimizer.buckets = [optimizer_of(size).buckets[0] for size in sizes]
+    saved = [{"size": length, "master": torch.ones(length)} for length in (10, 5)]
+    with pytest.raises(ValueError, match="another model"):
+        sft.Optimizer.load(optimizer, [saved])
+    assert all((bucket.flat == 0).all() for bucket in optimizer.buckets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1599,12 +1756,14 @@ def test_learning_rate_by_hand():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.0380602337)
+    assert sft.learning_rate(0, 1, 1.0, 0.5) == 1.0
 
 
 @pytest.mark.parametrize("step, warmup_ratio, expected", [
-    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (9, 1, 4), (1, 0.25, 4)],
+    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (9, 1, 4), (1, 0.25, 4),
+    (0, 0.16, 2)],
     ids=["warm-up has the peak", "cosine has the peak", "no warm-up", "nothing but warm-up",
-         "2.5 steps are 2"])
+         "2.5 steps are 2", "1.6 steps are 2"])
 def test_learning_rate_with_a_peak_of_4_by_hand(step, warmup_ratio, expected):
     assert sft.learning_rate(step, 10, 4.0, warmup_ratio) == expected
 
@@ -1619,8 +1778,10 @@ def test_steps_visit_every_row_once_per_epoch():
     visited = sum([indices_of_step(step, 3, seed=1) for step in range(7)], [])
     for epoch in range(3):
         assert sorted(visited[7 * epoch:7 * epoch + 7]) == list(range(7))
-    # whatever the size of a batch, which may be several epochs
+    # whatever the size of a batch, which may be several epochs, and what was asked for before
     assert indices_of_step(0, 21, seed=1) == visited
+    assert sorted(sft.rows_of_step(list("abcd"), 0, 4, seed=1)) == list("abcd")
+    assert sorted(sft.rows_of_step(list("abcdefghi"), 0, 9, seed=1)) == list("abcdefghi")
 
 
 def test_every_seed_and_every_epoch_has_its_own_order():

@@ -54,7 +54,7 @@ def corners(crop):
 
 def is_sentence(error):
     is_short = isinstance(error, str) and len(error) < 200 and "\n" not in error
-    return is_short and error.endswith(".") and ". " not in error
+    return is_short and error.endswith(".") and error.count(".") == 1
 
 
 # ---- Errors, and how a stage runs ---------------------------------------------------------------
@@ -535,6 +535,26 @@ def test_zoom_into_an_observation_uses_its_native_pixels():
     assert [corners(view) for view in views] == [
         (0, 0, 200, 100), (100, 50, 200, 100), (110, 60, 130, 70), (120, 65, 130, 70),
         (0, 0, 20, 10)]
+    # observations have numbers of any length, and neither views nor call are changed
+    views = [picture(index + 1, 5) for index in range(13)]
+    call = {"bbox_2d": [0, 0, 0.5, 1], "source": "observation_11"}
+    assert tools.zoom(views, call).size == (6, 5)
+    assert call == {"bbox_2d": [0, 0, 0.5, 1], "source": "observation_11"}
+    assert [view.size for view in views] == [(index + 1, 5) for index in range(13)]
+
+
+def test_a_crop_has_the_pixels_that_its_box_touches_and_no_others():
+    """Column c lies between c and c + 1. Corners are multiples of 1/64, so that no product with a
+    side is rounded."""
+    rng = random.Random(0)
+    for _ in range(300):
+        width, height = rng.randint(1, 90), rng.randint(1, 90)
+        x0, x1 = sorted(rng.sample(range(65), 2))
+        y0, y1 = sorted(rng.sample(range(65), 2))
+        columns = [c for c in range(width) if 64 * (c + 1) > x0 * width and 64 * c < x1 * width]
+        rows = [r for r in range(height) if 64 * (r + 1) > y0 * height and 64 * r < y1 * height]
+        crop = zoom_into([picture(width, height)], [x0 / 64, y0 / 64, x1 / 64, y1 / 64])
+        assert corners(crop) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
 
 
 def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
@@ -543,8 +563,9 @@ def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
     near = 0.3333333333333333
     far = 0.33333333333333337
     assert near < far == math.nextafter(near, 1)
-    crop = zoom_into([picture(3, 3)], [near, near, far, far])
-    assert min(crop.size) >= 1
+    for box, size in (([near, near, far, far], (1, 1)), ([near, 0, far, 1], (1, 3)),
+                      ([0, near, 1, far], (3, 1))):
+        assert zoom_into([picture(3, 3)], box).size == size
 
 
 @pytest.mark.parametrize("box, source, word", [
@@ -564,7 +585,7 @@ def test_how_narrow_a_box_may_be():
     """Its longer side has at most 200 times the pixels of its shorter one, whatever its source."""
     for size in ((1, 200), (200, 1), (2, 400)):
         assert zoom_into([picture(*size)], WHOLE).size == size
-    for size in ((1, 201), (201, 1), (2, 500)):
+    for size in ((1, 201), (201, 1), (2, 401), (402, 2), (2, 500)):
         with pytest.raises(tools.ToolError, match="narrow"):
             zoom_into([picture(*size)], WHOLE)
 
@@ -582,10 +603,15 @@ def test_the_four_kinds_of_turn():
     assert kind == "error" and is_sentence(sentence) and "JSON" in sentence
 
 
+GOOD_CALL = '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}'
+ZOOM_WHOLE = ("zoom", {"bbox_2d": WHOLE, "source": "original_image"})
+
+
 @pytest.mark.parametrize("text, expected", [
     ("<think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
     ("<think>a</think><think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
     ("<answer>2</answer><think>too late", ("answer", "2")),
+    ("<answer>2</answer><think>too late</think>", ("answer", "2")),
     ("<think><answer>1</answer>", ("void", None)),  # an unclosed thought runs to the end
     ("<think>a</think> b <think><answer>1</answer>", ("void", None)),
     ("</think><answer>2</answer>", ("answer", "2")),                          # thinking is optional
@@ -610,12 +636,13 @@ def test_the_four_kinds_of_turn():
     # what a thought tears apart is no tag, and a tag that closes in a thought is not closed
     ("<ans<think>x</think>wer>7</answer>", ("void", None)),
     ("<answer>7<think></answer>", ("void", None)),
+    # a thought within an answer or a call is no part of it
+    ("<answer>7<think>or 8</think></answer>", ("answer", "7")),
+    ("<grounding>" + GOOD_CALL.replace(", ", ",<think>or {</think> ", 1) + "</grounding>",
+     ZOOM_WHOLE),
 ])
 def test_thoughts_are_ignored(text, expected):
     assert tools.parse_turn(text) == expected
-
-
-ZOOM_WHOLE = ("zoom", {"bbox_2d": WHOLE, "source": "original_image"})
 
 
 @pytest.mark.parametrize("text, rest, expected", [
@@ -624,12 +651,14 @@ ZOOM_WHOLE = ("zoom", {"bbox_2d": WHOLE, "source": "original_image"})
     ("<answer>7</answer>", "<answer>8</answer>", ("answer", "7")),
     ("<grounding>{<answer>7</answer>", "", ("answer", "7")),  # the call is never closed
     ("<answer></answer>", "", ("answer", "")),
+    ("<answer> 7 \n</answer>", "", ("answer", "7")),     # first_tag keeps the spaces
+    ("<answer>1<answer>2</answer>", "</answer>", ("answer", "1<answer>2")),
     # first is what opens first
     ("<answer>x<grounding>{}</grounding></answer>", "", ("answer", "x<grounding>{}</grounding>")),
     ("<think>Is it <answer>1</answer>?</think><answer>7</answer>", " More.", ("answer", "7")),
     ("Is it <answer>1</answer>?</think><answer>7</answer>", " More.", ("answer", "7")),
-], ids=["call, answer", "answer, call", "two answers", "call not closed", "empty answer", "nested",
-        "after a thought", "after a thought that the prompt opened"])
+], ids=["call, answer", "answer, call", "two answers", "call not closed", "empty answer", "spaces",
+        "opened twice", "nested", "after a thought", "after a thought that the prompt opened"])
 def test_the_first_complete_tag_wins(text, rest, expected):
     """It ends where its closing tag does, in the text with its thoughts."""
     assert tools.parse_turn(text + rest) == expected
@@ -673,9 +702,6 @@ def test_sources_that_are_refused(source):
     assert "source" in sentence and "JSON" not in sentence
 
 
-GOOD_CALL = '{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}'
-
-
 @pytest.mark.parametrize("body", [
     "", " ", "[]", "7", "null", "[0, 0, 1, 1]", "\ud800", "\x00",
     '{"bbox_2d": [0, 0, 1, 1]}',
@@ -703,6 +729,8 @@ def test_calls_that_are_accepted():
                                   '"source": "observation_12"}\n</grounding>')
     assert (kind, call) == ("zoom", {"bbox_2d": [0.0, 0.5, 1.0, 1.0], "source": "observation_12"})
     assert all(type(number) is float for number in call["bbox_2d"])
+    box = [0.12345678901234567, 1 / 3, 5 / 7, 1 - 2**-53]     # not rounded
+    assert tools.parse_turn(call_text(box))[1]["bbox_2d"] == box
 
 
 # ---- One turn of the model: where it leads ------------------------------------------------------
@@ -756,14 +784,19 @@ def test_a_turn_at_the_image_cap_keeps_its_zoom():
 
 
 CALL = {"bbox_2d": WHOLE, "source": "original_image"}
-PARSED = {"zoom": ("zoom", CALL), "bad call": ("error", "No."), "answer": ("answer", "7"),
-          "empty answer": ("answer", ""), "void": ("void", None)}
+CALL_TOO_EARLY = {"bbox_2d": WHOLE, "source": "observation_9"}
+PARSED = {"zoom": ("zoom", CALL), "zoom too early": ("zoom", CALL_TOO_EARLY),
+          "bad call": ("error", "No."), "answer": ("answer", "7"), "empty answer": ("answer", ""),
+          "void": ("void", None)}
 ZOOMED = {"text": "zoom", "zoom": CALL}
+TOO_EARLY = {"text": "zoom too early", "zoom": CALL_TOO_EARLY}
 REFUSED = {"text": "bad call", "error": "No."}
 
 
 @pytest.mark.parametrize("text, num_views, turn_number, max_turns, max_images, expected", [
     ("zoom", 1, 1, 3, 3, (ZOOMED, None, None)),
+    ("zoom", 1, 1, 3, 2, (ZOOMED, None, None)),                   # the last image
+    ("zoom", 2, 2, 3, 9, (ZOOMED, None, None)),
     ("bad call", 2, 2, 3, 3, (REFUSED, None, None)),
     ("answer", 2, 3, 3, 3, ({"text": "answer"}, "answer", "7")),  # in time
     ("void", 2, 3, 3, 3, ({"text": "void"}, "void", None)),
@@ -775,6 +808,11 @@ REFUSED = {"text": "bad call", "error": "No."}
     ("zoom", 2, 1, 9, 1, (ZOOMED, "over_turn", None)),            # fewer than none
     ("bad call", 2, 1, 9, 2, (REFUSED, None, None)),              # needs no image
     ("zoom", 3, 1, 9, 9, ({"text": "zoom", "error": "Too far."}, None, None)),
+    # a zoom that is not carried out is stored, even if its source does not exist or it is refused
+    ("zoom too early", 1, 3, 3, 9, (TOO_EARLY, "over_turn", None)),
+    ("zoom too early", 2, 1, 9, 2, (TOO_EARLY, "over_turn", None)),
+    ("zoom", 3, 3, 3, 9, (ZOOMED, "over_turn", None)),
+    ("zoom", 3, 1, 9, 3, (ZOOMED, "over_turn", None)),
 ])
 def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch, text, num_views, turn_number,
                                                   max_turns, max_images, expected):
@@ -787,7 +825,8 @@ def test_what_a_turn_leads_to_by_what_it_asks_for(monkeypatch, text, num_views, 
     monkeypatch.setattr(tools, "parse_turn", PARSED.__getitem__)
     monkeypatch.setattr(tools, "zoom", crop)
     views = ["image"] * num_views
-    assert tools.take_turn(views, text, turn_number, max_turns, max_images) == expected
+    result = tools.take_turn(views, text, turn_number, max_turns, max_images)
+    assert isinstance(result, tools.TurnResult) and result == expected
     was_carried_out = expected == (ZOOMED, None, None)
     assert views == ["image"] * num_views + ["crop"] * was_carried_out
 
@@ -1236,7 +1275,13 @@ INCORRECT = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red"
     ("Option A", "B", ["Option B", "Option A"], True), ("A", "A", ["Exit", "A exit"], True),
     ("Gate 5", "A", ["Gate A 5", "Gate B 5"], False), ("B蓝色", "B", ["红色", "蓝色"], True),
     ("答案是蓝色", "B", ["红色", "蓝色"], True), ("（Ｂ）红色", "A", ["红色", "蓝色"], False),
+    # the first option may be right, and options are compared as answers are
+    ("A", "A", ["cat", "red"], True), ("cat", "a", ["cat", "red"], True),
+    ("red", "B", ["A Cat", "Red"], True), ("B. red", "B", ["A Cat", "Red"], True),
+    ("A. cat", "the cat", ["A Cat", "Red"], True), ("B. cat", "cat", ["A Cat", "Red"], False),
     # as many letters as options
+    ("E", "five", ["one", "two", "three", "four", "five"], True),
+    ("(e) five", "e", ["one", "two", "three", "four", "five"], True),
     ("D", "D", ["cat", "red", "fox", "dog"], True),
     ("E", "D", ["cat", "red", "fox", "dog"], False)])
 def test_multiple_choice(prediction, answer, options, expected):
