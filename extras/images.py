@@ -8,10 +8,10 @@ Command:
     python extras/images.py data/train.jsonl data/coldstart.jsonl
 """
 
+import argparse
 import itertools
 import os
 import re
-import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -163,8 +163,9 @@ def other_spelling(path):
 
 def main():
     """Look at the images of the rows of files."""
-    check(len(sys.argv) > 1, "which files? python extras/images.py data/train.jsonl")
-    for path in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description="Look whether the images of rows can be opened.")
+    parser.add_argument("files", type=Path, nargs="+", help="questions or trajectories")
+    for path in parser.parse_args().files:
         rows = tools.read_jsonl(path, tools.check_question)
         check_images(path, rows)
         print(f"{path}: the images of {len(rows)} rows can be opened")

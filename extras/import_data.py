@@ -69,7 +69,8 @@ def read_rows(path, columns):
                 yield None
         return
     with open(path, "rb") as file:
-        check(file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "the text is not UTF-8, but UTF-16")
+        check(file.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+              "the text is not UTF-8, but UTF-16")
     # A byte that is not UTF-8 becomes half a surrogate pair: one bad row does not stop the others.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix == ".tsv":
@@ -249,8 +250,8 @@ def decode_image(stored_image):
 
 
 def decode_base64(data):
-    """Return the bytes of an image that may be base64 text, also with line breaks or as a data: URL.
-    Raise ValueError for another text."""
+    """Return the bytes of an image that may be base64 text, also with line breaks or as a data:
+    URL. Raise ValueError for another text."""
     text = data.encode() if isinstance(data, str) else data
     text = re.sub(rb"\A\s*data:[^,]{0,100},", b"", text)
     try:
@@ -647,10 +648,11 @@ def import_data(name, source, out, seed):
     importer = IMPORTERS[name]
     root = source if source.is_dir() else source.parent
     files_of_split = find_files(importer, source)
-    packed = [path.name for path in sorted(root.rglob("*")) if path.suffix in PACKED]
-    advice = f" (unpack {packed[0]} first)" if packed else ""
-    check(files_of_split,
-          f"{source}: nothing to import; {name} expects {importer.expected}{advice}")
+    if not files_of_split:
+        packed = [path for path in sorted([source, *source.rglob("*")]) if path.suffix in PACKED]
+        advice = f" (unpack {packed[0].name} first)" if packed else ""
+        raise tools.InputError(
+            f"{source}: nothing to import; {name} expects {importer.expected}{advice}")
     first_pass = set()
     if importer.first_pass is not None:
         first_pass = importer.first_pass(list(itertools.chain(*files_of_split.values())))

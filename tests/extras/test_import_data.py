@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import build_data
 import sft
@@ -180,6 +180,18 @@ def test_rows_that_cannot_be_used_are_counted_and_the_others_kept(tmp_path, caps
         "1 skipped: field 'question' must be a non-empty string (first: val.json:23)",
         "1 skipped: id is in an earlier row, too (first: val.json:24)"}
     assert sum(int(note.split()[0]) for note in notes) == 23
+
+
+def test_imports_have_the_rules_of_ones_own_rows():
+    """AVIF is read; numbers of 32 bits, which would be shown black, are not."""
+    file = io.BytesIO()
+    Image.new("F", (3, 3), 0.5).save(file, "TIFF")
+    with pytest.raises(tools.InputError, match="numbers of 32 bits.*; save it with 8 or 16"):
+        import_data.decode_image(file.getvalue())
+    if not features.check("avif"):
+        pytest.skip("this build of Pillow cannot read AVIF")
+    data = picture(kind="AVIF")
+    assert import_data.decode_image(data)[:2] == (data, "avif")
 
 
 # ---- V* -----------------------------------------------------------------------------------------
