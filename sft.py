@@ -217,9 +217,9 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
     folder = model_folder.find(path, hint)
     # 1. A damaged file shows as any of a dozen exceptions of several libraries. The weights, which
     #    take longest, are read last.
-    model_folder.check_files(path, folder)
     try:
         check_device(path, read_config(folder), device, dtype)
+        model_folder.check_files(path, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = model_folder.load_image_processor(folder)
         model_folder.pixel_limits(image_processor, min_pixels, max_pixels)

