@@ -49,6 +49,7 @@ GIVE_UP = 20  # requests or conversations in a row without a usable reply
 START_SECONDS = 5.0  # a server that is asked for its models must at least accept the connection
 HANG_SECONDS = 60.0  # a server that answers nobody for so long is away
 PATIENCE_SECONDS = 90.0  # without a byte, before an attempt fails; slow servers are given more
+OFFLINE_MESSAGE = "HF_HUB_OFFLINE forbids all requests, even to this machine: unset it"
 
 # ---- What servers say ---------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ def refuses(texts, name):
     text = " ".join(texts)
     is_word = re.search(rf"(?<!\w){name}(?!\w)", text, re.IGNORECASE)
     is_quoted = name in texts or re.search(rf"[\"'`\[]{name}[\"'`\]]", text)
-    if "max" in name:
+    if name in ("max_tokens", "max_completion_tokens"):
         return bool(is_word and UNSUPPORTED_PATTERN.search(text))
     is_explained = UNSUPPORTED_PATTERN.search(text) or VALUE_PATTERN.search(text)
     return bool(is_quoted or (is_word and is_explained))
@@ -327,8 +328,7 @@ class ChatClient:
                                          timeout=START_SECONDS)
             return response, None
         except OfflineModeIsEnabled:
-            raise tools.InputError("HF_HUB_OFFLINE forbids all requests, even to this machine: "
-                                   "unset it") from None
+            raise tools.InputError(OFFLINE_MESSAGE) from None
         except Exception as error:  # broken connections and garbage raise a dozen exceptions
             return None, error
 
@@ -412,7 +412,7 @@ class ChatClient:
         """Send a request once, and return the chat completion as JSON. It is sent once more for
         each parameter that the server refuses. Raise what reply does, and TryAgain."""
         while True:
-            # 1. The parameters under the names that this server knows.
+            # 1. The parameters, under the names that this server accepts.
             values = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
             parameters = {}
             for name, value in values.items():
@@ -457,8 +457,7 @@ class ChatClient:
                     if time.monotonic() - start > 2 * self.timeout:
                         raise TimeoutError(f"no whole reply within {2 * self.timeout:.0f} s")
         except OfflineModeIsEnabled:
-            raise tools.InputError("HF_HUB_OFFLINE forbids all requests, even to this machine: "
-                                   "unset it") from None
+            raise tools.InputError(OFFLINE_MESSAGE) from None
         except Exception as error:  # broken connections and garbage raise a dozen exceptions
             reason = f"no reply ({type(error).__name__}: {error})"
             if is_timeout(error):
@@ -511,7 +510,7 @@ class ChatClient:
             return
         if is_context_full(texts):
             raise ContextFull(reason)
-        if status >= 300 and status < 500:
+        if 300 <= status < 500:
             raise ServerError(reason)
 
     def read(self, completion):
@@ -925,7 +924,7 @@ class Judge:
             self.single_request.release()
 
     def ask_until_clear(self, key, attempts, max_replies=3):
-        """Return a verdict or None. After an unclear reply, ask again. attempts: of each request."""
+        """Return a verdict or None. After an unclear reply, ask again. attempts: of a request."""
         _, question, answer, prediction = key
         texts = {"question": question, "reference": answer, "prediction": prediction}
         messages = [{"role": "system", "content": JUDGE_PROMPT},

@@ -276,7 +276,7 @@ def test_the_name_of_the_only_model_is_taken():
             assert served.ChatClient(server.url, given).check_server() == name
 
 
-@pytest.mark.parametrize("behave", [lambda body: time.sleep(0.5), lambda body: "drop"])
+@pytest.mark.parametrize("behave", [lambda body: time.sleep(0.5) or "hi", lambda body: "drop"])
 def test_a_server_that_hangs_or_dies_is_not_asked_for_long(monkeypatch, behave):
     """One request finds out. The others in a row, and further ones, are not sent."""
     monkeypatch.setattr(served, "HANG_SECONDS", 0.15)
