@@ -1141,11 +1141,12 @@ def play_and_save(engine, rollouts, journal, progress):
 
 
 def count_saved(args, digests):
-    """Return how many conversations of these digests all ranks have saved."""
+    """Return how many conversations of these digests all ranks have saved with a score."""
     num_saved = 0
     for digest in digests.values():
         for path in args.out.glob(journal_path(args, digest, "*").name):
-            num_saved += path.read_bytes().count(b"\n")
+            text = path.read_bytes()
+            num_saved += text.count(b"\n") - text.count(b'"reward": null')
     return num_saved
 
 
