@@ -137,7 +137,8 @@ def progress_bar(*args, **kwargs):
     if not sys.stderr.isatty():
         from extras import terminal
         bar_format = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        kwargs.update(file=terminal.PlainLines(), mininterval=30, maxinterval=30, bar_format=bar_format)
+        kwargs.update(file=terminal.PlainLines(), mininterval=30, maxinterval=30,
+                      bar_format=bar_format)
     return tqdm(*args, **kwargs)
 
 
@@ -542,7 +543,9 @@ def write_atomic(path, write):
     try:
         with os.fdopen(file_handle, "wb") as file:
             write(file)
-        os.chmod(temporary_path, 0o644)  # mkstemp lets only its owner read it
+        umask = os.umask(0o022)  # can only be read by setting it
+        os.umask(umask)
+        os.chmod(temporary_path, 0o666 & ~umask)  # mkstemp lets only its owner read it
         os.replace(temporary_path, path)
     except BaseException as error:
         Path(temporary_path).unlink(missing_ok=True)

@@ -297,8 +297,8 @@ def copy_project(folder):
 
 def start(number, folder):
     """Make a student's copy in a new folder."""
-    if folder.exists() and any(folder.iterdir()):
-        sys.exit(f"{folder} is not empty: name a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        sys.exit(f"{folder} is not empty, or a file: name a new folder")
     if ROOT in folder.resolve().parents:
         sys.exit(f"{folder} is inside the project itself: name a folder outside of it")
     copy_project(folder)

@@ -156,6 +156,8 @@ def main():
     args = parser.parse_args()
     if not set(args.stages) <= set(STAGES):
         parser.error(f"stages are {' and '.join(STAGES)}")
+    if args.kills < 1:
+        parser.error(f"--kills {args.kills} must be at least 1")
 
     # 1. what every case starts from
     folder = Path(tempfile.mkdtemp())

@@ -10,6 +10,7 @@ print everything:
 """
 
 import collections
+import re
 import statistics
 from pathlib import Path
 
@@ -156,10 +157,13 @@ def main():
     if FIGURES.exists():
         rows = {(row["run"], row["seed"]): row for row in tools.read_jsonl(FIGURES)}
     for folder in args.results:
+        tools.check(folder.is_dir() and re.search(r"\.seed\d+$", folder.name),
+                    f"{folder} is not a folder NAME.seedN of an evaluation")
         if (folder / "table.json").exists():
             row = measure(folder)
             rows[row["run"], row["seed"]] = row
-    tools.write_jsonl(FIGURES, rows.values())
+    if args.results:
+        tools.write_jsonl(FIGURES, rows.values())
 
     # 2. by run
     runs = collections.defaultdict(list)

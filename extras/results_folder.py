@@ -55,11 +55,12 @@ def journal_paths(out, digest):
 
 
 def count_saved(out, digests):
-    """Return how many samples the journals of these digests hold."""
+    """Return how many samples with a score the journals of these digests hold."""
     num_saved = 0
     for digest in digests:
         for path in journal_paths(out, digest):
-            num_saved += path.read_bytes().count(b"\n")
+            text = path.read_bytes()
+            num_saved += text.count(b"\n") - text.count(b'"reward": null')
     return num_saved
 
 

@@ -32,7 +32,7 @@ SCRIPTS = [*STAGES, *relative_paths("extras/*.py", "course/*.py", "tests/support
 PAGES = ["README.md", *relative_paths("docs/**/*.md", "course/*.md", "extras/*.md")]
 # flags of every parser, and those of torchrun and hf, which are named next to ours
 FOREIGN_FLAGS = {"--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
-                 "--max_restarts", "--repo-type", "--local-dir"}
+                 "--local_addr", "--max_restarts", "--repo-type", "--local-dir"}
 
 
 @functools.cache
@@ -271,7 +271,9 @@ def flags(script):
         return flags(f"{borrowed[1]}.py")
     for name, function in functions(script).items():
         for node in ast.walk(function):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
+            makes_parser = isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "argparse.ArgumentParser", "tools.make_parser")
+            if makes_parser and script != "tools.py":
                 return parser_flags(script, name)
     return None
 

@@ -82,6 +82,19 @@ def test_a_flag_out_of_its_range_is_named(flags, message):
         tools.check_number_flags(number_flags(**flags), may_be_zero=["weight_decay"])
 
 
+def test_a_written_file_has_the_mode_of_any_other(tmp_path):
+    """It is not readable by others where a user has asked for that."""
+    old_umask = os.umask(0o077)
+    try:
+        tools.write_atomic(tmp_path / "private", lambda file: file.write(b"x"))
+    finally:
+        os.umask(old_umask)
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(IsADirectoryError) as error:
+        tools.write_atomic(tmp_path, lambda file: file.write(b"x"))
+    assert error.value.filename == str(tmp_path)    # not the temporary file next to it
+
+
 class Parsed(Exception):
     """Holds the parser of a script, when it is about to read the command line."""
 
