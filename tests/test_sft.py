@@ -1462,6 +1462,10 @@ DAMAGES = {
     "no description": lambda folder: (folder / "checkpoint.json").unlink(),
     "a cut description": lambda folder: os.truncate(folder / "checkpoint.json", 9),
     "an empty description": lambda folder: (folder / "checkpoint.json").write_text("{}"),
+    "a list as description": lambda folder: (folder / "checkpoint.json").write_text("[1]"),
+    "no list of buckets": lambda folder: torch.save({"step": 6, "optimizer": 1}, folder / "0.pt"),
+    "a bucket without a size": lambda folder: torch.save({"step": 6, "optimizer": [{}]},
+                                                         folder / "0.pt"),
     "of more shards": lambda folder: (folder / "checkpoint.json").write_text(
         (folder / "checkpoint.json").read_text().replace('"num_shards": 1', '"num_shards": 2'))}
 
