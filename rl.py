@@ -65,7 +65,6 @@ Commands:
 
 import argparse
 import collections
-import json
 import math
 import time
 from dataclasses import dataclass, replace

@@ -984,7 +984,7 @@ def load_state(out, run, resume, total_steps):
         barrier()
         return 0
     # 2. The newest that all ranks can read. Shards are mapped into memory: only what is used is
-    #    read. A damaged or foreign file shows as any of a dozen exceptions.
+    #    read.
     load_shard = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
     bucket_sizes = [bucket.size for bucket in run.optimizer.buckets]
     problems = []
@@ -995,8 +995,8 @@ def load_state(out, run, resume, total_steps):
                                                              load_shard)
         except tools.InputError:
             raise
-        except Exception as error:
-            my_problem = [f"{folder.name} cannot be read ({tools.first_line(error)})"]
+        except Exception as error:      # of a damaged or foreign file
+            my_problem = [f"{folder.name} cannot be read ({error})"]
         problems_of_ranks = all_gather_objects(my_problem)
         if not problems_of_ranks:
             break

@@ -176,31 +176,46 @@ def checkpoints(out):
 
 def read_checkpoint(folder, current, bucket_sizes, load_shard):
     """Return (its checkpoint.json, its shards) of a checkpoint. load_shard(path) reads one file.
-    Raise InputError if it is of another kind of run than `current`, and ValueError or whatever
-    load_shard raises if a file is missing, damaged or of another run.
+    Raise InputError if it is of another kind of run than `current`, and ValueError if a file is
+    missing, damaged or of another run.
 
     All is checked here, before anything is loaded into an optimizer: half a state would be worse
     than none. bucket_sizes: how many parameters each bucket of the optimizer has."""
     # 1. What is it?
-    saved = json.loads((folder / "checkpoint.json").read_text())
+    saved = read_file(folder / "checkpoint.json", lambda path: json.loads(path.read_text()))
+    names = {*current, "step", "num_shards", "world_size"}
+    check_file(isinstance(saved, dict) and saved.keys() >= names, "checkpoint.json")
     check_same_run(folder, saved, current)
     # 2. All of its shards, of its own step.
-    shards = [load_shard(folder / f"{number}.pt") for number in range(saved["num_shards"])]
-    for number, shard in enumerate(shards):
-        check_shard(shard["step"] == saved["step"] == step_of(folder), number)
+    shards = []
+    for number in range(saved["num_shards"]):
+        name = f"{number}.pt"
+        shard = read_file(folder / name, load_shard)
+        check_file(isinstance(shard, dict) and shard.keys() == {"step", "optimizer"}, name)
+        check_file(shard["step"] == saved["step"] == step_of(folder), name)
+        shards.append(shard["optimizer"])
         # 3. Each bucket's tensors are a shard long.
-        buckets = shard["optimizer"]
-        check_shard([bucket["size"] for bucket in buckets] == bucket_sizes, number)
-        for bucket, first_bucket in zip(buckets, shards[0]["optimizer"]):
-            check_shard(bucket.keys() == first_bucket.keys(), number)
-            for name in bucket.keys() - {"size", "step"}:
-                check_shard(len(bucket[name]) == math.ceil(bucket["size"] / len(shards)), number)
-    return saved, [shard["optimizer"] for shard in shards]
+        check_file([bucket["size"] for bucket in shards[-1]] == bucket_sizes, name)
+        for bucket, first_bucket in zip(shards[-1], shards[0]):
+            check_file(bucket.keys() == first_bucket.keys(), name)
+            shard_length = math.ceil(bucket["size"] / saved["num_shards"])
+            for tensor_name in bucket.keys() - {"size", "step"}:
+                check_file(len(bucket[tensor_name]) == shard_length, name)
+    return saved, shards
 
 
-def check_shard(condition, number):
+def read_file(path, read):
+    """Return read(path). Raise ValueError with the file's name if that fails, however it fails."""
+    try:
+        return read(path)
+    except Exception as error:      # of a damaged file: any of a dozen
+        first_sentence = tools.first_line(error).split(". ")[0]
+        raise ValueError(f"{path.name}: {first_sentence}") from None
+
+
+def check_file(condition, name):
     if not condition:
-        raise ValueError(f"{number}.pt belongs to another step or another model")
+        raise ValueError(f"{name} belongs to another step or another model")
 
 
 def prune(out, keep_checkpoints):

@@ -1536,28 +1536,27 @@ def stop_at_first_step(monkeypatch):
 
 
 def test_the_advice_after_a_forgotten_resume_works(command, tmp_path, monkeypatch):
-    """Stopped after step 1, started again twice without --resume: as told, both can be continued.
-    The first one ends like a run that was never stopped."""
+    """Stopped after step 1 and started again without --resume: as told, the first run continues
+    with its log, and ends like a run that was never stopped."""
     three_steps = command("--steps", 3)
     run_script(*three_steps, "--out", tmp_path / "whole")
     out = tmp_path / "my out"
     with monkeypatch.context() as patch:
         stop_at_first_step(patch)
-        for seed in (0, 0, 1):
+        for seed in (0, 1):
             stopped = run_script(*three_steps, "--out", out, "--seed", seed, check=False)
             assert stopped.returncode == 143
             assert "finished" not in stopped.stdout + stopped.stderr
     assert "starts at step 0 of 3" in stopped.stdout
     advice = shlex.split(stopped.stdout.split("stop this one and give ")[1].splitlines()[0])
-    assert advice == ["--resume", "--out", str(out / "old_run_2")]
-    first = [argument.replace("old_run_2", "old_run_1") for argument in advice]
-    continued = run_script(*three_steps, *first)
-    assert f"sft: continues from step 1 of 3, checkpoint {first[2]}" in continued.stdout
-    assert f"sft: model written to {first[2]}" in continued.stdout
+    assert advice == ["--resume", "--out", str(out / "old_run_1")]
+    continued = run_script(*three_steps, *advice)
+    assert f"sft: continues from step 1 of 3, checkpoint {advice[2]}" in continued.stdout
+    assert f"sft: model written to {advice[2]}" in continued.stdout
     assert largest_difference(tmp_path / "whole", out / "old_run_1") == 0
     log = (out / "old_run_1/metrics.jsonl").read_text()
     assert log == (tmp_path / "whole/metrics.jsonl").read_text()
-    assert run_folder.checkpoints(out / "old_run_2") and latest(out)["flags"]["seed"] == 1
+    assert latest(out)["flags"]["seed"] == 1    # the second run is still there, too
 
 
 INFO = {"stage": "sft", "dtype": "float32", "num_parameters": 6, "flags": {"lr": 0.1, "seed": 0}}
@@ -1608,6 +1607,10 @@ DAMAGES = {
     "no description": lambda folder: (folder / "checkpoint.json").unlink(),
     "a cut description": lambda folder: os.truncate(folder / "checkpoint.json", 9),
     "an empty description": lambda folder: (folder / "checkpoint.json").write_text("{}"),
+    "a list as description": lambda folder: (folder / "checkpoint.json").write_text("[1]"),
+    "no list of buckets": lambda folder: torch.save({"step": 6, "optimizer": 1}, folder / "0.pt"),
+    "a bucket without a size": lambda folder: torch.save({"step": 6, "optimizer": [{}]},
+                                                         folder / "0.pt"),
     "of more shards": lambda folder: (folder / "checkpoint.json").write_text(
         (folder / "checkpoint.json").read_text().replace('"num_shards": 1', '"num_shards": 2'))}
 
