@@ -106,7 +106,7 @@ def test_a_number_needs_a_spread_too(rewards, kept, baseline):
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.75, -2])
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.75, 1.5, -2])
 def test_group_advantages_one_by_one(baseline):
     """300 groups of 2 to 6 against statistics.stdev, with rewards that are no more than a few."""
     generator = random.Random(0)
@@ -700,6 +700,7 @@ def test_mini_batches_are_cut_from_the_groups_of_all_ranks(monkeypatch):
         return [float(group_index in (0, 2, 5, 7)) for group_index in range(8)]
 
     monkeypatch.setattr(sft, "all_reduce", all_reduce)
+    monkeypatch.setattr(sft, "world_size", lambda: 4)
     args = argparse.Namespace(prompts_per_step=8, mini_batch_size=2)
     for groups_with_signal in ({5: [], 2: []}, {}):
         mini_batches = rl.mini_batches(groups_with_signal, args, torch.device("cpu"))
