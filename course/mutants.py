@@ -307,6 +307,10 @@ MUTANTS = [Mutant(*fields) for fields in [
     (2, 4, "sft.py", "the rate stays for some steps after the warm-up",
      "    return peak * 0.5 * (1 + math.cos(angle))",
      "    return peak if angle < math.pi / 4 else peak * 0.5 * (1 + math.cos(angle))"),
+    (2, 1, "sft.py", "an image just after another one begins one position early",
+     "        text_position = image_position + max(h, w)",
+     "        text_position = image_position + max(h, w) - (text_start < len(token_ids) "
+     "and token_ids[text_start] == image_token_id)"),
 
     # ---- 3: the rollout engine
     (3, 1, "evaluate.py", "the interval is closed at its other end",
@@ -552,6 +556,11 @@ MUTANTS = [Mutant(*fields) for fields in [
     (4, 1, "rl.py", "a baseline number is clipped to 1",
      "b = baseline if is_number else mean_reward",
      "b = min(baseline, 1.0) if is_number else mean_reward"),
+    (4, 2, "rl.py", "if the divisor counts all, masked responses are in the loss",
+     "    in_loss = mask & kept[:, None]  ",
+     '    in_loss = mask & (kept[:, None] | (divisor == "all"))  '),
+    (4, 2, "rl.py", "a denominator of 1 gives a loss of 0", "    if denominator == 0:    # nothing",
+     "    if denominator <= 1:    # nothing"),
 
     # ---- 5: data parallel
     (5, 1, "sft.py", "numbers are counted instead of bytes",

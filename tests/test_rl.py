@@ -269,9 +269,9 @@ def test_a_response_without_a_token_adds_nothing_but_is_counted():
     assert rl.grpo_loss(*batch).item() == pytest.approx(-(1.15 - 0.8) / 3)
 
 
-def reference_loss(new, old, advantages, mask, kept, low, high):
-    """Return the loss by the paper's formula, one token at a time in plain Python floats (response
-    means, over kept ones)."""
+def reference_loss(new, old, advantages, mask, kept, low, high, aggregation, divisor):
+    """Return the loss by the paper's formula, one token at a time in plain Python floats; a
+    response's constant is 9 tokens."""
     total = 0.0
     for i in range(len(new)):
         if not kept[i]:
@@ -282,8 +282,11 @@ def reference_loss(new, old, advantages, mask, kept, low, high):
                 ratio = math.exp(new[i][t] - old[i][t])
                 clipped = min(max(ratio, 1 - low), 1 + high)
                 terms.append(min(ratio * advantages[i], clipped * advantages[i]))
-        total += sum(terms) / max(len(terms), 1)
-    return -total / max(sum(kept), 1)
+        total += sum(terms) / (max(len(terms), 1) if aggregation == "response" else 1)
+    counted = [i for i in range(len(new)) if kept[i] or divisor == "all"]
+    number = {"response": len(counted), "token": sum(sum(mask[i]) for i in counted),
+              "constant": 9 * len(counted)}[aggregation]
+    return -total / max(number, 1)
 
 
 def random_batch(seed, num_responses=5, num_tokens=7):
@@ -297,11 +300,16 @@ def random_batch(seed, num_responses=5, num_tokens=7):
     return new, old, advantages, mask, kept
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_grpo_loss_equals_the_formula(seed):
-    batch = random_batch(seed)
-    expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3)
-    assert rl.grpo_loss(*batch).item() == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
+@pytest.mark.parametrize("divisor", ["kept", "all"])
+def test_grpo_loss_equals_the_formula(aggregation, divisor):
+    """Also of a single response or none, and of few tokens."""
+    for seed in range(40):
+        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5)
+        expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3, aggregation, divisor)
+        loss = rl.grpo_loss(*batch, aggregation=aggregation, divisor=divisor,
+                            max_response_tokens=9)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_gradient_by_finite_differences():

@@ -254,6 +254,13 @@ def test_positions_by_hand(policy):
     assert positions.dtype == torch.long
     # what was given is not changed
     assert (token_ids, grids) == ([1, 1, *[image_id] * 6, 1], [(1, 4, 6)])
+    # two images without text between them, 2 x 2 and 1 x 2
+    positions, next_position = sft.mrope_positions([image_id] * 6 + [1], [(1, 4, 4), (1, 2, 4)],
+                                                   image_id, 2)
+    assert positions.tolist() == [[0, 0, 0, 0, 2, 2, 4],
+                                  [0, 0, 1, 1, 2, 2, 4],
+                                  [0, 1, 0, 1, 2, 3, 4]]
+    assert next_position == 5
 
 
 def test_positions_of_patches_that_are_not_merged_by_hand(policy):
