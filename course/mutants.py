@@ -165,6 +165,15 @@ MUTANTS = [Mutant(*fields) for fields in [
     (1, 5, "tools.py", "the first option is false",
      "predicted_index is not None and predicted_index ==",
      "bool(predicted_index) and predicted_index =="),
+    (1, 1, "tools.py", "a box is rounded to four digits",
+     'return "zoom", {"bbox_2d": box, "source": source}',
+     'return "zoom", {"bbox_2d": [round(number, 4) for number in box], "source": source}'),
+    (1, 2, "tools.py", "a corner is moved inside by a millionth of a pixel",
+     "    left = math.floor(x0 * source_view.width)",
+     "    left = math.floor(x0 * source_view.width + 1e-6)"),
+    (1, 5, "tools.py", "an option's words may be cut short",
+     'words_after_letter not in ("", option_words[letter_index])',
+     "not option_words[letter_index].startswith(words_after_letter)"),
 
     # ---- 2: from a conversation to tensors
     (2, 1, "sft.py", "positions after an image advance by its number of tokens",
@@ -303,6 +312,13 @@ MUTANTS = [Mutant(*fields) for fields in [
      "            epoch_order = orders[seed, epoch]"),
     (2, 4, "sft.py", "the warm-up is rounded down", "warmup_steps = max(1, round(",
      "warmup_steps = max(1, int("),
+    (2, 4, "sft.py", "the rate stays for some steps after the warm-up",
+     "    return peak * 0.5 * (1 + math.cos(angle))",
+     "    return peak if angle < math.pi / 4 else peak * 0.5 * (1 + math.cos(angle))"),
+    (2, 1, "sft.py", "an image just after another one begins one position early",
+     "        text_position = image_position + max(h, w)",
+     "        text_position = image_position + max(h, w) - (text_start < len(token_ids) "
+     "and token_ids[text_start] == image_token_id)"),
 
     # ---- 3: the rollout engine
     (3, 1, "evaluate.py", "the interval is closed at its other end",
@@ -428,6 +444,18 @@ MUTANTS = [Mutant(*fields) for fields in [
     (3, 4, "evaluate.py", "a full turn that ends in a stop token is not over",
      "return is_full or rollout.token_ids[-1] in self.policy.stop_ids",
      "return is_full != (rollout.token_ids[-1] in self.policy.stop_ids)"),
+    (3, 1, "evaluate.py", "tensors are returned",
+     "    return list(map(int, id_list)), logprob_list",
+     "    return list(map(int, id_list)), token_logprobs"),
+    (3, 1, "evaluate.py", "numbers are counted from the last refill",
+     "        return self.uniforms[start:start + count]",
+     "        return self.uniforms[start % 64:start % 64 + count]"),
+    (3, 2, "evaluate.py", "slots with no new token end a span",
+     "        has_room = slot - first < MAX_SPAN_SLOTS",
+     "        has_room = slot - first < MAX_SPAN_SLOTS and num_new[slot] > 0"),
+    (3, 4, "evaluate.py", "one token is pending, never several",
+     "rollout.num_cached_tokens = len(rollout.token_ids) + num_accepted",
+     "rollout.num_cached_tokens += 1 + num_accepted"),
 
     # ---- 4: GRPO
     (4, 1, "rl.py", "the deviation is biased", "/ (num_counted - 1).clamp(min=1)",
@@ -538,6 +566,14 @@ MUTANTS = [Mutant(*fields) for fields in [
      '"outcome":\n        return "group"'),
     (4, 4, "rl.py", "a conversation of exactly that length is copied",
      "if len(rollout.turns) <= max_turns:", "if len(rollout.turns) < max_turns:"),
+    (4, 1, "rl.py", "a baseline number is clipped to 1",
+     "b = baseline if is_number else mean_reward",
+     "b = min(baseline, 1.0) if is_number else mean_reward"),
+    (4, 2, "rl.py", "if the divisor counts all, masked responses are in the loss",
+     "    in_loss = mask & kept[:, None]  ",
+     '    in_loss = mask & (kept[:, None] | (divisor == "all"))  '),
+    (4, 2, "rl.py", "a denominator of 1 gives a loss of 0", "    if denominator == 0:    # nothing",
+     "    if denominator <= 1:    # nothing"),
 
     # ---- 5: data parallel
     (5, 1, "sft.py", "numbers are counted instead of bytes",
@@ -628,6 +664,14 @@ MUTANTS = [Mutant(*fields) for fields in [
      "        while self.buckets_pending and not self.buckets_pending[0].params_pending:\n"),
     (5, 4, "rl.py", "only this rank's groups have signal",
      "np.flatnonzero(sft.all_reduce(has_signal, device))", "np.flatnonzero(has_signal)"),
+    (5, 3, "sft.py", "a bucket is complete with its last parameter",
+     "        bucket.params_pending.discard(param)\n",
+     "        if param is bucket.params[-1]:\n            bucket.params_pending.clear()\n"),
+    (5, 3, "sft.py", "gradients are summed column by column", "view.copy_(param.grad.flatten())",
+     "view.copy_(param.grad.t().flatten() if param.dim() == 2 else param.grad.flatten())"),
+    (5, 4, "rl.py", "a group needs signal on half of the ranks",
+     "np.flatnonzero(sft.all_reduce(has_signal, device))",
+     "np.flatnonzero(np.array(sft.all_reduce(has_signal, device)) > sft.world_size() / 2)"),
 
     # ---- 6: the sharded optimizer
     (6, 1, "sft.py", "shards do not cover what does not divide",
@@ -728,4 +772,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      "if sum(saved_sizes) != sum(bucket.size for bucket in self.buckets):"),
     (6, 1, "sft.py", "buckets share what is pending", "        self.params_pending = set()",
      '        Bucket.params_pending = getattr(Bucket, "params_pending", set())'),
+    (6, 2, "sft.py", "sizes are compared as a set",
+     "if saved_sizes != [bucket.size for bucket in self.buckets]:",
+     "if set(saved_sizes) != {bucket.size for bucket in self.buckets}:"),
 ]]

@@ -120,7 +120,7 @@ def test_the_judge_gets_what_words_cannot_tell(prediction, reward, submitted):
     ([14, 1], [(0, 1), (1, 2)]), ([1, 10, 20], [(0, 3)]),
     ([64, 64], [(0, 2)]), ([65, 1], [(0, 1), (1, 2)]), ([70, 60], [(0, 1), (1, 2)]),
     ([70, 70], [(0, 1), (1, 2)]),
-    ([0, 3], [(0, 2)]), ([0, 0], []),
+    ([0, 3], [(0, 2)]), ([3, 0], [(0, 2)]), ([0, 3, 0, 1], [(0, 4)]), ([0, 0], []),
     ([70, 1, 5, 1, 30], [(0, 1), (1, 4), (4, 5)])], ids=str)
 def test_spans_by_hand(num_new, spans):
     """At most 8 slots; a slot with more than 64 new tokens, or with 13 more or fewer than the one
@@ -841,12 +841,13 @@ def test_what_is_accepted_of_a_draft_by_hand(make_tiny, draft, sampled, appended
 
 
 def test_positions_go_back_by_what_was_rejected(make_tiny):
-    """An image takes fewer positions than columns."""
+    """An image takes fewer positions than columns, and several tokens may have been pending."""
     engine = evaluate.Engine(make_tiny(), LIMITS, 1, num_speculative_tokens=0)
-    rollout = evaluate.Rollout(token_ids=[5, 6], loss_mask=[False] * 2, num_cached_tokens=1,
-                               turn_start=2)
-    engine.accept(rollout, [7, 8, 9], [7, 8, 3, 4], [0.0] * 4, 25)
-    assert (rollout.num_cached_tokens, rollout.next_position) == (4, 24)
+    for num_cached_tokens in (1, 0):
+        rollout = evaluate.Rollout(token_ids=[5, 6], loss_mask=[False] * 2, turn_start=2,
+                                   num_cached_tokens=num_cached_tokens)
+        engine.accept(rollout, [7, 8, 9], [7, 8, 3, 4], [0.0] * 4, 25)
+        assert (rollout.num_cached_tokens, rollout.next_position) == (4, 24)
 
 
 def test_a_turn_is_over_when_it_is_full_or_stops(make_tiny):

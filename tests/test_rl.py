@@ -126,7 +126,7 @@ def test_a_number_needs_a_spread_too(rewards, kept, baseline):
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.75, -2])
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.0, 0.75, 1.5, -2])
 def test_group_advantages_one_by_one(baseline):
     """300 groups of 2 to 6 against statistics.stdev, with rewards that are no more than a few."""
     generator = random.Random(0)
@@ -289,9 +289,9 @@ def test_a_response_without_a_token_adds_nothing_but_is_counted():
     assert rl.grpo_loss(*batch).item() == pytest.approx(-(1.15 - 0.8) / 3)
 
 
-def reference_loss(new, old, advantages, mask, kept, low, high):
-    """Return the loss by the paper's formula, one token at a time in plain Python floats (response
-    means, over kept ones)."""
+def reference_loss(new, old, advantages, mask, kept, low, high, aggregation, divisor):
+    """Return the loss by the paper's formula, one token at a time in plain Python floats; a
+    response's constant is 9 tokens."""
     total = 0.0
     for i in range(len(new)):
         if not kept[i]:
@@ -302,8 +302,11 @@ def reference_loss(new, old, advantages, mask, kept, low, high):
                 ratio = math.exp(new[i][t] - old[i][t])
                 clipped = min(max(ratio, 1 - low), 1 + high)
                 terms.append(min(ratio * advantages[i], clipped * advantages[i]))
-        total += sum(terms) / max(len(terms), 1)
-    return -total / max(sum(kept), 1)
+        total += sum(terms) / (max(len(terms), 1) if aggregation == "response" else 1)
+    counted = [i for i in range(len(new)) if kept[i] or divisor == "all"]
+    number = {"response": len(counted), "token": sum(sum(mask[i]) for i in counted),
+              "constant": 9 * len(counted)}[aggregation]
+    return -total / max(number, 1)
 
 
 def random_batch(seed, num_responses=5, num_tokens=7):
@@ -317,11 +320,16 @@ def random_batch(seed, num_responses=5, num_tokens=7):
     return new, old, advantages, mask, kept
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_grpo_loss_equals_the_formula(seed):
-    batch = random_batch(seed)
-    expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3)
-    assert rl.grpo_loss(*batch).item() == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
+@pytest.mark.parametrize("divisor", ["kept", "all"])
+def test_grpo_loss_equals_the_formula(aggregation, divisor):
+    """Also of a single response or none, and of few tokens."""
+    for seed in range(40):
+        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5)
+        expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3, aggregation, divisor)
+        loss = rl.grpo_loss(*batch, aggregation=aggregation, divisor=divisor,
+                            max_response_tokens=9)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_gradient_by_finite_differences():
@@ -720,6 +728,7 @@ def test_mini_batches_are_cut_from_the_groups_of_all_ranks(monkeypatch):
         return [float(group_index in (0, 2, 5, 7)) for group_index in range(8)]
 
     monkeypatch.setattr(sft, "all_reduce", all_reduce)
+    monkeypatch.setattr(sft, "world_size", lambda: 4)
     args = argparse.Namespace(prompts_per_step=8, mini_batch_size=2)
     for groups_with_signal in ({5: [], 2: []}, {}):
         mini_batches = rl.mini_batches(groups_with_signal, args, torch.device("cpu"))

@@ -530,6 +530,7 @@ def test_resizing_keeps_a_fitting_image_and_repeats_nothing():
     ((10, 10), [0.55, 0.55, 0.56, 0.56], (5, 5, 6, 6)),  # less than a pixel: the pixel it lies in
     # a box never loses a pixel that it touches
     ((3, 3), [0.333, 0.333, 0.667, 0.667], (0, 0, 3, 3)),
+    ((100, 50), [0.25 - 1e-9, 0.5 - 1e-9, 0.5 + 1e-9, 0.74 + 1e-9], (24, 24, 51, 38)),
     ((90, 90), [0.333, 0.0, 0.667, 0.333], (29, 0, 61, 30)),      # 29.97 and 60.03
     ((1, 1), [0.4, 0.4, 0.6, 0.6], (0, 0, 1, 1)),
     ((200, 1), [0, 0, 1, 1], (0, 0, 200, 1)),  # an aspect ratio of 200 is still allowed
@@ -1294,6 +1295,7 @@ INCORRECT = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red"
     ("A", "A", ["cat", "red"], True), ("cat", "a", ["cat", "red"], True),
     ("red", "B", ["A Cat", "Red"], True), ("B. red", "B", ["A Cat", "Red"], True),
     ("A. cat", "the cat", ["A Cat", "Red"], True), ("B. cat", "cat", ["A Cat", "Red"], False),
+    ("B. r", "B", ["cat", "red"], False), ("B. reddish", "B", ["cat", "red"], False),
     # as many letters as options
     ("E", "five", ["one", "two", "three", "four", "five"], True),
     ("(e) five", "e", ["one", "two", "three", "four", "five"], True),
