@@ -41,6 +41,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import tools
+from extras import terminal
 from tools import check
 
 # ---- Scenes: which object is in which cell, and the question about it ---------------------------
@@ -638,14 +639,13 @@ def map_in_processes(function, jobs, num_workers, title, initial=0):
     """Yield function(job) for each job, in order, computed by processes, with a progress bar.
 
     initial: number of jobs that were done before. Raise InputError if a worker is killed."""
-    from extras import terminal
     spawn_context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, spawn_context, initializer=end_with_parent)
     try:
         with terminal.only_parent_answers_ctrl_c():
             results = pool.map(function, jobs, chunksize=16)
-        yield from tools.progress_bar(results, desc=title, initial=initial,
-                                      total=initial + len(jobs))
+        yield from terminal.progress_bar(results, desc=title, initial=initial,
+                                         total=initial + len(jobs))
     except BrokenProcessPool:
         raise tools.InputError(
             f"a worker process of '{title.strip()}' was killed, perhaps for lack of memory; run "
@@ -664,7 +664,7 @@ def end_with_parent():
 
 def parse_args():
     """Return the flags. Raise InputError for those that do not belong together."""
-    parser = tools.make_parser(
+    parser = terminal.make_parser(
         "Draw the synthetic world, import a published data set, or filter questions.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--train", type=int, default=4600, help="training questions, levels mixed")
@@ -700,7 +700,7 @@ def parse_args():
 def check_args(args, parser):
     """Raise InputError for flags that make no sense, alone or together."""
     # 1. Values that make no sense.
-    tools.check_number_flags(args, ["seed"])
+    terminal.check_number_flags(args, ["seed"])
     check(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
     lowest, highest = args.pass_rate_range
     check(0 <= lowest <= highest <= 1,
@@ -714,7 +714,7 @@ def check_args(args, parser):
     elif args.filter:
         mode = "with --filter"
         meaningless_flags = vars(args).keys() - {"filter", "source", "pass_rate_range"}
-    tools.check_unused(args, parser, meaningless_flags, mode)
+    terminal.check_unused(args, parser, meaningless_flags, mode)
     # 3. The folder to import from.
     if args.data_set:
         check(args.source, "--import needs --source, the folder of the downloaded data set")
@@ -772,4 +772,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

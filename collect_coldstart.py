@@ -50,6 +50,7 @@ import tools
 from build_data import (COLOURS, PHRASES, POSITIONS, SHAPES, colours_of, describe_cell,
                         describe_colour, describe_rest, map_in_processes, position_box,
                         positions_with)
+from extras import terminal
 from extras.images import check_images
 
 # how often each strategy is drawn
@@ -403,7 +404,7 @@ def print_counts(name, values):
 
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = tools.make_parser("Collect correct trajectories of a teacher.")
+    parser = terminal.make_parser("Collect correct trajectories of a teacher.")
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/train.jsonl"),
         help="questions; the scripted teacher needs their layout")
@@ -428,13 +429,13 @@ def parse_args():
     add("--max_image_bytes", type=int, default=1_500_000, help="pictures of more bytes are sent "
         "as JPEG, and made smaller if that is not enough")
     args = parser.parse_args()
-    tools.check_number_flags(args, may_be_zero=("seed",))
+    terminal.check_number_flags(args, may_be_zero=("seed",))
     if args.teacher == "scripted":
         served_flags = ["teacher_model", "exemplars", "requests", "max_new_tokens", "min_pixels",
                         "max_pixels", "max_image_bytes"]
-        tools.check_unused(args, parser, served_flags, "without --teacher URL")
+        terminal.check_unused(args, parser, served_flags, "without --teacher URL")
     else:
-        tools.check_unused(args, parser, ["workers"], "with --teacher URL: it has --requests")
+        terminal.check_unused(args, parser, ["workers"], "with --teacher URL: it has --requests")
     tools.check(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
     tools.check(args.out.parent.resolve() == args.data.parent.resolve(), f"--out {args.out} must "
                 f"be in the folder of --data ({args.data.parent}), where the images are")
@@ -473,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

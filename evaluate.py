@@ -53,7 +53,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import sft
 import tools
-from extras import results_folder
+from extras import results_folder, terminal
 from extras.images import check_images
 
 BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24, 32]
@@ -1100,7 +1100,7 @@ def play_level(engine, question_file, rows, digest, args, process, prompts):
     # 3. Play it, a few slots' worth at a time: a rollout takes more memory than its row.
     block_size = args.num_samples * max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
-    with tools.progress_bar(total=len(waiting), desc=question_file.stem,
+    with terminal.progress_bar(total=len(waiting), desc=question_file.stem,
                             disable=process.rank != 0) as progress:
         while waiting:
             new_rows += play_and_save(engine, waiting[:block_size], journal, progress)
@@ -1224,7 +1224,7 @@ def write_results(levels, engine, args):
 
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = tools.make_parser("Avg@K over turn budgets.")
+    parser = terminal.make_parser("Avg@K over turn budgets.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/rl",
@@ -1253,16 +1253,16 @@ def parse_args():
     add_judge_flags(parser)
 
     args = parser.parse_args()
-    tools.check_number_flags(args, may_be_zero=("seed", "num_speculative_tokens"))
+    terminal.check_number_flags(args, may_be_zero=("seed", "num_speculative_tokens"))
     args.budgets = sorted(set(args.budgets))
     tools.check(args.budgets[0] >= 1, "--budgets must be at least 1")
     tools.check(args.num_samples == 1 or not args.greedy, "--greedy plays every sample of a "
                 "question alike: add --num_samples 1")
     if results_folder.is_served(args):
-        tools.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
+        terminal.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
                            "with a server as --model")
     else:
-        tools.check_unused(args, parser, ["model_name", "max_image_bytes"],
+        terminal.check_unused(args, parser, ["model_name", "max_image_bytes"],
                            "unless --model is the URL of a server")
         check_rollout_flags(args)
     if args.out is None:
@@ -1330,4 +1330,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

@@ -76,7 +76,7 @@ import torch
 import evaluate
 import sft
 import tools
-from extras import run_folder
+from extras import run_folder, terminal
 from extras.images import check_images
 
 # ---- The algorithm ------------------------------------------------------------------------------
@@ -638,7 +638,7 @@ def train(policy, questions, args, process, judge=None):
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
     training_engine = evaluate.make_engine(policy, args, training_turns, judge)
     validation_engine = evaluate.make_engine(policy, args, args.eval_turns, judge)
-    progress_bar = tools.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
+    progress_bar = terminal.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
                                       total=args.steps, disable=not is_main, desc="rl")
     for step in progress_bar:
         steps_done = step + 1
@@ -703,7 +703,7 @@ def baseline_flag(text):
 
 def parse_args(description="GRPO with over-turn masking."):
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = tools.make_parser(description)
+    parser = terminal.make_parser(description)
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/sft", help="local folder or hub id to start from")
@@ -788,7 +788,7 @@ def check_args(args):
                 "and --no-overturn_mask takes the mask away: leave one of them out")
     args.baseline = getattr(args, "baseline", 0.5)
     # Each alone.
-    tools.check_number_flags(
+    terminal.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
                            "overturn_penalty"],
@@ -852,4 +852,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

@@ -67,7 +67,7 @@ from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL_TOKENS, build_tiny, project_texts
-from extras import model_folder, run_folder
+from extras import model_folder, run_folder, terminal
 from extras.images import check_images
 
 hf_logging.disable_progress_bar()
@@ -1205,7 +1205,7 @@ def train(policy, rows, root, args, process):
     batches = prefetch(partial(load_batch, policy, rows, root, args, process), steps)
     is_main = process.rank == 0
     log_file = open_log(args.out, run.first_step) if is_main else None
-    progress_bar = tools.progress_bar(steps, initial=run.first_step, total=total_steps,
+    progress_bar = terminal.progress_bar(steps, initial=run.first_step, total=total_steps,
                                       disable=not is_main, desc=f"sft {args.out.name}")
     for step, sequences in zip(progress_bar, batches):
         # 2. One step.
@@ -1262,7 +1262,7 @@ def add_training_flags(group, weight_decay, save_every):
 
 def parse_args():
     """Return the flags. Raise InputError for values that cannot be right."""
-    parser = tools.make_parser("Supervised fine-tuning on conversations.")
+    parser = terminal.make_parser("Supervised fine-tuning on conversations.")
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/base", help="'tiny' (random), local folder or hub id")
@@ -1289,7 +1289,7 @@ def parse_args():
     add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()
-    tools.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio"])
+    terminal.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio"])
     run_folder.check_warmup(args.warmup_ratio)
     return args
 
@@ -1456,4 +1456,4 @@ def agree_on_attempt(store, rank, num_ranks):
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

@@ -28,24 +28,18 @@ This file has no command of its own. Try it:
     python -c "import tools; print(tools.parse_turn('<answer>7</answer>'))"
 """
 
-import argparse
-import gc
 import json
 import math
 import os
 import re
-import signal
-import sys
 import tempfile
-import time
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, PngImagePlugin
-from tqdm import tqdm
 
-# ---- Errors, and how a stage runs ---------------------------------------------------------------
+# ---- Errors -------------------------------------------------------------------------------------
 
 
 class ToolError(ValueError):
@@ -63,83 +57,10 @@ def check(condition, message):
         raise InputError(message)
 
 
-def check_number_flags(args, may_be_zero=(), any_number=()):
-    """Raise InputError unless every flag that is a number is finite and above 0. may_be_zero: names
-    of flags that may also be 0; any_number: names of flags that are not checked."""
-    for flag_name, value in vars(args).items():
-        if type(value) not in (int, float) or flag_name in any_number:
-            continue
-        if flag_name in may_be_zero:
-            check(0 <= value < math.inf, f"--{flag_name} {value} must be a number of at least 0")
-        else:
-            check(0 < value < math.inf, f"--{flag_name} {value} must be a number above 0")
-
-
-def make_parser(description):
-    """Return a parser of a script's flags, whose --help shows their defaults."""
-    from extras import terminal
-    return argparse.ArgumentParser(description=description, formatter_class=terminal.HelpFormatter)
-
-
-def check_unused(args, parser, names, when):
-    """Raise InputError if a flag among `names`, which has no meaning in this case, was given. when:
-    the case, such as "with --import"."""
-    given = [f"--{name}" for name in sorted(names)
-             if getattr(args, name) != parser.get_default(name)]
-    check(not given, f"{' and '.join(given)} cannot be used {when}")
-
-
-def run(main):
-    """Run main() of a stage and print how long it took. What a user can cause ends in one line on
-    stderr; any other error keeps its traceback. A stage that Ctrl-C interrupts may raise
-    KeyboardInterrupt with a text: what is saved, and how to continue."""
-    from extras import terminal
-    terminal.protect_streams()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C; trainers have their own
-    script_name = Path(sys.argv[0]).name
-    rank = int(os.environ.get("RANK", "0"))
-    start_time = time.time()
-    try:
-        main()
-        reason = terminal.lost_output()
-        check(reason is None, f"what was printed is lost ({reason}); the files are written")
-    except InputError as error:
-        sys.exit(f"{script_name}: error: {error}")
-    except OSError as error:  # disk full, no permission; no file is half-written (write_atomic)
-        sys.exit(f"{script_name}: error: {terminal.describe(error)}")
-    except RuntimeError as error:  # of torch.distributed, if the process of another rank has ended
-        if not re.search("by peer|Broken pipe|Timed out waiting|remote process", str(error)):
-            raise
-        reason = " ".join(str(error).split())[:400]
-        sys.exit(f"{script_name}: rank {rank} stops because another process has ended ({reason})")
-    except KeyboardInterrupt as interrupt:
-        note = str(interrupt) or "nothing new was saved"
-    else:
-        if rank == 0:
-            minutes, seconds = divmod(time.time() - start_time, 60)
-            print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
-        return
-    gc.collect()  # frees the semaphores of a pool; left behind, they would be warned about
-    if rank == 0:
-        sys.stdout.flush()
-        print(f"{script_name}: interrupted; {note}", file=sys.stderr, flush=True)
-    os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
-
-
 def first_line(error):
     """Return the first line of an exception's text, or the name of its type if it has no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def progress_bar(*args, **kwargs):
-    """Return tqdm's bar. Where there is no terminal it prints a plain line every half minute."""
-    if not sys.stderr.isatty():
-        from extras import terminal
-        bar_format = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        kwargs.update(file=terminal.PlainLines(), mininterval=30, maxinterval=30,
-                      bar_format=bar_format)
-    return tqdm(*args, **kwargs)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ import evaluate
 import rl
 import sft
 import tools
+from extras import terminal
 from extras.images import check_images
 from extras.plan import GPU_BANDWIDTH, GPU_FLOPS
 from support.memory import LiveBytes
@@ -1068,7 +1069,7 @@ CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
 
 def parse_args():
     """Return the flags. Raise InputError for a case that does not exist."""
-    parser = tools.make_parser(
+    parser = terminal.make_parser(
         "Compare this code with what a user would write with the library, case by case. Each case "
         "is described in the docstring of its function, such as case_rollout.")
     add = parser.add_argument
@@ -1090,7 +1091,7 @@ def parse_args():
     # what the parser itself does not check
     for name in args.cases:
         tools.check(name in CASES, f"there is no case {name}: choose from {', '.join(CASES)}")
-    tools.check_number_flags(args)
+    terminal.check_number_flags(args)
     return args
 
 
@@ -1104,4 +1105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

@@ -18,7 +18,7 @@ import root
 import evaluate
 import tools
 from build_data import LEVELS
-from extras import failures, report
+from extras import failures, report, terminal
 
 FIGURES = root.ROOT / "extras" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
@@ -144,7 +144,7 @@ def draw(runs, path):
 
 def main():
     """Add the runs that are named, then print the tables and draw the chart of all runs."""
-    parser = tools.make_parser("Print the tables of docs/experiments.md.")
+    parser = terminal.make_parser("Print the tables of docs/experiments.md.")
     parser.add_argument("results", nargs="*", type=Path,
                         help="folders NAME.seedN to add (default: none)")
     parser.add_argument("--chart", type=Path, help="draw accuracy over turns and over the baseline "
@@ -175,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

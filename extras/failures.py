@@ -24,7 +24,7 @@ import root  # noqa: F401
 import tools
 from build_data import LEVELS, PHRASES
 from collect_coldstart import check_layout
-from extras import report
+from extras import report, terminal
 
 KINDS = ["correct", "guess", "tag", "claim", "misread", "list", "void", "over_turn", "over_context"]
 PLANS = [PHRASES[name].strip() for name in ("hint", "scan", "shuffle")]
@@ -88,7 +88,7 @@ def format_shares(labels, order):
 def main():
     """Print the shares of kinds and of plans, for every level of every evaluation."""
     # 1. flags
-    parser = tools.make_parser(
+    parser = terminal.make_parser(
         "Print what happened in every conversation of an evaluation, by kind.")
     parser.add_argument("results", nargs="+", type=Path, help="folders written by evaluate.py")
     parser.add_argument("--data", type=Path, default=Path("data"),
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

@@ -22,6 +22,7 @@ from urllib.parse import unquote
 if __name__ == "__main__":
     import root  # noqa: F401
 import tools
+from extras import terminal
 from tools import InputError, check
 
 
@@ -172,4 +173,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

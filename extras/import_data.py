@@ -41,6 +41,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import tools
+from extras import terminal
 from extras.images import leaves_folder
 from tools import check
 
@@ -432,7 +433,7 @@ def hashes_of_beginnings(paths):
     """Return the hashes of all beginnings of conversations that continue in some row. No image is
     read."""
     found_hashes = set()
-    for path in tools.progress_bar(paths, desc="beginnings", unit=" files"):
+    for path in terminal.progress_bar(paths, desc="beginnings", unit=" files"):
         for _, record in read_records(path, ["conversations", "sample_index", "rollout_index"]):
             try:
                 _, hashes = parse_conversation(record or {})
@@ -589,7 +590,7 @@ def import_rows(make_draft, origins, out_path, seed):
     num_read = 0
 
     # 1. a row for every record; a record that cannot be used is counted under its reason
-    records = tools.progress_bar(read_all_records(origins), desc=out_path.stem, unit=" rows")
+    records = terminal.progress_bar(read_all_records(origins), desc=out_path.stem, unit=" rows")
     for origin, location, record in records:
         num_read += 1
         try:

@@ -18,7 +18,7 @@ import evaluate
 import rl
 import sft
 import tools
-from extras import model_folder
+from extras import model_folder, terminal
 
 # an H100: bytes of memory, FLOP/s in bfloat16, bytes per second of memory
 GPU_MEMORY = 80e9
@@ -310,4 +310,4 @@ DESCRIPTION = (
     "--freeze_vision, --keep_checkpoints, --steps, --prompts_per_step, --group_size.")
 
 if __name__ == "__main__":
-    tools.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))
+    terminal.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import root
 import evaluate
 import tools
+from extras import terminal
 from extras.images import check_images
 from extras.served import data_url
 
@@ -254,7 +255,7 @@ def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
     for rows in runs.values():
         image_paths.update(dict.fromkeys(row["image_path"] for row in rows))
     images = {image_path: data_url(tools.open_image(image_path), image_bytes)
-              for image_path in tools.progress_bar(image_paths, desc="images")}
+              for image_path in terminal.progress_bar(image_paths, desc="images")}
     # 2. all data as JSON inside the page; no tag in a model's text may end the script
     shown_runs = []
     for run, rows in runs.items():
@@ -403,7 +404,7 @@ def draw_correct_trajectory(rows, path):
 
 def parse_args():
     """Return the flags. Raise InputError if the chart cannot be drawn, before anything is read."""
-    parser = tools.make_parser("Tables, a page and pictures of evaluations.")
+    parser = terminal.make_parser("Tables, a page and pictures of evaluations.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders written by evaluate.py; NAME.seed0, "
         "NAME.seed1, ... are one experiment")
@@ -447,4 +448,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    terminal.run(main)

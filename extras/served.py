@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import tools
 from build_data import make_question
+from extras import terminal
 from extras.images import check_images
 
 try:
@@ -729,7 +730,7 @@ class ServedTeacher:
         """Yield trajectory rows as conversations end, with a progress bar. A question without a
         usable reply has none. jobs: (index, question row)."""
         results = map_in_threads(self.client, self.solve, jobs, self.num_threads)
-        results = tools.progress_bar(results, desc="collect", initial=num_finished,
+        results = terminal.progress_bar(results, desc="collect", initial=num_finished,
                                      total=num_finished + len(jobs))
         for _, trajectory in results:
             if trajectory is not None:

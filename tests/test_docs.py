@@ -272,7 +272,7 @@ def flags(script):
     for name, function in functions(script).items():
         for node in ast.walk(function):
             makes_parser = isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "argparse.ArgumentParser", "tools.make_parser")
+                "argparse.ArgumentParser", "terminal.make_parser")
             if makes_parser and script != "tools.py":
                 return parser_flags(script, name)
     return None

@@ -8,7 +8,6 @@ the same ids.
 import argparse
 import collections
 import itertools
-import json
 import math
 import os
 from dataclasses import replace

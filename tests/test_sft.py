@@ -1506,9 +1506,10 @@ def test_disk_full_leaves_the_old_checkpoint(command, tmp_path):
     run_script("sft.py", *flags, "--steps", 1)
     before = (out / "state/step_0000001/0.pt").read_bytes()
     (tmp_path / "sft.py").write_text(
-        "import resource, sft, tools\n"
+        "import resource, sft\n"
+        "from extras import terminal\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        "tools.run(sft.main)\n")
+        "terminal.run(sft.main)\n")
     completed = run_script(tmp_path / "sft.py", *flags, "--steps", 2, "--resume", check=False)
     assert completed.returncode == 1
     assert "Traceback" not in completed.stderr

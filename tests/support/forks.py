@@ -21,11 +21,11 @@ runpy.run_path(str(ROOT / "extras" / "root.py"))
 
 def run_stage(args):
     """Run a stage, or a script that a test has written. args[0] is its path."""
-    import tools
+    from extras import terminal
     sys.argv = args
     path = Path(args[0])
     if path.parent == ROOT:
-        tools.run(importlib.import_module(path.stem).main)
+        terminal.run(importlib.import_module(path.stem).main)
     else:
         runpy.run_path(args[0], run_name="__main__")
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tools
-from extras import crash
+from extras import crash, terminal
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -44,7 +43,7 @@ def run_here(script, *args):
         patch.setattr("sys.argv", [script, *map(str, args)])
         patch.setattr("os._exit", raise_interrupt)
         try:
-            tools.run(importlib.import_module(Path(script).stem).main)
+            terminal.run(importlib.import_module(Path(script).stem).main)
         except SystemExit as end:
             # Python prints a text code to stderr and exits with 1
             exit_code = end.code if isinstance(end.code, int) else 1
@@ -63,7 +62,7 @@ def refused(script, *flags):
     with (pytest.MonkeyPatch.context() as patch,
           pytest.raises(SystemExit, match=re.escape(beginning)) as stop):
         patch.setattr("sys.argv", [script, *map(str, flags)])
-        tools.run(importlib.import_module(Path(script).stem).main)
+        terminal.run(importlib.import_module(Path(script).stem).main)
     return stop.value.code.removeprefix(beginning)
 
 
