@@ -1166,7 +1166,8 @@ def make_judge(args, rank):
     tools.check(args.judge or not args.judge_model, "--judge_model needs --judge URL")
     if not args.judge:
         return None
-    from extras.served import ChatClient, Judge
+    from extras.chat_client import ChatClient
+    from extras.served import Judge
     client = ChatClient(args.judge, args.judge_model, "judge", timeout=60.0)
     args.judge_model = client.check_server()
     return Judge(client, args.out, rank)
@@ -1188,7 +1189,8 @@ def make_player(args, prompts, process):
     max_turns = max(args.budgets)
     judge = make_judge(args, process.rank)
     if results_folder.is_served(args):
-        from extras.served import ChatClient, ServedPlayer
+        from extras.chat_client import ChatClient
+        from extras.served import ServedPlayer
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
         args.model_name = client.check_server()

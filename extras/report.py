@@ -25,7 +25,7 @@ import evaluate
 import tools
 from extras import terminal
 from extras.images import check_images
-from extras.served import data_url
+from extras.chat_client import data_url
 
 # ---- Tables: runs that differ in the seed only are one experiment -------------------------------
 

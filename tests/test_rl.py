@@ -588,13 +588,13 @@ def test_groups_without_signal_are_played_again_by_hand():
 def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, world, tmp_path):
     """Answers in other words are unscored while the judge fails: their groups leave no signal,
     whatever the other rewards are."""
-    from extras import served
+    from extras import chat_client, served
     questions = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
     args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=4,
                               overturn_mask=True, mask_void=False, overturn_penalty=0.0,
                               baseline="group", max_turns=6)
     with ChatServer(lambda body: (503, {}, b"")) as server:
-        client = served.ChatClient(server.url, role="judge", attempts=1)
+        client = chat_client.ChatClient(server.url, role="judge", attempts=1)
         judge = served.Judge(client, tmp_path)
         engine = evaluate.Engine(trained_policy, evaluate.Limits(6, 6, 48, 1200), 16, judge=judge)
         groups_with_signal, played, num_zero_variance_groups = rl.collect_groups(

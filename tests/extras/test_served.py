@@ -22,7 +22,7 @@ from PIL import Image
 import collect_coldstart
 import evaluate
 import tools
-from extras import crash, served
+from extras import chat_client, crash, served
 from support.launch import ROOT, Forked, refused, run_script
 from support.servers import ChatServer, engine_behind_a_server, picture_of
 
@@ -48,7 +48,7 @@ def completion(**choice):
 def test_a_missing_library_is_one_line_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(tools.InputError, match="pip install huggingface_hub"):
-        runpy.run_path(str(ROOT / "extras" / "served.py"))
+        runpy.run_path(str(ROOT / "extras" / "chat_client.py"))
 
 
 # ---- ChatClient: requests -----------------------------------------------------------------------
@@ -59,11 +59,11 @@ def ask(answers, attempts=4, timeout=5.0, **more):
     requests, client)."""
     answers = iter(answers)
     with ChatServer(lambda body: next(answers)) as server:
-        client = served.ChatClient(server.url, "m", "teacher", attempts=attempts, pause=0.01,
-                                   timeout=timeout, **more)
+        client = chat_client.ChatClient(server.url, "m", "teacher", attempts=attempts, pause=0.01,
+                                        timeout=timeout, **more)
         try:
             reply = client.reply(HELLO, 16)
-        except (served.ServerError, tools.InputError) as error:
+        except (chat_client.ServerError, tools.InputError) as error:
             reply = error
         return reply, server.requests, client
 
@@ -85,7 +85,7 @@ def test_a_request_is_sent_again_until_it_is_answered(bad):
     reply, requests, client = ask([bad, bad, "hi"])
     assert reply == ("hi", False) and len(requests) == 3 and client.used["retries"] == 2
     error, requests, _ = ask([bad] * 4)
-    assert isinstance(error, served.ServerError) and len(requests) == 4
+    assert isinstance(error, chat_client.ServerError) and len(requests) == 4
     assert "\n" not in str(error)
 
 
@@ -104,7 +104,7 @@ def test_a_request_is_sent_again_until_it_is_answered(bad):
 def test_an_error_without_an_error_status_is_told_in_its_own_words(body, words, capsys):
     content = body if isinstance(body, str) else json.dumps(body)
     error, _, client = ask([(200, {}, content.encode())] * 2, attempts=2)
-    assert isinstance(error, served.ServerError) and words in str(error)
+    assert isinstance(error, chat_client.ServerError) and words in str(error)
     # the first retry of all says why
     assert capsys.readouterr().err.count(words) == 1
 
@@ -124,11 +124,11 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again():
         return "hi"
 
     with ChatServer(behave) as server:
-        client = served.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3)
+        client = chat_client.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3)
         assert client.reply(HELLO, 16) == ("hi", False) and client.used["retries"] == 1
     # nobody listens there any more
-    client = served.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3)
-    with pytest.raises(served.ServerError, match="refused|connect|closed"):
+    client = chat_client.ChatClient(server.url, attempts=2, pause=0.01, timeout=0.3)
+    with pytest.raises(chat_client.ServerError, match="refused|connect|closed"):
         client.reply(HELLO, 16)
 
 
@@ -144,12 +144,13 @@ def test_a_server_may_ask_for_a_longer_pause():
 @pytest.mark.parametrize("status, body, kind, words", [
     (401, b"Incorrect API key provided: sk-secret-key", tools.InputError, "TEACHER_API_KEY"),
     (404, b"The model `m` does not exist", tools.InputError, "does not exist"),
-    (400, b"bad picture", served.ServerError, "bad picture"),
-    (413, b"", served.ServerError, "413"),
-    (400, b"This model's maximum context length is 4096 tokens", served.ContextFull, "context"),
-    (500, b"Context size has been exceeded.", served.ContextFull, "exceeded"),
+    (400, b"bad picture", chat_client.ServerError, "bad picture"),
+    (413, b"", chat_client.ServerError, "413"),
+    (400, b"This model's maximum context length is 4096 tokens", chat_client.ContextFull,
+     "context"),
+    (500, b"Context size has been exceeded.", chat_client.ContextFull, "exceeded"),
     (403, b"no", tools.InputError, "--teacher_model ('m')"),
-    (307, b"", served.ServerError, "HTTP 307")])
+    (307, b"", chat_client.ServerError, "HTTP 307")])
 def test_a_refusal_is_not_repeated(monkeypatch, status, body, kind, words):
     monkeypatch.setenv("TEACHER_API_KEY", "sk-secret-key")
     error, requests, _ = ask([(status, {}, body)])
@@ -188,7 +189,7 @@ def refusal(message, **fields):
     "litellm.BadRequestError: " + 300 * "x" + " prompt is too long"])
 def test_a_conversation_that_is_too_long_in_the_words_of_other_servers(message):
     error, requests, _ = ask([refusal(message)])
-    assert isinstance(error, served.ContextFull) and len(requests) == 1
+    assert isinstance(error, chat_client.ContextFull) and len(requests) == 1
     assert len(str(error)) <= 200
 
 
@@ -202,13 +203,13 @@ def test_a_conversation_that_is_too_long_in_the_words_of_other_servers(message):
     "input image side is longer than 8000 px", "Your prompt was flagged"])
 def test_other_limits_are_no_full_context(message):
     error, requests, _ = ask([refusal(message)])
-    assert type(error) is served.ServerError and message[:60] in str(error)
+    assert type(error) is chat_client.ServerError and message[:60] in str(error)
     assert len(requests) == 1
 
 
 def test_the_code_of_an_error_may_say_that_the_context_is_full():
     error, _, _ = ask([refusal("Bad request", code="context_length_exceeded")])
-    assert isinstance(error, served.ContextFull)
+    assert isinstance(error, chat_client.ContextFull)
 
 
 @pytest.mark.parametrize("answer, sent", [
@@ -228,7 +229,7 @@ def test_a_parameter_that_a_server_refuses_is_left_out_from_then_on(answer, sent
     """It is asked once more at once, and told once."""
     answers = iter([answer, "hi", "again"])
     with ChatServer(lambda body: next(answers)) as server:
-        client = served.ChatClient(server.url, "m", pause=9.0)
+        client = chat_client.ChatClient(server.url, "m", pause=9.0)
         assert client.reply(HELLO, 16, 0.0, 3) == ("hi", False)
         assert client.reply(HELLO, 16, 0.0, 3) == ("again", False)
         assert client.used["retries"] == 0
@@ -245,8 +246,8 @@ def test_all_parameters_may_be_refused_but_not_for_ever():
         return refusal("'seed' is not supported")
 
     with ChatServer(behave) as server:
-        with pytest.raises(served.ServerError, match="'seed' is not supported"):
-            served.ChatClient(server.url).reply(HELLO, 16, 0.0, 3)
+        with pytest.raises(chat_client.ServerError, match="'seed' is not supported"):
+            chat_client.ChatClient(server.url).reply(HELLO, 16, 0.0, 3)
         assert len(server.requests) == 5
 
 
@@ -265,7 +266,7 @@ def test_a_refusal_of_something_else_leaves_all_parameters(message):
 def test_a_server_that_is_not_there_is_noticed_at_the_start(url):
     start = time.time()
     with pytest.raises(tools.InputError, match="judge: no connection to http://n?[0-9o].*URL"):
-        served.ChatClient(url, role="judge").check_server()
+        chat_client.ChatClient(url, role="judge").check_server()
     assert time.time() - start < 5
 
 
@@ -273,15 +274,15 @@ def test_the_name_of_the_only_model_is_taken():
     for models, given, name in [(None, None, "default"), (["a"], None, "a"), (["a"], "b", "b"),
                                 (["a", "c"], None, "default")]:
         with ChatServer(lambda body: "hi", models) as server:
-            assert served.ChatClient(server.url, given).check_server() == name
+            assert chat_client.ChatClient(server.url, given).check_server() == name
 
 
 @pytest.mark.parametrize("behave", [lambda body: time.sleep(0.5) or "hi", lambda body: "drop"])
 def test_a_server_that_hangs_or_dies_is_not_asked_for_long(monkeypatch, behave):
     """One request finds out. The others in a row, and further ones, are not sent."""
-    monkeypatch.setattr(served, "HANG_SECONDS", 0.15)
+    monkeypatch.setattr(chat_client, "HANG_SECONDS", 0.15)
     with ChatServer(behave) as server:
-        client = served.ChatClient(server.url, pause=0.01, timeout=0.2)
+        client = chat_client.ChatClient(server.url, pause=0.01, timeout=0.2)
         monkeypatch.setattr(client, "url", server.url)
         if behave(None) == "drop":
             server.server_close()
@@ -299,7 +300,7 @@ def test_the_first_request_goes_alone():
         return "hi"
 
     with ChatServer(behave) as server:
-        client = served.ChatClient(server.url)
+        client = chat_client.ChatClient(server.url)
         threads = [threading.Thread(target=client.reply, args=(HELLO, 9)) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -329,14 +330,14 @@ def test_without_a_key_no_other_token_is_sent(monkeypatch):
                                  "http://lo\x01cal/v1", "HTTP://localhost/v1"])
 def test_a_url_that_is_none_is_one_line(url):
     with pytest.raises(tools.InputError, match="must be a URL .* TEACHER_API_KEY") as error:
-        served.ChatClient(url, role="teacher")
+        chat_client.ChatClient(url, role="teacher")
     assert "key@" not in str(error.value) and "key=1" not in str(error.value)
 
 
 def test_a_broken_key_is_refused_without_showing_it(monkeypatch):
     monkeypatch.setenv("TEACHER_API_KEY", "sk-secret\nkey")
     with pytest.raises(tools.InputError) as error:
-        served.ChatClient("http://localhost:1/v1", role="teacher")
+        chat_client.ChatClient("http://localhost:1/v1", role="teacher")
     assert "secret" not in str(error.value)
 
 
@@ -371,7 +372,7 @@ def test_a_whole_reply_may_come_as_a_thought(capsys, content, field, role, thoug
                                  ("length", (f"<think>{thought}</think>{content or ''}", True))]:
         with ChatServer(lambda body: completion(message=message,
                                                 finish_reason=finish_reason)) as server:
-            client = served.ChatClient(server.url, role=role)
+            client = chat_client.ChatClient(server.url, role=role)
             assert client.reply(HELLO, 9) == client.reply(HELLO, 9) == reply
         told = capsys.readouterr().err
         assert told.count("reasoning parser") == (1 if finish_reason == "stop" else 0)
@@ -393,7 +394,7 @@ def test_half_a_character_does_no_harm():
     (10**6, "png", (600, 400)), (300_000, "jpeg", (600, 400)), (30_000, "jpeg", None)])
 def test_pictures_are_sent_whole_or_smaller_but_never_too_large(max_bytes, image_format, size):
     pixels = np.random.default_rng(0).integers(0, 255, (400, 600, 3), dtype=np.uint8)
-    url = served.data_url(Image.fromarray(pixels), max_bytes)
+    url = chat_client.data_url(Image.fromarray(pixels), max_bytes)
     assert len(url) <= max_bytes and url.startswith(f"data:image/{image_format};base64,")
     view, _ = picture_of({"content": [{"type": "image_url", "image_url": {"url": url}}]})
     if size is None:
@@ -410,10 +411,10 @@ def play_jobs(fails):
     """Map over 60 jobs, of which some fail. Return (sorted (job, result) pairs, client)."""
     def function(job):
         if fails(job):
-            raise served.ServerError(f"HTTP {500 + job % 2}")
+            raise chat_client.ServerError(f"HTTP {500 + job % 2}")
         return job
 
-    client = served.ChatClient(NOBODY, pause=0.01)
+    client = chat_client.ChatClient(NOBODY, pause=0.01)
     return sorted(served.map_in_threads(client, function, range(60), 1)), client
 
 
@@ -429,7 +430,7 @@ def test_after_many_failures_in_a_row_nothing_more_is_sent(monkeypatch):
     monkeypatch.setattr(served, "GIVE_UP", 3)
     results, client = play_jobs(lambda job: job >= 2)
     assert results[:2] == [(0, 0), (1, 1)] and len(results) == 5 and client.stopped.is_set()
-    with pytest.raises(served.ServerError, match="stopped"):
+    with pytest.raises(chat_client.ServerError, match="stopped"):
         client.reply(HELLO, 1)
 
 
@@ -438,9 +439,9 @@ def test_failures_in_a_row_are_counted_over_several_calls(monkeypatch):
     monkeypatch.setattr(served, "GIVE_UP", 5)
 
     def fail(job):
-        raise served.ServerError("HTTP 400")
+        raise chat_client.ServerError("HTTP 400")
 
-    client = served.ChatClient(NOBODY)
+    client = chat_client.ChatClient(NOBODY)
     num_jobs = []
     for _ in range(3):
         num_jobs.append(len(list(served.map_in_threads(client, fail, range(2), 1))))
@@ -448,7 +449,7 @@ def test_failures_in_a_row_are_counted_over_several_calls(monkeypatch):
 
 
 def test_any_other_error_in_a_thread_ends_the_run():
-    client = served.ChatClient(NOBODY)
+    client = chat_client.ChatClient(NOBODY)
     with pytest.raises(KeyError):
         list(served.map_in_threads(client, lambda job: {}[job], range(60), 2))
     assert client.stopped.is_set()
@@ -474,7 +475,7 @@ def test_a_conversation_is_played_through_the_tool(cut):
              call_text([0, 0, 0.5, 0.5], "observation_1"), "<answer>7</answer>"]
     answers = iter(texts)
     with ChatServer(lambda body: next(answers)) as server:
-        client = served.ChatClient(server.url, "m", min_pixels=1, max_pixels=10**6, pause=0.01)
+        client = chat_client.ChatClient(server.url, "m", min_pixels=1, max_pixels=10**6, pause=0.01)
         row = {"question": "What <image> is it?", "answer": "7"}
         turns, finish_reason, prediction = served.play(
             client, row, picture(224, 224), tools.PROMPTS, LIMITS, seed=3, cut=cut)
@@ -511,7 +512,7 @@ def test_a_conversation_is_played_through_the_tool(cut):
 def test_how_a_served_conversation_ends(answers, finish_reason, num_turns):
     answers = iter(answers)
     with ChatServer(lambda body: next(answers)) as server:
-        client = served.ChatClient(server.url, "m", pause=0.01)
+        client = chat_client.ChatClient(server.url, "m", pause=0.01)
         turns, reason, _ = served.play(client, {"question": "?"}, picture(100, 100), tools.PROMPTS,
                                        LIMITS)
     assert reason == finish_reason and len(turns) == num_turns
@@ -622,7 +623,7 @@ def test_questions_without_a_usable_reply_stay_open_for_another_run(world, promp
         return trajectories, correct, len(server.requests) - before
 
     with ChatServer(oracle) as server:
-        client = served.ChatClient(server.url, "big", "teacher", attempts=2, pause=0.01)
+        client = chat_client.ChatClient(server.url, "big", "teacher", attempts=2, pause=0.01)
         trajectories, correct, _ = collect([])
         assert len(trajectories) == len(correct) == 5 and client.used["retries"] == 1
         assert client.failures() == "1 x HTTP 503:"
@@ -714,7 +715,7 @@ def test_a_collection_that_fails_says_why_and_leaves_no_files(questions, tmp_pat
     ("collect_coldstart.py", ["--teacher_model", "x"], "--teacher_model .* --teacher URL"),
     ("collect_coldstart.py", ["--exemplars", "x"], "--exemplars .* --teacher URL"),
     ("evaluate.py", ["--judge_model", "x"], "--judge_model needs --judge URL"),
-    ("evaluate.py", ["--model_name", "x"], "--model_name .* --model URL"),
+    ("evaluate.py", ["--model_name", "x"], "--model_name .* URL of a server"),
     ("evaluate.py", ["--model", "HTTP://me:secret@x"], "'HTTP://[*]{3}@x' must be a URL")])
 def test_a_flag_of_a_served_model_needs_its_url(script, flags, words):
     assert re.search(words, refused(script, *flags))
@@ -804,7 +805,7 @@ def test_an_evaluation_without_any_score_says_why(world, tmp_path):
 
 
 def judge_at(server, folder):
-    client = served.ChatClient(server.url, "j", "judge", attempts=2, pause=0.01)
+    client = chat_client.ChatClient(server.url, "j", "judge", attempts=2, pause=0.01)
     return served.Judge(client, folder)
 
 
@@ -880,14 +881,14 @@ def test_a_judge_that_is_away_does_not_hold_up_the_run(tmp_path, monkeypatch, ca
 
 
 def test_a_judge_that_hangs_is_asked_one_thing_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(served, "HANG_SECONDS", 0.1)
+    monkeypatch.setattr(chat_client, "HANG_SECONDS", 0.1)
 
     def behave(body):
         time.sleep(0.5)
         return '{"same": true}'
 
     with ChatServer(behave) as server:
-        client = served.ChatClient(server.url, "j", "judge", pause=0.01, timeout=0.15)
+        client = chat_client.ChatClient(server.url, "j", "judge", pause=0.01, timeout=0.15)
         judge = served.Judge(client, tmp_path)
         assert verdict_of(judge, "cub") is None and len(server.requests) == 1
         rollouts = [SimpleNamespace(row={"question": "What?", "answer": "a cat"},
