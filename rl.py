@@ -90,8 +90,9 @@ def group_advantages(rewards, kept, baseline, *, eps=1e-6):
                      0 (official code)
         "completed"  b is the mean reward of the kept responses; s is theirs too
         a number     b is that number; in s it replaces the reward of responses that are not kept
-    All A' of a group are 0, never NaN, if fewer than two responses enter s, if s is 0, or if a
-    reward is NaN.
+    All A' of a group are 0, never NaN, if fewer than two responses enter s, if the rewards that
+    enter s are equal, or if one of these is NaN (no score). A NaN that does not enter s, that of an
+    unfinished response, changes nothing where b is a number or "completed".
 
     One right answer, one wrong answer, two unfinished conversations: mean 1/4, deviation 1/2.
 
@@ -102,18 +103,22 @@ def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     # 1. Which responses enter the statistics, and with which reward?
     is_number = not isinstance(baseline, str)
     is_counted = kept if baseline == "completed" else torch.ones_like(kept)                 # (P, G)
-    if is_number:
-        rewards = torch.where(kept, rewards, baseline)                                      # (P, G)
+    if baseline != "group":
+        rewards = torch.where(kept, rewards, baseline if is_number else 0.0)                # (P, G)
     # 2. Mean and unbiased variance of each group.
     weights = is_counted.to(rewards.dtype)                                                  # (P, G)
     num_counted = weights.sum(1, keepdim=True)                                              # (P, 1)
     mean_reward = (weights * rewards).sum(1, keepdim=True) / num_counted.clamp(min=1)       # (P, 1)
     squared_deviations = weights * (rewards - mean_reward) ** 2                             # (P, G)
     variance = squared_deviations.sum(1, keepdim=True) / (num_counted - 1).clamp(min=1)     # (P, 1)
-    # 3. Masked responses get 0. So does a group without spread; a single response has none.
+    # 3. Masked responses get 0. So does a group without spread; a single response has none. The
+    #    variance cannot tell: that of three rewards of -0.1 is 1e-34.
+    highest_reward = torch.where(is_counted, rewards, -math.inf).amax(1, keepdim=True)      # (P, 1)
+    lowest_reward = torch.where(is_counted, rewards, math.inf).amin(1, keepdim=True)        # (P, 1)
+    has_spread = highest_reward > lowest_reward                                             # (P, 1)
     b = baseline if is_number else mean_reward
     advantages = (rewards - b) / (variance.sqrt() + eps)                                    # (P, G)
-    return torch.where(kept & (variance > 0), advantages, 0.0)                              # (P, G)
+    return torch.where(kept & has_spread, advantages, 0.0)                                  # (P, G)
 
 
 def count_denominator(mask, kept, *, divisor="kept", aggregation="response",

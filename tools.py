@@ -349,12 +349,15 @@ class TurnResult(NamedTuple):
 def first_tag(text):
     """Return (name, content, end) of the first complete call or answer, or None if there is none.
     First is the one that opens first. Tags inside thoughts do not count, and a thought within a
-    call or an answer is read as spaces. end: index after the closing tag.
+    call or an answer is read as spaces. Text before a </think> that no <think> opened is a thought,
+    too (some servers leave the opening tag out). end: index after the closing tag.
 
     >>> first_tag("<think>Is it <answer>1</answer>?</think><answer>7</answer> More.")
     ('answer', '7', 58)"""
     # Thoughts become spaces, so that all positions stay the same.
     visible_text = THOUGHT_PATTERN.sub(lambda thought: " " * len(thought[0]), text)
+    thought, closing_think_tag, visible_text = visible_text.rpartition("</think>")
+    visible_text = " " * len(thought + closing_think_tag) + visible_text
     for opening_tag in TAG_PATTERN.finditer(visible_text):
         tag_name = opening_tag[1]
         closing_tag = f"</{tag_name}>"
@@ -556,6 +559,7 @@ def check_question(row):
         value = row.get(field)
         check(isinstance(value, str) and value.strip(),
               f"field '{field}' must be a non-empty string")
+    check(plain_answer(row["answer"]), "field 'answer' has nothing inside its tags")
     image_path = Path(row["image"])
     check(not image_path.is_absolute() and ".." not in image_path.parts,
           f"image path '{row['image']}' must stay inside the folder of this file")
@@ -636,40 +640,66 @@ def read_questions(path, check_row=check_question, hint=""):
 
 # ---- Answers ------------------------------------------------------------------------------------
 
-# An option's letter, and perhaps the option's words after it.
-BARE_LETTER = re.compile(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s*(.*))?", re.DOTALL)  # B  (B)  B. red
-BRACKETED_LETTER = re.compile(r"\s*\(([A-Za-z])\)\s*(.*)", re.DOTALL)            # (B) red
+# What may be written around an answer: tags, "The answer is", LaTeX. The group is what is inside.
+OPTION_WORD = "answer|option|choice|答案|选项|选择|选"
+WRAPPINGS = [r".*<answer>(.*?)</answer>.*",
+             r"\W*(?:(?:the|my|best|correct|right|final)\s+|正确)*"
+             rf"(?:{OPTION_WORD})(?:\s+is\b|[是为]|\W*[:：])(.*)",
+             r".*\\boxed\{(.*)\}.*", r"[\s$]*\\(?:text|math)\w*\{(.*)\}[\s$]*"]
+# "The", and "a" at the beginning, after a comma or a word such as "and": not that of "Gate A 5".
+ARTICLE = re.compile(
+    r"\bthe\s+(?=\W*\w)|(^\W*|[,;:.]\s+|\b(?:and|at|behind|by|for|from|in|near|of|on|or|to|under|"
+    r"with)\s+)an? +(?=['\"*]*[a-z])")
+# An option's letter, and perhaps the option's words after it. The sign of "B+" or "-5" is no pause.
+PAUSE = r"(?:[^\w+-]|_|-\s)*"
+OPTION_LETTER = re.compile(rf"{PAUSE}(?:(?:{OPTION_WORD}){PAUSE})?([A-Z])(?![a-z0-9+-]){PAUSE}(.*)",
+                           re.IGNORECASE | re.DOTALL)
+
+
+def plain_answer(text):
+    """Return what is inside of WRAPPINGS: "7" for "<answer>7</answer>" and "$\\boxed{7}$"."""
+    for wrapping in WRAPPINGS:
+        text = re.sub(rf"\A{wrapping}\Z", r"\1", text, flags=re.IGNORECASE | re.DOTALL)
+    return text.strip()
 
 
 def normalise(text):
-    """Return the text as answers are compared: lower case, Unicode forms folded, without articles,
-    outer punctuation and extra spaces. "The 'red' fox!" becomes "red fox"."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    # An article in front of a word: "the fox", but not in "vitamin A".
-    text = re.sub(r"\b(a|an|the)\s+(?=\W*\w)", " ", text)
+    """Return the text as answers are compared: plain, in lower case, Unicode forms folded, without
+    articles, outer punctuation and extra spaces. "The 'red' fox!" becomes "red fox"."""
+    text = unicodedata.normalize("NFKC", plain_answer(text)).lower().replace("\u2019", "'")
+    # Hyphens, spaces and emoji selectors that nobody sees.
+    text = re.sub("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe0e\ufe0f\ufeff]", "", text)
+    text = re.sub(r"[\u2212\u2013](?=\.?\d)", "-", text)  # a printed minus
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)   # 1,000
+    text = ARTICLE.sub(r"\1", text)
+    # Marks on letters, such as vowel signs of Hindi, are no \w, but belong to the word.
+    marks = "".join(character for character in re.findall(r"(?<=\S)\W", text)
+                    if unicodedata.category(character) in ("Mn", "Mc"))
     # Punctuation before a word, but not the point of ".5". Signs are kept: "B+", "-5".
-    bare_text = re.sub(r"(?<!\w)(?:(?!\.\d)[^\w\s+-])+", " ", text)
+    bare_text = re.sub(rf"(?<![\w{marks}])(?:(?!\.\d)[^\w{marks}\s+-])+", " ", text)
     # Punctuation after a word.
-    bare_text = re.sub(r"[^\w\s+-]+(?!\w)", " ", bare_text)
+    bare_text = re.sub(rf"[^\w{marks}\s+-]+(?![\w{marks}])", " ", bare_text)
     return " ".join(bare_text.split()) or text.strip()  # only punctuation ("?") is kept as it is
 
 
 def option_index(text, options):
     """Return the index of the option that `text` names, or None if it names none. It may use the
-    option's words ("red") or letter ("B", "(B)", "B. red"), but not a letter with other words."""
+    option's words ("red") or letter ("B", "(B)", "**B**", "B. red", "Option B"), but not a letter
+    with other words."""
     # 1. The words of an option come first, even if they look like the letter of another one.
+    text = plain_answer(text)
+    if text in options:  # "$5", where "5%" is another one
+        return options.index(text)
     option_words = [normalise(option) for option in options]
     if normalise(text) in option_words:
         return option_words.index(normalise(text))
 
     # 2. A letter, with nothing or the same option's words after it.
-    letter_match = BARE_LETTER.fullmatch(text)
-    if letter_match is None:
-        letter_match = BRACKETED_LETTER.fullmatch(text)
+    letter_match = OPTION_LETTER.fullmatch(unicodedata.normalize("NFKC", text))
     if letter_match is None:
         return None
     letter_index = ord(letter_match[1].upper()) - ord("A")
-    words_after_letter = normalise(letter_match[2] or "")
+    words_after_letter = normalise(letter_match[2])
     if letter_index >= len(options) or words_after_letter not in ("", option_words[letter_index]):
         return None
     return letter_index

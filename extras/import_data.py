@@ -389,7 +389,7 @@ def multiple_choice(row, label, shuffle, seed):
     listed_options = [f"({letter}) {option}" for letter, option in zip(letters, options)]
     # The answer is the option's text, or its letter if several options read alike.
     answer = options[answer_index]
-    num_alike = sum(tools.match_answer(option, answer, options) for option in options)
+    num_alike = sum(tools.normalise(option) == tools.normalise(answer) for option in options)
     if num_alike != 1:
         answer = f"({letters[answer_index]})"
     check(tools.match_answer(listed_options[answer_index], answer, options),

@@ -19,9 +19,8 @@ import sft
 import tools
 from extras.plan import phases, plan_memory
 from support.launch import run_script
-from support.models import wide
+from support.models import largest_difference, wide
 from test_rl import update_args
-from test_sft import largest_difference
 
 DEVICE = "cuda"
 BACKEND = "nccl"

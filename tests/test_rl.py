@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import evaluate
 import rl
@@ -23,6 +22,7 @@ import sft
 import tools
 from extras import crash
 from support.launch import Forked, run_script
+from support.models import largest_difference
 from support.servers import ChatServer
 
 
@@ -59,6 +59,12 @@ def test_the_examples_in_docstrings_print_what_they_say():
     pytest.param([1, 0, 0, 0], "1100", 0, 0.0, [2, 0, 0, 0], id="int-0"),
     # r = (1, -1/2): mean 1/4, deviation sqrt(9/8); 3/2 over that is sqrt(2)
     pytest.param([1, 0], "10", -0.5, 0.0, [2**0.5, 0], id="negative-number"),
+    # a masked response without a score: r = (1, 0, 1/2), deviation 1/2; and r = (1, 0)
+    pytest.param([1, 0, math.nan], "110", 0.5, 0.0, [1, -1, 0], id="number-without-a-score"),
+    pytest.param([1, 0, math.nan], "110", "completed", 0.0, [0.5**0.5, -(0.5**0.5), 0],
+                 id="completed-without-a-score"),
+    pytest.param([1, 0, math.nan], "110", "group", 0.0, [0, 0, 0], id="group-without-a-score"),
+    pytest.param([1, math.nan, 0], "110", 0.5, 0.0, [0, 0, 0], id="no-score-of-a-kept-one"),
 ])
 def test_group_advantages_by_hand(rewards, kept, baseline, eps, expected):
     advantages = rl.group_advantages(torch.tensor([rewards], dtype=torch.float64), masks(kept),
@@ -93,6 +99,16 @@ def test_groups_do_not_know_of_each_other():
 def test_no_spread_means_no_advantage_and_never_nan(rewards, kept, baseline):
     advantages = rl.group_advantages(torch.tensor([rewards]), masks(kept), baseline)
     assert torch.equal(advantages, torch.zeros_like(advantages))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["group", "completed", 0.5, -0.1])
+def test_equal_rewards_have_no_advantage_even_if_their_mean_is_rounded(baseline, dtype):
+    """In float64 the mean of three rewards of -0.1 is another number, and their variance 1e-34."""
+    for group_size in range(1, 33):
+        rewards = torch.full((1, group_size), -0.1, dtype=dtype)
+        advantages = rl.group_advantages(rewards, masks("1" * group_size), baseline)
+        assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
 @pytest.mark.parametrize("rewards, kept, baseline", [
@@ -881,12 +897,6 @@ def runs(trained_folder, world, tmp_path_factory):
     run_script(*common, "--steps", 3, "--out", out / "one")
     run_script(*common, "--steps", 3, "--out", out / "two", nproc=2)
     return out, common
-
-
-def largest_difference(folder, other_folder):
-    weights = load_file(folder / "model.safetensors")
-    other_weights = load_file(other_folder / "model.safetensors")
-    return max((weights[name] - other_weights[name]).abs().max().item() for name in weights)
 
 
 def read_metrics(folder):

@@ -22,7 +22,6 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -31,7 +30,7 @@ import tools
 from extras import crash
 from support.launch import ROOT, Forked, run_script
 from support.memory import LiveBytes
-from support.models import PREPROCESSORS, library_attention
+from support.models import PREPROCESSORS, largest_difference, library_attention
 
 
 @pytest.fixture(scope="module")
@@ -1439,16 +1438,6 @@ def command_on(data, trained_folder, *flags):
 def command(trained_folder, world):
     """command(*flags) -> such a command, on the shortest conversations."""
     return functools.partial(command_on, world / "short.jsonl", trained_folder)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def largest_difference(folder, other_folder):
-    ours = weights(folder)
-    others = weights(other_folder)
-    return max((ours[name] - others[name]).abs().max().item() for name in ours)
 
 
 def latest(out):

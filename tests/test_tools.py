@@ -485,6 +485,23 @@ ZOOM_WHOLE = ("zoom", {"bbox_2d": WHOLE, "source": "original_image"})
     ("<think><answer>1</answer>", ("void", None)),  # an unclosed thought runs to the end
     ("<think>a</think> b <think><answer>1</answer>", ("void", None)),
     ("</think><answer>2</answer>", ("answer", "2")),                          # thinking is optional
+    # text before a </think> that nothing opened is a thought
+    ("I end with <answer>your answer</answer>. It is 7.</think><answer>7</answer>",
+     ("answer", "7")),
+    ("First <grounding>{}</grounding>?\nNo.</think>\n\n<answer>7</answer>", ("answer", "7")),
+    ("<answer>1</answer></think>", ("void", None)),
+    ("a</think><answer>1</answer></think><answer>2</answer></think><answer>3</answer>",
+     ("answer", "3")),
+    ("<think>a</think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
+    ("<answer>1</answer><think>a</think><answer>2</answer></think><answer>3</answer>",
+     ("answer", "3")),
+    ("I write <answer> between <think> and </think>, <answer>1</answer>.</think><answer>2</answer>",
+     ("answer", "2")),
+    ("<think>a<think>b</think><answer>1</answer></think><answer>2</answer>", ("answer", "2")),
+    ("<think>Use <think> first.</think><answer>2</answer>", ("answer", "2")),
+    ("a</think><answer>2</answer><think>too late</think>", ("answer", "2")),
+    ("a</think><think><answer>1</answer>", ("void", None)),
+    ("<answer>1</think><answer>2</answer>", ("answer", "2")),
     ("<think>two\nlines</think>\n<answer>2\n3</answer>", ("answer", "2\n3")),
     # what a thought tears apart is no tag, and a tag that closes in a thought is not closed
     ("<ans<think>x</think>wer>7</answer>", ("void", None)),
@@ -509,8 +526,9 @@ def test_thoughts_are_ignored(text, expected):
     # first is what opens first
     ("<answer>x<grounding>{}</grounding></answer>", "", ("answer", "x<grounding>{}</grounding>")),
     ("<think>Is it <answer>1</answer>?</think><answer>7</answer>", " More.", ("answer", "7")),
+    ("Is it <answer>1</answer>?</think><answer>7</answer>", " More.", ("answer", "7")),
 ], ids=["call, answer", "answer, call", "two answers", "call not closed", "empty answer", "spaces",
-        "opened twice", "nested", "after a thought"])
+        "opened twice", "nested", "after a thought", "after a thought that the prompt opened"])
 def test_the_first_complete_tag_wins(text, rest, expected):
     """It ends where its closing tag does, in the text with its thoughts."""
     assert tools.parse_turn(text + rest) == expected
@@ -898,6 +916,7 @@ def trajectory(*turns):
 
 @pytest.mark.parametrize("changes", [
     {}, {"options": ["7", "8"]}, {"options": ["red", "blue"], "answer": "B"}, {"options": None},
+    {"options": ["red", "blue"], "answer": r"<answer>\boxed{B}</answer>"},
     {"system": None}, {"system": ""}, {"user": None}, {"user": "Own <image> words."},
     {"level": "hard"}, {"level": None}, {"image": "..jpg"}, {"image": "a..b/c.jpg"},
     {"unknown": 1}])
@@ -908,6 +927,7 @@ def test_good_questions(changes):
 @pytest.mark.parametrize("changes", [
     *({key: bad} for key in ("id", "image", "question", "answer")
       for bad in (MISSING, "", " ", 7, None)),
+    {"answer": "<answer> </answer>"}, {"answer": r"$\boxed{}$"},
     {"image": "/etc/passwd"}, {"image": "../secret.jpg"}, {"image": "images/../../secret.jpg"},
     {"image": ".."},
     {"options": []}, {"options": "red"}, {"options": [1, 2]}, {"options": ["red", "blue"]},
@@ -952,9 +972,11 @@ def test_good_trajectories(turns):
     ([ZOOM, zoom_turn(WHOLE, "observation_2"), LAST], "turn 2: there is no observation_2 yet"),
     ([ERROR, zoom_turn(WHOLE, "observation_1"), LAST], "turn 2: there is no observation_1 yet"),
     *(([{**LAST, "learn": bad}], "turn 1: 'learn'") for bad in (0, 1, None, "false", 0.5)),
-    ([{**ZOOM, "tool_message": "no picture"}, LAST], "turn 1: 'tool_message' .* <image> 1 times"),
+    *(([{**ZOOM, "tool_message": bad}, LAST], "turn 1: 'tool_message' .* <image> 1 times")
+      for bad in ("no picture", "", "<image><image>", 3)),
     ([{**ERROR, "tool_message": "<image>"}, LAST], "turn 1: 'tool_message' .* <image> 0 times"),
-    ([ZOOM, {**LAST, "tool_message": ""}], "turn 2: 'tool_message' .* absent on the last turn"),
+    *(([ZOOM, {**LAST, "tool_message": bad}], "turn 2: 'tool_message' .* absent on the last turn")
+      for bad in ("", "more")),
 ])
 def test_bad_trajectories(turns, words):
     with pytest.raises(tools.InputError, match=words):
@@ -982,6 +1004,13 @@ def test_an_id_stands_in_one_line_only(tmp_path):
 # ---- Answers ------------------------------------------------------------------------------------
 
 
+WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>", r"\boxed{7}",
+           r"$\boxed{7}$", r"<answer>\boxed{7}</answer>", r"\[ \boxed{\text{7}} \]", "$7$",
+           r"\mathbf{7}", r"The answer is $\boxed{7}$.", "It is <answer>7</answer>.",
+           "<think>...</think><answer>7</answer>", "The answer is 7", "**Final answer:** 7",
+           "Answer：7"]
+
+
 @pytest.mark.parametrize("prediction, answer, expected", [
     ("7", "7", True), ("7", "8", False), ("07", "7", False),
     (" Red. ", "red", True), ("the red", "Red", True), ("**red**", "red", True),
@@ -996,17 +1025,60 @@ def test_an_id_stands_in_one_line_only(tmp_path):
     ("?", "?", True), ("", "?", False),
     ("A", "a", True), ("A.", "A", True), ("(A)", "A", True), ("(B)", "B", True),
     ("A", "the", False), ("B", "A", False), ("vitamin A", "vitamin", False),
-    ("cat or red", "red", False), ("cat\nred", "red", False), ("fox red", "red fox", False)])
+    ("cat or red", "red", False), ("cat\nred", "red", False), ("fox red", "red fox", False),
+    # "A" is an article at the beginning of a text, or where nothing else can be meant
+    ("a man and a woman", "man and woman", True), ("a dog, a cat", "dog, cat", True),
+    ("on a table", "on the table", True), ("near a car", "near the car", True),
+    ("LOOKING FOR A JOB", "looking for a job", True),
+    ("Gate A 5", "Gate 5", False), ("bus a 12", "bus 12", False), ("A 12", "12", False),
+    ("a 12", "12", False), ("vitamin A deficiency", "vitamin deficiency", False),
+    ("Vitamin A deficiency", "VITAMIN A DEFICIENCY", True), ("Plan A", "Plan", False),
+    ("Terminal A, Gate 3", "Terminal, Gate 3", False), ("the A train", "the train", False),
+    ("A 区", "区", False), ("Hoi An market", "Hoi market", False),
+    # vowel signs and other marks belong to their letter, also those that NFKC takes apart
+    ("की", "का", False), ("ที่", "ที", False), ("का", "क", False), ("\u0958", "क", False),
+    ("\u0958", "\u0915\u093c", True), ("বাংলা", "বাংল", False), ("ស្រី", "ស្រ", False),
+    ("“हिन्दी”।", "हिन्दी", True), ("น้ำ", "น้\u0e4d\u0e32", True),
+    ("cafe\u0323\u0308", "cafe", False),
+    ("´red´", "red", True), ("¨red", "red", True),
+    # what nobody sees: joiners, spaces without width, the selectors of emoji
+    ("क्\u200d", "क्", True), ("می\u200cخواهم", "میخواهم", True), ("\ufeffred\u200b", "red", True),
+    ("5\ufe0f\u20e3", "5", True), ("red ❤\ufe0f", "red", True), ("don’t", "don't", True),
+    # numbers
+    ("−5", "-5", True), ("–5", "-5", True), ("−5", "5", False), ("−.5", "-.5", True),
+    ("10–15", "10-15", True), ("1,000,000", "1000000", True), ("1，０００", "1000", True),
+    ("12,34", "1234", False), ("1.000", "1000", False), ("1.5", "15", False), ("5.0", "5", False),
+    ("10:30", "1030", False), ("1/2", "12", False),
+    # what is written around an answer
+    *((text, "7", True) for text in WRAPPED), ("7", "<answer>7</answer>", True),
+    ("<answer>7</answer>", r"\boxed{7}", True), ("<answer>8</answer>", "7", False),
+    (r"\boxed{\frac{1}{2}}", r"$\frac{1}{2}$", True), (r"\boxed{\text{Red}}", "red", True),
+    (r"\boxed{7", "7", False), ("The answer is not 7", "7", False),
+    ("Choice Hotels", "hotels", False), ("Answer the phone", "phone", False), ("正确答案是：红色。", "红色", True)])
 def test_open_answers(prediction, answer, expected):
     assert tools.match_answer(prediction, answer) is expected
+    if prediction is not None:
+        assert tools.match_answer(answer, prediction) is expected
 
 
 CORRECT = ["B", "b", "(B)", "B.", "B)", "(b) Red.", "B. red", "B: the red", "Red", "the red",
-           " b \n"]
+           " b \n",
+           # the dress that models give it
+           "（B）", "B。", "Ｂ", "ｂ", "B、red", "Ｂ．red", "【B】", "「B」", "**B**", "**B. red**",
+           "**B.** red", "_B_", "`B`", "[B]", "<B>", '"B"', "B!", "- B", "B\nred", "B red",
+           "B (red)", "B - red", "B – red", "B: red", "Option B", "OPTION (B).", "option B: red", "Choice B",
+           "Answer: B", "Answer - B", "The answer is B", "The correct answer is **B**.",
+           "Final Answer: **B. red**", "The best option is (B) red", "The answer is option B",
+           "The answer is red", r"\boxed{B}", r"$\boxed{\text{B. red}}$", "<answer>B</answer>",
+           "答案：B", "答案是B。", "正确答案为（B）", "选B", "选项 B", "B red。"]
 INCORRECT = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red", "(A) red",
              "cat or red",
              # a letter in front of other words than its option's, or a sign next to it
-             "B. crimson", "B because it is not a cat", "B red cat", "B+", "-B", "B or A"]
+             "B. crimson", "B because it is not a cat", "B red cat", "B+", "-B", "B or A",
+             "**A. red**", "（A）red", "A - red", "A (red)", "A: red", "A\nred", "Option A: red",
+             "Answer: A, red", "The answer is A or B", "A、B", "A/B", "Options A and B", "not B",
+             "**B+**", "Option B+", "B-", "B2", "Bé", "E", "Option E", "Answer", "Answer:",
+             "The answer is", "option", r"\boxed{}"]
 
 
 @pytest.mark.parametrize("prediction, answer, options, expected", [
@@ -1027,6 +1099,16 @@ INCORRECT = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red"
     ("red", "B", ["A Cat", "Red"], True), ("B. red", "B", ["A Cat", "Red"], True),
     ("A. cat", "the cat", ["A Cat", "Red"], True), ("B. cat", "cat", ["A Cat", "Red"], False),
     ("B. r", "B", ["cat", "red"], False), ("B. reddish", "B", ["cat", "red"], False),
+    # options that differ in a sign only, or look like what is written around a letter
+    ("$5", "C", ["5%", "5", "$5"], True), ("5", "C", ["5%", "5", "$5"], False),
+    ("Answer: 5", "B", ["5%", "5", "$5"], True), ("B. -5", "B", ["5", "-5"], True),
+    ("B - 5", "B", ["5", "-5"], False), ("−5", "B", ["5", "-5"], True),
+    ("The answer is right", "B", ["left", "right"], True),
+    ("Right answer: left", "A", ["left", "right"], True),
+    ("right side", "B", ["left", "right"], False),
+    ("Option A", "B", ["Option B", "Option A"], True), ("A", "A", ["Exit", "A exit"], True),
+    ("Gate 5", "A", ["Gate A 5", "Gate B 5"], False), ("B蓝色", "B", ["红色", "蓝色"], True),
+    ("答案是蓝色", "B", ["红色", "蓝色"], True), ("（Ｂ）红色", "A", ["红色", "蓝色"], False),
     # as many letters as options
     ("E", "five", ["one", "two", "three", "four", "five"], True),
     ("(e) five", "e", ["one", "two", "three", "four", "five"], True),

@@ -1,9 +1,11 @@
-"""Released model families made small, and a policy over-fitted to a few trajectories."""
+"""Released model families made small, a policy over-fitted to a few trajectories, and how far two
+models are apart."""
 
 import contextlib
 import copy
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sft
@@ -16,6 +18,13 @@ def overfit(policy, rows, root, steps):
     for step in range(steps):
         optimizer.backward([batch], lambda batch: -sft.token_logprobs(policy, batch).mean())
         optimizer.step(3e-3 * min(1, (step + 1) / 10), 1.0)
+
+
+def largest_difference(folder, other_folder):
+    """Return how much a weight of one model differs from that of another one at most."""
+    weights = load_file(folder / "model.safetensors")
+    other_weights = load_file(other_folder / "model.safetensors")
+    return max((weights[name] - other_weights[name]).abs().max().item() for name in weights)
 
 
 # ---- Released models ----------------------------------------------------------------------------
