@@ -452,7 +452,7 @@ def test_a_decoding_step_moves_four_tensors(trained_policy, world, monkeypatch):
     class Counted(evaluate.Engine):
         def step(self):
             moved.clear()
-            super().step()
+            return super().step()
 
         def sample_tokens(self, logprobs, uniforms):
             sampled = super().sample_tokens(logprobs, uniforms)
@@ -1136,7 +1136,8 @@ def test_other_results_are_moved_not_replaced_or_mixed(tmp_path):
     """The same evaluation again replaces its results. One with fewer questions, with other levels
     or of another model of the same name moves them."""
     def write(levels, model="a/sft"):
-        args = argparse.Namespace(out=tmp_path, model=model, budgets=[1], num_samples=1)
+        args = argparse.Namespace(out=tmp_path, model=model, budgets=[1], num_samples=1,
+                                  data=[], judge=None)
         engine = argparse.Namespace(counts=collections.Counter())
         evaluate.write_results(levels, engine, args)
         return [sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -1182,7 +1183,7 @@ def play_again(tmp_path):
     """play_again(player, level=, settings=, questions=) -> the questions that were played."""
     def play_again(player, level="a", settings="x", questions="123", max_num_seqs=1):
         args = argparse.Namespace(out=tmp_path, num_samples=2, max_num_seqs=max_num_seqs, model="m",
-                                  settings=settings)
+                                  settings=settings, data=[], judge=None)
         rows = [{"id": question_id} for question_id in questions]
         path = Path(f"{level}.jsonl")
         digest = results_folder.run_digest(level, rows, args, {})

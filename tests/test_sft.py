@@ -2080,6 +2080,7 @@ def test_patch_embedding_equals_the_library(each_family):
 def stop_signal(tmp_path):
     """A StopSignal, whose handlers are removed after the test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # tests may run in the background
     yield sft.StopSignal(tmp_path)
     for number, handler in handlers.items():
         signal.signal(number, handler)

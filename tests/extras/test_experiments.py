@@ -38,6 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_run_is_one_line(folder, monkeypatch, capsys):
     """A run is added once, however often it is named. A folder without a table is skipped."""
+    (folder.parent / "x.seed0").mkdir()
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["experiments.py", "results/half.seed3", "results/x.seed0"])
         experiments.main()

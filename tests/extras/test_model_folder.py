@@ -287,7 +287,7 @@ def test_a_model_that_cannot_be_saved_is_told_before_training(trained_folder, tm
     monkeypatch.setattr(policy.tokenizer, "save_pretrained", save_pretrained)
     args = argparse.Namespace(out=tmp_path)
     with pytest.raises(tools.InputError) as told:
-        sft.start_training(policy, args, argparse.Namespace(attempt=1), False, 1)
+        sft.start_training("sft", policy, args, argparse.Namespace(attempt=1), False, 1)
     reason = " ".join(str(error).split())
     assert f"cannot save a model to {tmp_path}: " in str(told.value)
     assert reason in str(told.value)
