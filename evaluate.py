@@ -1101,7 +1101,7 @@ def play_level(engine, question_file, rows, digest, args, process, prompts):
     block_size = args.num_samples * max(1, 4 * args.max_num_seqs // args.num_samples)
     new_rows = []
     with terminal.progress_bar(total=len(waiting), desc=question_file.stem,
-                            disable=process.rank != 0) as progress:
+                               disable=process.rank != 0) as progress:
         while waiting:
             new_rows += play_and_save(engine, waiting[:block_size], journal, progress)
             waiting = waiting[block_size:]
@@ -1145,9 +1145,9 @@ def add_rollout_flags(group):
 def check_rollout_flags(args):
     """Raise InputError for flags of add_rollout_flags with which nothing useful can be played."""
     tools.check(args.max_images != 1, "--max_images 1 allows no zoom: the original counts, too")
-    tools.check(args.max_new_tokens < args.max_model_len, f"--max_new_tokens "
-                f"{args.max_new_tokens} leaves no room for a question in --max_model_len "
-                f"{args.max_model_len}: lower the first or raise the second")
+    has_room = results_folder.is_served(args) or args.max_new_tokens < args.max_model_len
+    tools.check(has_room, f"--max_new_tokens {args.max_new_tokens} leaves no room for a question "
+                f"in --max_model_len {args.max_model_len}: lower the first or raise the second")
 
 
 def add_judge_flags(parser):
@@ -1262,11 +1262,11 @@ def parse_args():
                 "question alike: add --num_samples 1")
     if results_folder.is_served(args):
         terminal.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
-                           "with a server as --model")
+                              "with a server as --model")
     else:
         terminal.check_unused(args, parser, ["model_name", "max_image_bytes"],
-                           "unless --model is the URL of a server")
-        check_rollout_flags(args)
+                              "unless --model is the URL of a server")
+    check_rollout_flags(args)
     if args.out is None:
         is_served = results_folder.is_served(args)
         name = (args.model_name or "served") if is_served else Path(args.model).name

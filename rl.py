@@ -639,7 +639,7 @@ def train(policy, questions, args, process, judge=None):
     training_engine = evaluate.make_engine(policy, args, training_turns, judge)
     validation_engine = evaluate.make_engine(policy, args, args.eval_turns, judge)
     progress_bar = terminal.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
-                                      total=args.steps, disable=not is_main, desc="rl")
+                                         total=args.steps, disable=not is_main, desc="rl")
     for step in progress_bar:
         steps_done = step + 1
         val_metrics = {}

@@ -157,7 +157,7 @@ class ServedTeacher:
         usable reply has none. jobs: (index, question row)."""
         results = map_in_threads(self.client, self.solve, jobs, self.num_threads)
         results = terminal.progress_bar(results, desc="collect", initial=num_finished,
-                                     total=num_finished + len(jobs))
+                                        total=num_finished + len(jobs))
         for _, trajectory in results:
             if trajectory is not None:
                 yield trajectory
