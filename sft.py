@@ -403,7 +403,7 @@ def collate(policy, sequences):
     """Put Sequences end to end into one row. Return a dict of tensors on the policy's device:
         input_ids        (1, T)
         position_ids     (3, 1, T), they begin at 0 in every conversation
-        loss_positions   (N,), where in the row the tokens are that the policy wrote, never a first
+        loss_positions   (N,), where in the row the policy wrote, never a conversation's first token
         pixel_values     (sum of patches, C), and
         image_grid_thw   (images, 3), both only if there are images
         attend           not a tensor: the attention function above, for these conversations
@@ -493,7 +493,7 @@ def token_logprobs(policy, batch, chunk_size=4096):
 
     The vocabulary is computed at those positions only. More than chunk_size of them are computed
     chunk by chunk, and again in backward: with 152k ids and 32k tokens the logits would otherwise
-    be the largest tensor by far."""
+    be the largest tensor by far. The model runs with use_cache=False."""
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)

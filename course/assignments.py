@@ -439,7 +439,8 @@ def given_away(number):
 
 
 def grade_copy(number, task_index, blank_indices=(), mutant=None):
-    """Run the tests of one task in a copy, in this process. Return {test: None, or why it failed}.
+    """Run the tests of one task in a copy, in this process, with a mutant up to the first one that
+    is lost. Return {test: None, or why it failed}.
 
     The process must be a fork that has not imported the project yet. A fork saves the seconds in
     which torch is imported.

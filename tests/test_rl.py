@@ -715,7 +715,8 @@ def test_a_group_that_was_played_again_keeps_its_place(monkeypatch):
     ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])], ids=str)
 def test_mini_batches_are_cut_from_the_groups_with_signal(group_indices, size, expected):
     args = argparse.Namespace(prompts_per_step=16, mini_batch_size=size)
-    assert rl.mini_batches(dict.fromkeys(group_indices), args, torch.device("cpu")) == expected
+    groups_with_signal = {group_index: [evaluate.Rollout()] for group_index in group_indices}
+    assert rl.mini_batches(groups_with_signal, args, torch.device("cpu")) == expected
 
 
 def test_mini_batches_are_cut_from_the_groups_of_all_ranks(monkeypatch):
@@ -729,7 +730,7 @@ def test_mini_batches_are_cut_from_the_groups_of_all_ranks(monkeypatch):
     monkeypatch.setattr(sft, "all_reduce", all_reduce)
     monkeypatch.setattr(sft, "world_size", lambda: 4)
     args = argparse.Namespace(prompts_per_step=8, mini_batch_size=2)
-    for groups_with_signal in ({5: [], 2: []}, {}):
+    for groups_with_signal in ({5: [evaluate.Rollout()], 2: [evaluate.Rollout()]}, {}):
         mini_batches = rl.mini_batches(groups_with_signal, args, torch.device("cpu"))
         assert mini_batches == [[0, 2], [5, 7]]
         assert all(type(index) is int for index in sum(mini_batches, []))
