@@ -919,8 +919,8 @@ class Optimizer:
         """Continue from an earlier run. shard_states: the state() of each of its ranks.
 
         If the number of shards has changed, master and moments are concatenated and split again.
-        All are copied. There are no moments if no step of that run succeeded. Raise ValueError,
-        before anything changes, if the state is of another model: other buckets or sizes."""
+        Copies replace what was there. There are no moments if no step of that run succeeded. Raise
+        ValueError, before anything changes, if it is of another model: other buckets or sizes."""
         saved_sizes = [bucket_state["size"] for bucket_state in shard_states[0]]
         if saved_sizes != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
@@ -935,7 +935,7 @@ class Optimizer:
                 # Copied, or a view of the concatenated tensor would keep all of it in memory.
                 adam_state[name] = tensor.to(bucket.master.device, copy=True)
             bucket.master.data.copy_(adam_state.pop("master"))
-            self.adam.state[bucket.master].update(adam_state)
+            self.adam.state[bucket.master] = adam_state
         self.all_gather_weights()
 
 

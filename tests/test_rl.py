@@ -312,11 +312,11 @@ def reference_loss(new, old, advantages, mask, kept, low, high, aggregation, div
     return -total / max(number, 1)
 
 
-def random_batch(seed, num_responses=5, num_tokens=7):
+def random_batch(seed, num_responses=5, num_tokens=7, spread=0.5):
     generator = torch.Generator().manual_seed(seed)
     shape = (num_responses, num_tokens)
     old = -torch.rand(shape, generator=generator, dtype=torch.float64)
-    new = old + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    new = old + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
     advantages = torch.randn(num_responses, generator=generator, dtype=torch.float64)
     mask = torch.rand(shape, generator=generator) < 0.7
     kept = torch.rand(num_responses, generator=generator) < 0.6
@@ -326,9 +326,10 @@ def random_batch(seed, num_responses=5, num_tokens=7):
 @pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
 @pytest.mark.parametrize("divisor", ["kept", "all"])
 def test_grpo_loss_equals_the_formula(aggregation, divisor):
-    """Also of a single response or none, and of few tokens."""
+    """Also of a single response or none, of few tokens, and of ratios from 1e-4 to 1e4."""
     for seed in range(40):
-        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5)
+        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5,
+                             spread=3.0 if seed % 2 else 0.5)
         expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3, aggregation, divisor)
         loss = rl.grpo_loss(*batch, aggregation=aggregation, divisor=divisor,
                             max_response_tokens=9)

@@ -1389,6 +1389,10 @@ def test_every_bucket_gets_its_own_state():
     # what was given is not changed
     assert all(bucket_state.keys() == {"size", "master", "exp_avg", "exp_avg_sq", "step"}
                for bucket_state in saved)
+    # another state replaces all of it; this one has no moments
+    no_moments = [{"size": size, "master": torch.zeros(size)} for size in (2, 3)]
+    sft.Optimizer.load(optimizer, [no_moments])
+    assert all(not optimizer.adam.state[bucket.master] for bucket in optimizer.buckets)
 
 
 @pytest.mark.parametrize("sizes", [[11], [10, 1], [10, 10], []],
