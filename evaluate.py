@@ -951,7 +951,7 @@ def accuracy_per_question(rows, turn_budget):
 def avg_at_k(rows, turn_budget):
     """Return Avg@K at a turn budget and its standard error. It is the share of samples that are
     correct and finished within `turn_budget` turns, first per question, then over questions. rows:
-    trajectory rows of one level."""
+    trajectory rows of one level, in any order."""
     return mean_and_error(list(accuracy_per_question(rows, turn_budget).values()))
 
 

@@ -631,7 +631,7 @@ def all_reduce_dict(counts, device):
 
 
 def all_gather_objects(items):
-    """Return the items of all ranks' lists as one list, rank by rank. They are sent pickled."""
+    """Return the items of all ranks' lists as one new list, rank by rank. They are sent pickled."""
     if world_size() == 1:
         return list(items)
     items_of_ranks = [None] * world_size()
@@ -668,7 +668,7 @@ def all_reduce_gradients(params):
 def make_buckets(params, megabytes=25):
     """Yield a list of parameters, in its order, as lists of one dtype each, so that few, large
     messages are sent. A list is complete once it is larger than that many megabytes (2**20
-    bytes)."""
+    bytes). No list is empty."""
     bucket_params = []
     num_bytes = 0
     for param in params:
@@ -919,8 +919,8 @@ class Optimizer:
         """Continue from an earlier run. shard_states: the state() of each of its ranks.
 
         If the number of shards has changed, master and moments are concatenated and split again.
-        There are no moments if no step of that run succeeded. Raise ValueError, before anything
-        changes, if the state is of another model: another number of buckets, or another size."""
+        Copies replace what was there. There are no moments if no step of that run succeeded. Raise
+        ValueError, before anything changes, if it is of another model: other buckets or sizes."""
         saved_sizes = [bucket_state["size"] for bucket_state in shard_states[0]]
         if saved_sizes != [bucket.size for bucket in self.buckets]:
             raise ValueError("it belongs to another model or another choice of what is trained")
@@ -935,7 +935,7 @@ class Optimizer:
                 # Copied, or a view of the concatenated tensor would keep all of it in memory.
                 adam_state[name] = tensor.to(bucket.master.device, copy=True)
             bucket.master.data.copy_(adam_state.pop("master"))
-            self.adam.state[bucket.master].update(adam_state)
+            self.adam.state[bucket.master] = adam_state
         self.all_gather_weights()
 
 

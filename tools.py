@@ -189,9 +189,9 @@ def open_image(path, convert=to_rgb):
 def size_for_model(width, height, min_pixels, max_pixels, factor=28):
     """Return (width, height) of the resized copy of a view that the model sees.
 
-    Both sides are multiples of `factor` (patch size x merge size), at least one factor, and keep
-    the aspect ratio as well as this grid allows. The area is between min_pixels and max_pixels,
-    except where rounding steps over a limit because the two are close: 252 x 84 between 6000 and
+    Both sides are rounded to the nearest multiple of `factor` (patch size x merge size), a half to
+    the even one, at least one factor. If their area is not between min_pixels and max_pixels, both
+    are scaled to it. Rounding may step over a limit if the two are close: 252 x 84 between 6000 and
     8000 pixels becomes 140 x 28. A strip whose short side is one factor, and cannot shrink, gives
     way in length, to the largest multiple with which max_pixels holds (at least one factor).
 
@@ -328,7 +328,7 @@ def parse_turn(text):
     """Return what the model asks for in a turn. Never raise.
 
     ("zoom", call)       call has bbox_2d (four floats) and source, nothing else
-    ("answer", answer)   may be empty
+    ("answer", answer)   without white space around it; may be empty
     ("error", sentence)  one line of less than 200 characters, with one full stop, at its end
     ("void", None)       neither a call nor an answer
 

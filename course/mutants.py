@@ -174,6 +174,10 @@ MUTANTS = [Mutant(*fields) for fields in [
     (1, 5, "tools.py", "an option's words may be cut short",
      'words_after_letter not in ("", option_words[letter_index])',
      "not option_words[letter_index].startswith(words_after_letter)"),
+    (1, 2, "tools.py", "a box on an edge between pixels shows the pixel before it",
+     "    # At least one pixel: two neighbouring floats may give the same edge.\n",
+     "    left = min(left, math.ceil(x1 * source_view.width) - 1)\n"
+     "    top = min(top, math.ceil(y1 * source_view.height) - 1)\n"),
 
     # ---- 2: from a conversation to tensors
     (2, 1, "sft.py", "positions after an image advance by its number of tokens",
@@ -319,6 +323,8 @@ MUTANTS = [Mutant(*fields) for fields in [
      "        text_position = image_position + max(h, w)",
      "        text_position = image_position + max(h, w) - (text_start < len(token_ids) "
      "and token_ids[text_start] == image_token_id)"),
+    (2, 3, "sft.py", "exactly chunk_size positions are computed twice",
+     "if len(targets) <= chunk_size:", "if len(targets) < chunk_size:"),
 
     # ---- 3: the rollout engine
     (3, 1, "evaluate.py", "the interval is closed at its other end",
@@ -365,7 +371,6 @@ MUTANTS = [Mutant(*fields) for fields in [
     (3, 5, "evaluate.py", "the turn budget is forgotten",
      'row["reward"] == 1.0 and len(row["turns"]) <= turn_budget for row in samples',
      'row["reward"] == 1.0 for row in samples'),
-
     (3, 1, "evaluate.py", "greedy is forgotten",
      "        if self.greedy:\n            token_ids", "        if False:\n            token_ids"),
     (3, 1, "evaluate.py", "the probability that rounding took goes to a suppressed id",
@@ -456,6 +461,10 @@ MUTANTS = [Mutant(*fields) for fields in [
     (3, 4, "evaluate.py", "one token is pending, never several",
      "rollout.num_cached_tokens = len(rollout.token_ids) + num_accepted",
      "rollout.num_cached_tokens += 1 + num_accepted"),
+    (3, 5, "evaluate.py", "only neighbouring rows are about one question",
+     'in group_by(scored_rows(rows), "id").items():\n',
+     'in __import__("itertools").groupby(scored_rows(rows), lambda row: row["id"]):\n'
+     "        samples = list(samples)\n"),
 
     # ---- 4: GRPO
     (4, 1, "rl.py", "the deviation is biased", "/ (num_counted - 1).clamp(min=1)",
@@ -515,7 +524,6 @@ MUTANTS = [Mutant(*fields) for fields in [
      "num_tokens = rollout.turn_ends[max_turns - 1]", "num_tokens = rollout.turn_ends[max_turns]"),
     (4, 4, "rl.py", "log-probs of turns that were cut off are kept",
      "logprobs=rollout.logprobs[:sum(loss_mask)],", "logprobs=rollout.logprobs,"),
-
     (4, 1, "rl.py", "the deviation is over the whole batch, not over the group",
      "squared_deviations.sum(1, keepdim=True) /",
      "squared_deviations.sum(1, keepdim=True).mean(0) /"),
@@ -574,6 +582,18 @@ MUTANTS = [Mutant(*fields) for fields in [
      '    in_loss = mask & (kept[:, None] | (divisor == "all"))  '),
     (4, 2, "rl.py", "a denominator of 1 gives a loss of 0", "    if denominator == 0:    # nothing",
      "    if denominator <= 1:    # nothing"),
+    (4, 1, "rl.py", "advantages are float32, whatever the rewards are",
+     "weights = is_counted.to(rewards.dtype)", "weights = is_counted.float()"),
+    (4, 1, "rl.py", "the reward of a masked response is a spread",
+     "highest_reward = torch.where(is_counted, rewards, -math.inf)", "highest_reward = rewards"),
+    (4, 2, "rl.py", "the ratio is limited to 10",
+     "ratio = torch.where(in_loss, logprobs - old_logprobs, 0.0).exp()  ",
+     "ratio = torch.where(in_loss, logprobs - old_logprobs, 0.0).exp().clamp(max=10)  "),
+    (4, 3, "rl.py", "outcome: void conversations are masked with --mask_void",
+     'if not args.overturn_mask or args.baseline == "outcome":\n        return True\n',
+     'if not args.overturn_mask:\n        return True\n'
+     '    if args.baseline == "outcome":\n'
+     '        return rollout.finish_reason != "void" or not args.mask_void\n'),
 
     # ---- 5: data parallel
     (5, 1, "sft.py", "numbers are counted instead of bytes",
@@ -672,6 +692,15 @@ MUTANTS = [Mutant(*fields) for fields in [
     (5, 4, "rl.py", "a group needs signal on half of the ranks",
      "np.flatnonzero(sft.all_reduce(has_signal, device))",
      "np.flatnonzero(np.array(sft.all_reduce(has_signal, device)) > sft.world_size() / 2)"),
+    (5, 2, "sft.py", "one process: the caller's own list is returned", "return list(items)\n",
+     "return items\n"),
+    (5, 2, "sft.py", "buffers of the outermost module only", "*model.buffers()]",
+     "*model.buffers(recurse=False)]"),
+    (5, 4, "rl.py", "mini-batches of the rounded-up size, the last one smaller",
+     "return [part.tolist() for part in np.array_split(group_indices, num_mini_batches)]\n",
+     "size = max(1, math.ceil(len(group_indices) / num_mini_batches))\n"
+     "    return [group_indices[start:start + size].tolist()\n"
+     "            for start in range(0, max(1, len(group_indices)), size)]\n"),
 
     # ---- 6: the sharded optimizer
     (6, 1, "sft.py", "shards do not cover what does not divide",
@@ -724,6 +753,8 @@ MUTANTS = [Mutant(*fields) for fields in [
     (6, 1, "sft.py", "there is always at least one number of padding",
      "shard_length = math.ceil(self.size / num_shards)",
      "shard_length = self.size // num_shards + 1"),
+    (6, 1, "sft.py", "only the last all-gather is waited for", "for work, _ in in_flight:",
+     "for work, _ in in_flight[-1:]:"),
     (6, 2, "sft.py", "shards are used as they are, whatever their number",
      "if len(saved_shards) == self.num_shards:", "if True:"),
     (6, 2, "sft.py", "the last shard is shorter than the others",
@@ -734,7 +765,10 @@ MUTANTS = [Mutant(*fields) for fields in [
      "self.shard_of(F.pad(whole, (0, len(self.flat) - self.size)))",
      "F.pad(whole, (0, len(self.flat) - self.size))[:len(self.shard)]"),
     (6, 2, "sft.py", "weights are not copied from the loaded masters",
-     "update(adam_state)\n        self.all_gather_weights()\n", "update(adam_state)\n"),
+     "= adam_state\n        self.all_gather_weights()\n", "= adam_state\n"),
+    (6, 2, "sft.py", "moments that AdamW has already stay",
+     "self.adam.state[bucket.master] = adam_state",
+     "self.adam.state[bucket.master] = {**adam_state, **self.adam.state[bucket.master]}"),
     (6, 2, "sft.py", "masters are replaced, not written to",
      'bucket.master.data.copy_(adam_state.pop("master"))',
      'bucket.master.data = adam_state.pop("master")'),

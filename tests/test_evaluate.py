@@ -1005,6 +1005,9 @@ def test_a_question_counts_once_however_many_samples_it_has():
     """Also if two questions are about one image."""
     uneven = [result("a", 1.0, 1, image="x"), *[result("b", 0.0, 1, image="x")] * 3]
     assert evaluate.avg_at_k(uneven, 3) == pytest.approx((0.5, 0.5))
+    # in any order of the rows
+    mixed = [result("a", 1.0, 1), result("b", 0.0, 1), result("a", 0.0, 1)]
+    assert evaluate.accuracy_per_question(mixed, 3) == {"a": 0.5, "b": 0.0}
 
 
 def test_one_question_has_no_error():

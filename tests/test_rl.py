@@ -104,13 +104,17 @@ def test_no_spread_means_no_advantage_and_never_nan(rewards, kept, baseline):
     assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("baseline", ["group", "completed", 0.5, -0.1])
 def test_equal_rewards_have_no_advantage_even_if_their_mean_is_rounded(baseline, dtype):
     """In float64 the mean of three rewards of -0.1 is another number, and their variance 1e-34."""
     for group_size in range(1, 33):
         rewards = torch.full((1, group_size), -0.1, dtype=dtype)
         advantages = rl.group_advantages(rewards, masks("1" * group_size), baseline)
+        assert torch.equal(advantages, torch.zeros_like(rewards)) and advantages.dtype == dtype
+        # with "completed" a masked response of another reward is no spread
+        rewards = torch.cat([rewards, torch.ones(1, 1, dtype=dtype)], dim=1)
+        advantages = rl.group_advantages(rewards, masks("1" * group_size + "0"), "completed")
         assert torch.equal(advantages, torch.zeros_like(advantages))
 
 
@@ -308,11 +312,11 @@ def reference_loss(new, old, advantages, mask, kept, low, high, aggregation, div
     return -total / max(number, 1)
 
 
-def random_batch(seed, num_responses=5, num_tokens=7):
+def random_batch(seed, num_responses=5, num_tokens=7, spread=0.5):
     generator = torch.Generator().manual_seed(seed)
     shape = (num_responses, num_tokens)
     old = -torch.rand(shape, generator=generator, dtype=torch.float64)
-    new = old + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    new = old + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
     advantages = torch.randn(num_responses, generator=generator, dtype=torch.float64)
     mask = torch.rand(shape, generator=generator) < 0.7
     kept = torch.rand(num_responses, generator=generator) < 0.6
@@ -322,9 +326,10 @@ def random_batch(seed, num_responses=5, num_tokens=7):
 @pytest.mark.parametrize("aggregation", ["response", "token", "constant"])
 @pytest.mark.parametrize("divisor", ["kept", "all"])
 def test_grpo_loss_equals_the_formula(aggregation, divisor):
-    """Also of a single response or none, and of few tokens."""
+    """Also of a single response or none, of few tokens, and of ratios from 1e-4 to 1e4."""
     for seed in range(40):
-        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5)
+        batch = random_batch(seed, num_responses=seed % 6, num_tokens=1 + seed % 5,
+                             spread=3.0 if seed % 2 else 0.5)
         expected = reference_loss(*(x.tolist() for x in batch), 0.2, 0.3, aggregation, divisor)
         loss = rl.grpo_loss(*batch, aggregation=aggregation, divisor=divisor,
                             max_response_tokens=9)
@@ -411,7 +416,9 @@ def test_unknown_flags_are_refused(flags, denominator):
     pytest.param({"overturn_mask": False}, evaluate.FINISH_REASONS, id="no-mask"),
     pytest.param({"overturn_mask": False, "mask_void": True}, evaluate.FINISH_REASONS,
                  id="no-mask, mask_void"),
-    pytest.param({"baseline": "outcome"}, evaluate.FINISH_REASONS, id="outcome")])
+    pytest.param({"baseline": "outcome"}, evaluate.FINISH_REASONS, id="outcome"),
+    pytest.param({"baseline": "outcome", "mask_void": True}, evaluate.FINISH_REASONS,
+                 id="outcome, mask_void")])
 def test_who_is_masked(flags, kept):
     """Masked or not, unfinished is what ran out: the penalty is for these."""
     args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "baseline": "group",
@@ -712,7 +719,8 @@ def test_a_group_that_was_played_again_keeps_its_place(monkeypatch):
 
 @pytest.mark.parametrize("group_indices, size, expected", [
     ([1, 4, 5, 9, 11, 12], 3, [[1, 4, 5], [9, 11, 12]]), ([0, 2, 3, 7], 3, [[0, 2, 3, 7]]),
-    ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]])], ids=str)
+    ([0, 2, 3, 7, 8], 3, [[0, 2, 3], [7, 8]]), ([6], 3, [[6]]), ([], 3, [[]]),
+    (list(range(10)), 3, [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]])], ids=str)
 def test_mini_batches_are_cut_from_the_groups_with_signal(group_indices, size, expected):
     args = argparse.Namespace(prompts_per_step=16, mini_batch_size=size)
     groups_with_signal = {group_index: [evaluate.Rollout()] for group_index in group_indices}

@@ -370,14 +370,14 @@ def test_a_crop_has_the_pixels_that_its_box_touches_and_no_others():
 
 
 def test_a_box_between_two_neighbouring_floats_still_holds_a_pixel():
-    """1/3 and the next float both round to pixel 1 of 3: the crop must not be empty in either
-    direction."""
+    """1/3 and the next float both round to the left edge of pixel 1 of 3: it is the pixel in the
+    crop, in either direction."""
     near = 0.3333333333333333
     far = 0.33333333333333337
     assert near < far == math.nextafter(near, 1)
-    for box, size in (([near, near, far, far], (1, 1)), ([near, 0, far, 1], (1, 3)),
-                      ([0, near, 1, far], (3, 1))):
-        assert zoom_into([picture(3, 3)], box).size == size
+    for box, expected in (([near, near, far, far], (1, 1, 2, 2)), ([near, 0, far, 1], (1, 0, 2, 3)),
+                          ([0, near, 1, far], (0, 1, 3, 2))):
+        assert corners(zoom_into([picture(3, 3)], box)) == expected
 
 
 @pytest.mark.parametrize("box, source, word", [
