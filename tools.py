@@ -628,8 +628,9 @@ WRAPPINGS = [r".*<answer>(.*?)</answer>.*",
 ARTICLE = re.compile(
     r"\bthe\s+(?=\W*\w)|(^\W*|[,;:.]\s+|\b(?:and|at|behind|by|for|from|in|near|of|on|or|to|under|"
     r"with)\s+)an? +(?=['\"*]*[a-z])")
+SIGNS = "+<>≤≥≠±×÷√-"  # no punctuation: "B+", "-5", "√2"
 # An option's letter, and perhaps the option's words after it. The sign of "B+" or "-5" is no pause.
-PAUSE = r"(?:[^\w+-]|_|-\s)*"
+PAUSE = rf"(?:[^\w{SIGNS}]|_|[<>](?! ?\d)|-\s)*"
 OPTION_LETTER = re.compile(rf"{PAUSE}(?:(?:{OPTION_WORD}){PAUSE})?([A-Z])(?![a-z0-9+-]){PAUSE}(.*)",
                            re.IGNORECASE | re.DOTALL)
 
@@ -644,7 +645,8 @@ def plain_answer(text):
 def normalise(text):
     """Return the text as answers are compared: plain, in lower case, Unicode forms folded, without
     articles, outer punctuation and extra spaces. "The 'red' fox!" becomes "red fox"."""
-    text = unicodedata.normalize("NFKC", plain_answer(text)).lower().replace("\u2019", "'")
+    text = re.sub("(?<=[0-9])(?=[²³¹⁰-⁹])", "^", plain_answer(text))  # 10² is not 102
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
     # Hyphens, spaces and emoji selectors that nobody sees.
     text = re.sub("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe0e\ufe0f\ufeff]", "", text)
     text = re.sub(r"[\u2212\u2013](?=\.?\d)", "-", text)  # a printed minus
@@ -653,10 +655,10 @@ def normalise(text):
     # Marks on letters, such as vowel signs of Hindi, are no \w, but belong to the word.
     marks = "".join(character for character in re.findall(r"(?<=\S)\W", text)
                     if unicodedata.category(character) in ("Mn", "Mc"))
-    # Punctuation before a word, but not the point of ".5". Signs are kept: "B+", "-5".
-    bare_text = re.sub(rf"(?<![\w{marks}])(?:(?!\.\d)[^\w{marks}\s+-])+", " ", text)
-    # Punctuation after a word.
-    bare_text = re.sub(rf"[^\w{marks}\s+-]+(?![\w{marks}])", " ", bare_text)
+    # Punctuation before a word, but not the point of ".5" and no sign.
+    bare_text = re.sub(rf"(?<![\w{marks}])(?:(?!\.\d)[^\w{marks}\s{SIGNS}])+", " ", text)
+    # Punctuation after a word, but not that of "C#".
+    bare_text = re.sub(rf"[^\w{marks}\s#{SIGNS}]+(?![\w{marks}])", " ", bare_text)
     return " ".join(bare_text.split()) or text.strip()  # only punctuation ("?") is kept as it is
 
 
@@ -669,7 +671,7 @@ def option_index(text, options):
     if text in options:  # "$5", where "5%" is another one
         return options.index(text)
     option_words = [normalise(option) for option in options]
-    if normalise(text) in option_words:
+    if option_words.count(normalise(text)) == 1:  # "5 %" is not told from "5"
         return option_words.index(normalise(text))
 
     # 2. A letter, with nothing or the same option's words after it.

@@ -101,7 +101,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      '    if text in options:  # "$5", where "5%" is another one\n'
      "        return options.index(text)\n", ""),
     (1, 5, "tools.py", "an option's letter comes before its own words",
-     "    if normalise(text) in option_words:\n"
+     '    if option_words.count(normalise(text)) == 1:  # "5 %" is not told from "5"\n'
      "        return option_words.index(normalise(text))\n", ""),
     (1, 5, "tools.py", "a letter with the words of another option counts",
      ' or words_after_letter not in ("", option_words[letter_index]):', ":"),

@@ -1056,6 +1056,11 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ("10–15", "10-15", True), ("1,000,000", "1000000", True), ("1，０００", "1000", True),
     ("12,34", "1234", False), ("1.000", "1000", False), ("1.5", "15", False), ("5.0", "5", False),
     ("10:30", "1030", False), ("1/2", "12", False),
+    # signs and raised numbers are no punctuation
+    ("√2", "2", False), ("<5", "5", False), ("≥ 5", "5", False), ("±5", "5", False),
+    ("3 × 4", "3 4", False), ("3 × 4", "3 ÷ 4", False), ("5 < 7", "5 > 7", False),
+    ("C#", "C", False), ("C#.", "c#", True), ("#1", "1", True), ("**√2**", "√2", True),
+    ("10²", "102", False), ("10²³", "10^23", True), ("H₂O", "H2O", True), ("5 m²", "5 m2", True),
     # what is written around an answer
     *((text, "7", True) for text in WRAPPED), ("7", "<answer>7</answer>", True),
     ("<answer>7</answer>", r"\boxed{7}", True), ("<answer>8</answer>", "7", False),
@@ -1103,6 +1108,8 @@ INCORRECT = ["A", "cat", "C", "blue", "", "?", "AB", "B cat", "B. cat", "A. red"
     ("a", "B", ["+", "-"], False), ("7", "7", ["8", "9"], False),
     # options that differ in a sign only, or look like what is written around a letter
     ("$5", "C", ["5%", "5", "$5"], True), ("5", "C", ["5%", "5", "$5"], False),
+    ("5 %", "B", ["5%", "5"], False), ("5 %", "A", ["5%", "5"], False),
+    ("A. <5", "A", ["5", "<5"], False), ("B. <5", "B", ["5", "<5"], True),
     ("Answer: 5", "B", ["5%", "5", "$5"], True), ("B. -5", "B", ["5", "-5"], True),
     ("B - 5", "B", ["5", "-5"], False), ("−5", "B", ["5", "-5"], True),
     ("The answer is right", "B", ["left", "right"], True),
