@@ -79,13 +79,16 @@ def set_aside(levels, args):
     old_table = read_json(args.out / "table.json")
     # 2. Move the results of other settings.
     if old_table and read_json(args.out / "settings.json") != settings:
-        old_results = args.out / "old_results"
-        folder = old_results / str(1 + len(list(old_results.glob("*"))))
+        number = 1
+        while (args.out / "old_results" / str(number)).exists():
+            number += 1
+        folder = args.out / "old_results" / str(number)
         folder.mkdir(parents=True)
-        names = ["table.json", "settings.json"]
+        names = []
         for level in old_table:
             names += [f"{level}.jsonl", f"{level}.rates.jsonl"]
-        for name in names:
+        # The table goes last: if a kill interrupts this, the next run finds it and moves the rest.
+        for name in [*names, "settings.json", "table.json"]:
             if (args.out / name).exists():
                 (args.out / name).rename(folder / name)
         print(f"the results of another evaluation in {args.out}/ are moved to {folder}/")

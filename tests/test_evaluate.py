@@ -10,6 +10,7 @@ import collections
 import itertools
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -1162,6 +1163,27 @@ def test_other_results_are_moved_not_replaced_or_mixed(tmp_path):
     (tmp_path / "settings.json").unlink()
     (tmp_path / "table.json").write_text('{"easy": {}}')
     assert len(write({"easy": rows[:1]}, "b/sft")) == 4
+    # where the user has removed a folder, its number is free
+    shutil.rmtree(tmp_path / "old_results/1")
+    assert len(write({"easy": rows, "hard": rows})) == 4
+    # a kill in the middle: the next run moves the rest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted_after(2, Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            write({"easy": rows})
+    assert write({"easy": rows})[0] == files("easy")
+
+
+def interrupted_after(count, function):
+    """Return the function, which raises KeyboardInterrupt instead from call count + 1 on."""
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return function(*args)
+    return call
 
 
 class ScriptedPlayer:
