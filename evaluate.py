@@ -1058,9 +1058,8 @@ def print_table(table, budgets, num_samples):
     for level, summary in table.items():
         if summary.get("unscored"):
             print(f"{level}: {summary['unscored']} of {summary['samples']} samples have no score, "
-                  "since a server gave no usable reply, and are left out; the accuracy of the "
-                  "others is too high (words that match need no judge). Run the same command to "
-                  "ask once more")
+                  "since a server gave no usable reply, and are left out; if it was the judge, the "
+                  "accuracy is too high (words that match need none). Run the same command again")
         if summary.get("categories"):
             print()
             print_rows([f"{level}, T={budgets[-1]}", "% (standard error)"],
