@@ -268,6 +268,8 @@ def strip_letters(options):
     if isinstance(options, str) and len(options) < 100_000:
         try:
             options = ast.literal_eval(options.strip())  # reads constants and runs nothing
+        except UnicodeError:    # text that is not UTF-8, see read_rows
+            raise
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             options = []
     message = "options are not a list of (A), (B), ... in this order"

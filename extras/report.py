@@ -237,7 +237,11 @@ def read_trajectories(folders, tables, data):
             num_samples = level_table.get("samples")
             tools.check(len(rows) == num_samples, f"{folder}/{level}.jsonl has {len(rows)} rows, "
                         f"but table.json is about {num_samples} samples: evaluate into it again")
-            check_images(folder / f"{level}.jsonl", rows, image_folders[level])
+            try:
+                check_images(folder / f"{level}.jsonl", rows, image_folders[level])
+            except tools.InputError as error:
+                raise tools.InputError(f"{error}; or name the files of these questions with "
+                                       "--data") from None
             for row in rows:
                 image_path = str(image_folders[level] / row["image"])
                 runs[run].append({**row, "level": level, "image_path": image_path})

@@ -415,11 +415,13 @@ def test_mme_realworld(tmp_path, capsys):
     with open(source / "MME-RealWorld.tsv", "ab") as file:
         file.write(mme_row(0)["index"].encode() + b"5\t" + base64_of(picture(1)).encode()
                    + b"\tcaf\xe9?\t\"['(A) x', '(B) y']\"\tA\tc\tl\r\n")
+        file.write(mme_row(0)["index"].encode() + b"6\t" + base64_of(picture(1)).encode()
+                   + b"\twhere?\t\"['(A) caf\xe9', '(B) y']\"\tA\tc\tl\r\n")
     rows, counts, notes = imported(capsys, "mme_realworld", source, tmp_path / "out")
-    assert counts == {"test": (6, 2), "lite": (5, 2)} and not trap.exists()
+    assert counts == {"test": (7, 2), "lite": (5, 2)} and not trap.exists()
     order = "options are not a list of (A), (B), ... in this order"
     assert f"3 skipped: {order} (first: MME-RealWorld.tsv:2)" in notes
-    assert "1 skipped: text is not UTF-8 (first: MME-RealWorld.tsv:6)" in notes
+    assert "2 skipped: text is not UTF-8 (first: MME-RealWorld.tsv:6)" in notes
     assert rows["lite"][0] == {
         "id": "perception/remote sensing/0", "image": stored(picture(0)), "category": "Perception",
         "question": "Where's it?\n(A) It's \"here\"\n(B) There, (C)\n(C) 3.5\n(D) é\n"

@@ -223,6 +223,12 @@ def test_a_missing_or_damaged_file_is_one_line(page, world, monkeypatch, file, t
     assert page.read_bytes() == before
 
 
+def test_images_that_are_not_next_to_the_questions(page, world, monkeypatch):
+    with pytest.raises(tools.InputError, match="image is missing.*with --data"):
+        run_report(monkeypatch, page.parent / "one", "--data", page.parent / "train.jsonl",
+                   "--out", page)
+
+
 def test_a_level_without_questions_is_one_line(page, world, monkeypatch):
     with pytest.raises(tools.InputError, match="names no file train.jsonl"):
         run_report(monkeypatch, page.parent / "two", "--data", world / "coldstart.jsonl",
