@@ -470,7 +470,7 @@ def main():
                                f"({served_teacher.client.failures()}); run the same command again "
                                "to try just these")
     tools.check(correct_ones, f"none of {len(trajectories)} trajectories is correct; {args.out} is "
-                "left as it is")
+                "not written")
 
 
 if __name__ == "__main__":

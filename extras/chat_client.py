@@ -228,6 +228,7 @@ def read_verdict(text):
         return None
     return float(verdict["same"]) if isinstance(verdict["same"], bool) else None
 
+
 # ---- The client ---------------------------------------------------------------------------------
 
 
@@ -439,18 +440,19 @@ class ChatClient:
     def post(self, request, max_tokens):
         """Send a request. Return (its response, the text of it). Raise TryAgain if there is no
         whole response."""
+        # 1. Time to connect, to read, to write, and to wait for one of the library's connections.
         start = time.monotonic()
         seconds = self.patience(max_tokens)
-        # Time to connect, to read, to write, and to wait for one of the library's connections.
         limits = min(10.0, seconds), seconds, seconds, None
+        # 2. Read the answer as it comes. Some servers send a blank now and then, for ever.
         content = b""
         try:
             with get_session().stream("POST", endpoint(self.url, "/chat/completions"), json=request,
                                       headers=self.headers, timeout=limits) as response:
                 for chunk in response.iter_bytes():
                     content += chunk
-                    if time.monotonic() - start > 2 * self.timeout:
-                        raise TimeoutError(f"no whole reply within {2 * self.timeout:.0f} s")
+                    if time.monotonic() - start > 2 * seconds:
+                        raise TimeoutError
         except OfflineModeIsEnabled:
             raise tools.InputError(OFFLINE_MESSAGE) from None
         except Exception as error:  # broken connections and garbage raise a dozen exceptions
@@ -458,6 +460,7 @@ class ChatClient:
             if is_timeout(error):
                 reason = f"no reply within {time.monotonic() - start:.0f} s"
             raise TryAgain(reason, error=error) from None
+        # 3. The server is there, and this is how long it takes.
         with self.lock:
             self.has_gone = False
             self.last_answer = time.monotonic()
@@ -497,7 +500,8 @@ class ChatClient:
     def check_status(self, status, reason, texts):
         """Raise an error for an answer that another attempt would not change, see reply. texts:
         all that the server says."""
-        if status in (401, 403, 404, 405):
+        # A 403 after good replies is about this request only: a question that is "moderated".
+        if status in (401, 404, 405) or (status == 403 and not self.used["requests"]):
             raise tools.InputError(f"{self.url} refuses all requests ({reason}); check the URL, "
                                    f"{MODEL_FLAGS[self.role]} ('{self.name}') and the key in "
                                    f"{self.role.upper()}_API_KEY")

@@ -6,10 +6,12 @@ reply is left out, counted, and asked for by another run of the same command.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -132,6 +134,24 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again():
         client.reply(HELLO, 16)
 
 
+def test_blanks_for_ever_are_no_reply(monkeypatch):
+    monkeypatch.setattr(chat_client, "PATIENCE_SECONDS", 0.2)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def send_blanks():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    threading.Thread(target=send_blanks, daemon=True).start()
+    client = chat_client.ChatClient(f"http://127.0.0.1:{listener.getsockname()[1]}", attempts=1)
+    with listener, pytest.raises(chat_client.ServerError, match="no reply within 0 s"):
+        client.reply(HELLO, 1)
+
+
 def test_a_server_may_ask_for_a_longer_pause():
     start = time.time()
     reply, _, client = ask([(429, {"retry-after": "0"}, b""), (429, {"retry-after": "0.2"}, b""),
@@ -157,6 +177,14 @@ def test_a_refusal_is_not_repeated(monkeypatch, status, body, kind, words):
     assert type(error) is kind and len(requests) == 1 and words in str(error)
     assert "secret" not in str(error)
     assert requests[0][1]["authorization"] == "Bearer sk-secret-key"
+
+
+def test_a_question_that_is_forbidden_does_not_stop_the_others():
+    with ChatServer(lambda body: (403, {}, b"flagged") if body["max_tokens"] == 9 else "hi") as server:
+        client = chat_client.ChatClient(server.url)
+        assert client.reply(HELLO, 16) == ("hi", False)
+        with pytest.raises(chat_client.ServerError, match="HTTP 403: flagged"):
+            client.reply(HELLO, 9)
 
 
 def refusal(message, **fields):
