@@ -369,14 +369,14 @@ def collect(rows, args, prompts, served_teacher=None):
                                 "the same command again to continue") from None
     finally:
         if not trajectory_of:   # an error came before the first of them
-            journal.path.unlink()
+            journal.path.unlink(missing_ok=True)
     # 3. Write the correct ones. If there are none, the old file stays.
     trajectories = [trajectory_of[row["id"]] for row in rows if row["id"] in trajectory_of]
     correct_ones = [trajectory for trajectory in trajectories if trajectory["reward"] == 1.0]
     if correct_ones:
         tools.write_jsonl(args.out, correct_ones)
     if len(trajectories) == len(rows):
-        journal.path.unlink()
+        journal.path.unlink(missing_ok=True)    # a second run of the same command may be faster
     return trajectories, correct_ones
 
 

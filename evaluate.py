@@ -1326,7 +1326,7 @@ def main():
         for level, digest in digests.items():
             if len(scored_rows(levels[level])) == len(levels[level]):
                 for path in results_folder.journal_paths(args.out, digest):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
     sft.close_distributed()
 
 

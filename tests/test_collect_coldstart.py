@@ -5,6 +5,7 @@ only. A killed collection continues where it was, and its result is that of an u
 for byte. A served teacher: extras/test_served.py.
 """
 
+import argparse
 import collections
 import itertools
 import json
@@ -545,6 +546,21 @@ def test_a_killed_collection_continues_where_it_was(folder, killed):
     rows = tools.read_jsonl(folder / "killed.jsonl")
     assert [row for row in rows if "mark" in row] == [row for row in marked if row["reward"] == 1.0]
     assert not list(folder.glob("*killed*partial*")) and not list(folder.glob(".*"))
+
+
+def test_the_same_command_twice_at_a_time(world, prompts, tmp_path, monkeypatch):
+    """The faster one removes the journal of both."""
+    def solve_all(solve, jobs, *_):
+        yield from map(solve, jobs)
+        for path in tmp_path.glob("*.partial"):
+            path.unlink()
+
+    monkeypatch.setattr(collect_coldstart, "map_in_processes", solve_all)
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    args = argparse.Namespace(data=world / "train.jsonl", out=tmp_path / "x.jsonl", max_turns=32,
+                              seed=0, workers=1)
+    trajectories, _ = collect_coldstart.collect(rows, args, prompts)
+    assert len(trajectories) == 2 and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("change", ["questions", "ids", "max_turns", "prompts"])
