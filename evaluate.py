@@ -1113,13 +1113,14 @@ def play_level(engine, question_file, rows, digest, args, process, prompts):
 def play_and_save(engine, rollouts, journal, progress):
     """Play conversations, and append the row of each to the journal as soon as it has a score.
     Return all rows."""
-    without_score = []      # it needs the judge, or a server gave no usable reply
+    without_score = []      # the judge has not replied yet, or a server gave no usable reply
     for rollout in engine.play_all(rollouts):
         progress.update()
-        if rollout.reward is None:
-            without_score.append(rollout)
-        else:
-            journal.add(rollout.to_row())
+        if engine.judge is not None:
+            engine.judge.collect_verdicts()
+        without_score.append(rollout)
+        journal.add(*[rollout.to_row() for rollout in without_score if rollout.reward is not None])
+        without_score = [rollout for rollout in without_score if rollout.reward is None]
     if engine.judge is not None:
         engine.judge.wait()
     journal.add(*[rollout.to_row() for rollout in without_score])

@@ -329,6 +329,13 @@ class Judge:
                 self.future_verdicts[key] = future
             self.waiting.append((rollout, future))
 
+    def collect_verdicts(self):
+        """Make the verdicts that have come the rewards of their rollouts; wait for no other."""
+        with self.lock:
+            for rollout, future in self.waiting:
+                if future.done():
+                    rollout.reward = future.result()
+
     def wait(self):
         """Wait for all verdicts, and make them the rewards of their rollouts."""
         for rollout, future in self.waiting:

@@ -1291,6 +1291,9 @@ def test_what_waits_for_the_judge_is_saved_with_its_verdict(play_again, tmp_path
                 rollout.reward = None if rollout is self.waiting else rollout.reward
                 yield rollout
 
+        def collect_verdicts(self):
+            """None has come yet."""
+
         def wait(self):
             self.waiting.reward = 0.5
 

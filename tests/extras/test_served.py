@@ -883,6 +883,28 @@ def test_a_verdict_that_many_wait_for_is_asked_for_once(tmp_path):
         assert len(server.requests) == 1
 
 
+def test_an_interrupted_evaluation_keeps_what_was_judged(tmp_path):
+    """A score is saved when its verdict comes, not when all conversations of a part have ended."""
+    rollouts = [SimpleNamespace(row={"question": "What?", "answer": "a cat"}, prediction=prediction,
+                                reward=None, to_row=lambda: {"reward": rollouts[0].reward})
+                for prediction in ("kitten", "cub")]
+
+    def play_all(rollouts):
+        judge.submit(rollouts[0])
+        yield rollouts[0]
+        judge.waiting[0][1].result()    # its verdict has come
+        yield rollouts[1]
+        raise KeyboardInterrupt
+
+    with ChatServer(lambda body: '{"same": true}') as server:
+        judge = judge_at(server, tmp_path)
+        engine = SimpleNamespace(judge=judge, play_all=play_all)
+        journal = tools.Journal(tmp_path / "partial.jsonl")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.play_and_save(engine, rollouts, journal, SimpleNamespace(update=lambda: None))
+    assert tools.read_jsonl(tmp_path / "partial.jsonl") == [{"reward": 1.0}]
+
+
 def test_a_judge_with_a_wrong_key_stops_the_run(tmp_path):
     with ChatServer(lambda body: (401, {}, b"")) as server:
         with pytest.raises(tools.InputError, match="JUDGE_API_KEY"):
