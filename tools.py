@@ -690,9 +690,7 @@ def is_decided(prediction, options=None):
     prediction or if it names an option. Else only a judge can tell if other words mean the same."""
     if not prediction:
         return True
-    if not options:
-        return False
-    return option_index(prediction, options) is not None
+    return bool(options) and option_index(prediction, options) is not None
 
 
 def match_answer(prediction, answer, options=None):
