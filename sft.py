@@ -1159,11 +1159,11 @@ def start_training(stage, policy, args, process, freeze_vision, total_steps):
 def end_step(run, args, steps_done, total_steps, device):
     """Do what every trainer does after a step: save if it is time. If a rank has received SIGTERM
     or Ctrl-C, the run ends here, before its last step, with an exit code (see exit_code). Raise
-    InputError after too many steps in a row without a finite loss and gradient (all ranks count the
-    same)."""
+    InputError after too many steps in a row without a finite loss and gradient, or if no step of
+    the whole run had them (all ranks count the same)."""
     num_skipped = run.optimizer.num_skipped
-    tools.check(num_skipped < MAX_SKIPPED_STEPS,
-                f"step {steps_done}: loss or gradient was not finite {MAX_SKIPPED_STEPS} times in "
+    tools.check(num_skipped < min(MAX_SKIPPED_STEPS, total_steps),
+                f"step {steps_done}: loss or gradient was not finite {num_skipped} times in "
                 "a row (these steps were skipped); lower --lr and start again; "
                 f"{run_folder.what_is_saved(args.out)}")
     stop_signal = 0

@@ -55,7 +55,7 @@ def check_out(out, model):
     resolved = out.resolve()
     tools.check(Path(model).resolve() not in [resolved, *resolved.parents],
                 f"--out {out} is the folder of --model {model}, or lies in it: training would "
-                "overwrite the model that it starts from; name another folder")
+                "write into the model that it starts from; name another folder")
 
 
 def check_warmup(warmup_ratio):
@@ -303,20 +303,32 @@ def set_aside(out):
     """Move what a run has left in `out` to out/old_run_N, the first N that is free, and return that
     folder; None if there was nothing. If a kill interrupts this, the next start moves the rest to
     the same place."""
-    # 1. Whatever is not empty.
+    # 1. Whatever is not an empty file. Some file systems say that every folder has 0 bytes.
     found = []
     for pattern in RUN_FILES:
-        found += [path for path in sorted(out.glob(pattern)) if path.stat().st_size > 0]
+        found += [path for path in sorted(out.glob(pattern))
+                  if not path.is_file() or path.stat().st_size > 0]
     incomplete_folder = out / ".old_run"
     if not found and not incomplete_folder.exists():
         return None
     # 2. Move it.
     incomplete_folder.mkdir(exist_ok=True)
     for path in found:
-        os.replace(path, incomplete_folder / path.name)
+        move(path, incomplete_folder / path.name)
     number = 1
     while (out / f"old_run_{number}").exists():
         number += 1
     old_folder = out / f"old_run_{number}"
     os.replace(incomplete_folder, old_folder)
     return old_folder
+
+
+def move(path, target):
+    """Move a file or a folder. A link (a state folder on a larger disk) leads to the same place
+    afterwards, also if it was a relative one."""
+    if not path.is_symlink():
+        os.replace(path, target)
+        return
+    target.unlink(missing_ok=True)      # left by a kill between the next two lines
+    target.symlink_to(path.resolve())
+    path.unlink()

@@ -151,6 +151,16 @@ def test_every_earlier_run_is_kept_whole(tmp_path, capsys):
     assert run_folder.checkpoints(out / "old_run_1")[0].name == "step_0000007"
 
 
+def test_a_state_folder_that_is_a_link_is_kept(tmp_path):
+    """A large disk may hold it. A relative link must not break where it is moved to."""
+    write_run(tmp_path / "large_disk", 7)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/state").symlink_to("../large_disk/state")
+    old_folder = run_folder.set_aside(tmp_path / "out")
+    assert run_folder.checkpoints(old_folder)[0].name == "step_0000007"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old_run_1"]
+
+
 def test_a_kill_while_a_run_is_set_aside_does_not_divide_it(tmp_path, monkeypatch):
     write_run(tmp_path, 7)
     replace = os.replace
