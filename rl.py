@@ -401,10 +401,10 @@ def mini_batches(groups_with_signal, args, device):
     """Cut the indices of the groups with signal, on all ranks, into mini-batches: a list of lists.
 
     groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups
-    (their number is rounded); sizes differ by at most one. So a step in which few groups have signal
-    takes fewer optimizer steps, not noisier ones. Without any signal there is one, empty mini-batch.
-    All ranks must call this and get the same result, because they must take the same number of
-    optimizer steps."""
+    (their number is rounded); sizes differ by at most one. So a step in which few groups have
+    signal takes fewer optimizer steps, not noisier ones. Without any signal there is one, empty
+    mini-batch. All ranks must call this and get the same result, because they must take the same
+    number of optimizer steps."""
     has_signal = [int(group_index in groups_with_signal)
                   for group_index in range(args.prompts_per_step)]
     group_indices = np.flatnonzero(sft.all_reduce(has_signal, device))
@@ -639,7 +639,7 @@ def train(policy, questions, args, process, judge=None):
     training_engine = evaluate.make_engine(policy, args, training_turns, judge)
     validation_engine = evaluate.make_engine(policy, args, args.eval_turns, judge)
     progress_bar = terminal.progress_bar(range(run.first_step, args.steps), initial=run.first_step,
-                                      total=args.steps, disable=not is_main, desc="rl")
+                                         total=args.steps, disable=not is_main, desc="rl")
     for step in progress_bar:
         steps_done = step + 1
         val_metrics = {}

@@ -1206,7 +1206,7 @@ def train(policy, rows, root, args, process):
     is_main = process.rank == 0
     log_file = open_log(args.out, run.first_step) if is_main else None
     progress_bar = terminal.progress_bar(steps, initial=run.first_step, total=total_steps,
-                                      disable=not is_main, desc=f"sft {args.out.name}")
+                                         disable=not is_main, desc=f"sft {args.out.name}")
     for step, sequences in zip(progress_bar, batches):
         # 2. One step.
         longest = max((len(sequence.token_ids) for sequence in sequences), default=0)
@@ -1224,7 +1224,7 @@ def train(policy, rows, root, args, process):
         end_step(run, args, step + 1, total_steps, policy.device)
     export(policy, args.out)
     if is_main:
-        print(f"sft: model written to {args.out}", flush=True)
+        run_folder.report_sft_model(args.out)
 
 
 # ---- Flags and the command ----------------------------------------------------------------------

@@ -214,6 +214,7 @@ def read_file(path, read):
 
 
 def check_file(condition, name):
+    """Raise ValueError, which says that a file of a checkpoint is not its own, unless condition."""
     if not condition:
         raise ValueError(f"{name} belongs to another step or another model")
 
@@ -263,9 +264,29 @@ def go_on(folder, saved, current, problems, total_steps, world_size):
         print(f"{stage}: {newer.name} is kept as {damaged.name}", flush=True)
 
 
+def report_sft_model(out):
+    """Print where sft.py has left its model, and say if the last steps were skipped."""
+    print(f"sft: model written to {out}", flush=True)
+    report_skipped_steps("sft", tools.read_jsonl(Path(out) / "metrics.jsonl"))
+
+
+def report_skipped_steps(stage, lines):
+    """Say how many of the last steps were skipped, because their loss or gradient was not finite:
+    an earlier step may have broken the weights. lines: the log's."""
+    num_skipped = 0
+    for line in reversed(lines):
+        if line["grad_norm"] is not None:
+            break
+        num_skipped += 1
+    if num_skipped > 0:
+        print(f"{stage}: the last {num_skipped} of {len(lines)} steps were skipped, because loss "
+              "or gradient was not finite: the model may be broken; see how loss and grad_norm grew "
+              "in metrics.jsonl, and start again with a lower --lr", flush=True)
+
+
 def report_rl_model(out):
-    """Print which step's model rl.py has left in `out`, and say if nothing was trained. The log
-    knows both."""
+    """Print which step's model rl.py has left in `out`, and say if nothing was trained, or if the
+    last steps were skipped. The log knows all of it."""
     lines = tools.read_jsonl(Path(out) / "metrics.jsonl")
     evaluated = [line for line in lines if line.get("val_accuracy") is not None]
     chosen = f"that of the last step, {lines[-1]['step']} (nothing was evaluated)"
@@ -277,6 +298,7 @@ def report_rl_model(out):
     if not any(line["num_trained_responses"] for line in lines):
         print("rl: nothing was trained, the weights are those of --model: in no group did rewards "
               "differ; try easier questions, a larger --group_size or more --max_turns", flush=True)
+    report_skipped_steps("rl", lines)
 
 
 # ---- An earlier run in the same folder ----------------------------------------------------------

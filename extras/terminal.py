@@ -64,6 +64,7 @@ def check_unused(args, parser, names, when):
              if getattr(args, name) != parser.get_default(name)]
     tools.check(not given, f"{' and '.join(given)} cannot be used {when}")
 
+
 # ---- Running a script ---------------------------------------------------------------------------
 
 
@@ -112,6 +113,7 @@ def describe(error):
         advice = "; a file is where a folder is needed: change --out"
     return f"{error.strerror or error} ({error.filename or 'while writing'}){advice}"
 
+
 # ---- Progress -----------------------------------------------------------------------------------
 
 
@@ -132,6 +134,7 @@ class PlainLines:
 
     def flush(self):
         pass
+
 
 # ---- What is printed, and Ctrl-C ----------------------------------------------------------------
 

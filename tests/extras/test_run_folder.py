@@ -114,6 +114,23 @@ def test_data_is_compared_by_its_content(tmp_path):
     assert run_folder.changed_flags(saved, described("rows.jsonl")).count("rows.jsonl") == 2
 
 
+# ---- The end of a run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norms, words", [
+    ([1.0, None, 2.0], None), ([None, 1.0, None], "the last 1 of 3 steps were skipped"),
+    ([1.0, None, None], "the last 2 of 3 steps were skipped")])
+def test_a_run_whose_last_steps_were_skipped_says_so(tmp_path, capsys, norms, words):
+    """An earlier step may have broken the weights that are exported."""
+    tools.write_jsonl(tmp_path / "metrics.jsonl", [
+        {"step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)])
+    run_folder.report_sft_model(tmp_path)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"sft: model written to {tmp_path}"
+    assert len(others) == (words is not None)
+    assert all(f"sft: {words}, because" in line for line in others)
+
+
 # ---- An earlier run in the same folder ----------------------------------------------------------
 
 
