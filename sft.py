@@ -239,13 +239,13 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
 
 
 def read_config(path):
-    """Return the configuration of a local folder or hub id as a dict. Raise InputError if its
-    family is not supported, and OSError if there is no model."""
+    """Return a model's configuration. Raise InputError for another family, OSError for no model."""
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
     tools.check(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
                 f"{', '.join(FAMILIES)}")
-    tools.check("quantization_config" not in config, f"{path}: a quantized model cannot be "
+    all_names = {*config, *config.get("text_config", {})}
+    tools.check("quantization_config" not in all_names, f"{path}: a quantized model cannot be "
                 "trained; use the one that it was made of")
     return config
 

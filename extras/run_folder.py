@@ -280,8 +280,8 @@ def report_skipped_steps(stage, lines):
         num_skipped += 1
     if num_skipped > 0:
         print(f"{stage}: the last {num_skipped} of {len(lines)} steps were skipped, because loss "
-              "or gradient was not finite: the model may be broken; see how loss and grad_norm grew "
-              "in metrics.jsonl, and start again with a lower --lr", flush=True)
+              "or gradient was not finite: the model may be broken; see how loss and grad_norm "
+              "grew in metrics.jsonl, and start again with a lower --lr", flush=True)
 
 
 def report_rl_model(out):

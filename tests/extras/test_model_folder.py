@@ -201,6 +201,8 @@ def lose_a_shard(folder):
     (add_tokens, "the tokenizer has ids up to .* but the model's embedding has"),
     (set_config(image_token_id=6), "has the id 5 in the tokenizer, 6 in config.json"),
     (set_config(quantization_config={"quant_method": "fp8"}), "a quantized model cannot be"),
+    (lambda folder: edit(folder / "config.json", lambda config: config["text_config"].update(
+        quantization_config={"quant_method": "awq", "bits": 4})), "a quantized model cannot be"),
     (set_preprocessor(patch_size=16), "has patch_size 16, the model 14"),
     (set_preprocessor(image_processor_type="CLIPImageProcessor"), "another family of models"),
     (set_preprocessor(size={"longest_edge": 9000}), "no min_pixels .*; give --min_pixels"),
