@@ -400,11 +400,11 @@ def balance_by_tokens(rollouts):
 def mini_batches(groups_with_signal, args, device):
     """Cut the indices of the groups with signal, on all ranks, into mini-batches: a list of lists.
 
-    groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups:
-    their number is rounded, sizes differ by at most one. So a step in which few groups have signal
-    takes fewer optimizer steps, not noisier ones. Without any signal there is one, empty one.
-    All ranks must call this and get the same result, because they must take the same number of
-    optimizer steps."""
+    groups_with_signal: this rank's, by index. Each mini-batch has about --mini_batch_size groups
+    (their number is rounded); sizes differ by at most one. So a step in which few groups have
+    signal takes fewer optimizer steps, not noisier ones. Without any signal there is one, empty
+    mini-batch. All ranks must call this and get the same result, because they must take the same
+    number of optimizer steps."""
     has_signal = [int(group_index in groups_with_signal)
                   for group_index in range(args.prompts_per_step)]
     group_indices = np.flatnonzero(sft.all_reduce(has_signal, device))

@@ -239,13 +239,13 @@ def load_policy(path, device, dtype="auto", prompts=None, min_pixels=None, max_p
 
 
 def read_config(path):
-    """Return the configuration of a local folder or hub id as a dict. Raise InputError if its
-    family is not supported, and OSError if there is no model."""
+    """Return a model's configuration. Raise InputError for another family, OSError for no model."""
     config = PreTrainedConfig.get_config_dict(path)[0]
     family = config.get("model_type")
     tools.check(family in FAMILIES, f"{path}: model family '{family}' is not supported; use one of "
                 f"{', '.join(FAMILIES)}")
-    tools.check("quantization_config" not in config, f"{path}: a quantized model cannot be "
+    all_names = {*config, *config.get("text_config", {})}
+    tools.check("quantization_config" not in all_names, f"{path}: a quantized model cannot be "
                 "trained; use the one that it was made of")
     return config
 
@@ -1159,11 +1159,11 @@ def start_training(stage, policy, args, process, freeze_vision, total_steps):
 def end_step(run, args, steps_done, total_steps, device):
     """Do what every trainer does after a step: save if it is time. If a rank has received SIGTERM
     or Ctrl-C, the run ends here, before its last step, with an exit code (see exit_code). Raise
-    InputError after too many steps in a row without a finite loss and gradient (all ranks count the
-    same)."""
+    InputError after too many steps in a row without a finite loss and gradient, or if no step of
+    the whole run had them (all ranks count the same)."""
     num_skipped = run.optimizer.num_skipped
-    tools.check(num_skipped < MAX_SKIPPED_STEPS,
-                f"step {steps_done}: loss or gradient was not finite {MAX_SKIPPED_STEPS} times in "
+    tools.check(num_skipped < min(MAX_SKIPPED_STEPS, total_steps),
+                f"step {steps_done}: loss or gradient was not finite {num_skipped} times in "
                 "a row (these steps were skipped); lower --lr and start again; "
                 f"{run_folder.what_is_saved(args.out)}")
     stop_signal = 0
@@ -1224,7 +1224,7 @@ def train(policy, rows, root, args, process):
         end_step(run, args, step + 1, total_steps, policy.device)
     export(policy, args.out)
     if is_main:
-        print(f"sft: model written to {args.out}", flush=True)
+        run_folder.report_sft_model(args.out)
 
 
 # ---- Flags and the command ----------------------------------------------------------------------

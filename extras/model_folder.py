@@ -16,6 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.image_processing_base import ImageProcessingMixin
 # Since 5.17 the top-level name needs torchvision.
@@ -23,11 +24,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import tools
 from build_data import SPECIAL_TOKENS
+from extras import run_folder
 
 # ---- Where it is --------------------------------------------------------------------------------
 
 # What a model is loaded from. The small files are told by their kind, since models differ in them.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"      # owner/name
 
 
 def find(path, hint="", files=MODEL_FILES):
@@ -51,6 +54,8 @@ def find(path, hint="", files=MODEL_FILES):
     # 3. There is none.
     if is_hub_id(path):
         return download(path, files)
+    if re.fullmatch(HUB_ID, path) and folder.parent.is_dir() and folder.parts[0] != "checkpoints":
+        how_to_make += f"; if it is an id on the hub: hf download {path} --local-dir {path}"
     raise tools.InputError(f"{path} does not exist{similar_folders(path)}, so it holds no model"
                            f"{how_to_make}")
 
@@ -72,7 +77,7 @@ def check_folder(folder, how_to_make):
 def is_hub_id(path):
     """Return whether a path that does not exist can be an id on the hub, "owner/name". It is taken
     for a mistyped local path if the owner's name is like that of a folder that is here."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+    if not re.fullmatch(HUB_ID, path):
         return False
     owner = path.split("/")[0].lower()
     local_names = ["checkpoints", *(entry.name.lower() for entry in Path().iterdir()
@@ -157,6 +162,24 @@ def check_files(path, folder):
             raise tools.InputError(f"{path}: cannot load a model: {name} is damaged: "
                                    f"{one_line(error)}") from None
         tools.check(isinstance(content, dict), f"{path}: cannot load a model: {name} is no object")
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        check_weight_file(path, file)
+
+
+def check_weight_file(path, file):
+    """Raise InputError if the header of a file of weights is damaged, or if it stores integers: the
+    library would take them for weights, where config.json does not say how to scale them."""
+    try:
+        with safe_open(file, "pt") as stored:
+            quantized = [name for name in stored.keys()
+                         if stored.get_slice(name).get_dtype() in ("I8", "U8")]
+    except Exception as error:      # of the library's own kind
+        raise tools.InputError(f"{path}: cannot load a model: {file.name} "
+                               f"({file.stat().st_size} bytes) is damaged, or a pointer of Git "
+                               f"LFS: {one_line(error)}; copy it again") from None
+    tools.check(not quantized, f"{path}: {file.name} holds integers for {len(quantized)} tensor(s):"
+                f" {some_of(quantized)}; a quantized model cannot be trained; use the one that it "
+                "was made of")
 
 
 # In these families both "edges" are areas in pixels, whatever their names say.
@@ -192,7 +215,9 @@ def pixel_limits(image_processor, min_pixels=None, max_pixels=None):
     """Return (min_pixels, max_pixels) of the views that a model is shown. Those that are None are
     the image processor's own. Raise InputError if it has none, or if they contradict each other."""
     limits = []
+    names = []
     for (edge, name), limit in zip(PIXEL_LIMITS.items(), (min_pixels, max_pixels)):
+        names.append(f"--{name}" if limit is not None else f"the model's {name}")
         if limit is None:
             limit = image_processor.size[edge]
         is_number = type(limit) in (int, float) and 1 <= limit < math.inf
@@ -200,8 +225,8 @@ def pixel_limits(image_processor, min_pixels=None, max_pixels=None):
                     f"number of pixels ({limit!r}); give --min_pixels and --max_pixels")
         limits.append(int(limit))
     min_pixels, max_pixels = limits
-    tools.check(min_pixels <= max_pixels,
-                f"--min_pixels {min_pixels} is above --max_pixels {max_pixels}")
+    tools.check(min_pixels <= max_pixels, f"{names[0]} {min_pixels} is above {names[1]} "
+                f"{max_pixels}")
     return min_pixels, max_pixels
 
 
@@ -307,7 +332,7 @@ def cannot_save(folder, error):
     has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     has_words = re.search("no space left|quota exceeded|file too large", str(error).lower())
     is_full = has_number or has_words
-    advice = "; free disk space and run the same command with --resume" if is_full else ""
+    advice = f"; free disk space; {run_folder.what_is_saved(folder)}" if is_full else ""
     return tools.InputError(f"cannot save a model to {folder}: {one_line(error)}{advice}")
 
 

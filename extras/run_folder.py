@@ -55,7 +55,7 @@ def check_out(out, model):
     resolved = out.resolve()
     tools.check(Path(model).resolve() not in [resolved, *resolved.parents],
                 f"--out {out} is the folder of --model {model}, or lies in it: training would "
-                "overwrite the model that it starts from; name another folder")
+                "write into the model that it starts from; name another folder")
 
 
 def check_warmup(warmup_ratio):
@@ -214,6 +214,7 @@ def read_file(path, read):
 
 
 def check_file(condition, name):
+    """Raise ValueError, which says that a file of a checkpoint is not its own, unless condition."""
     if not condition:
         raise ValueError(f"{name} belongs to another step or another model")
 
@@ -263,9 +264,29 @@ def go_on(folder, saved, current, problems, total_steps, world_size):
         print(f"{stage}: {newer.name} is kept as {damaged.name}", flush=True)
 
 
+def report_sft_model(out):
+    """Print where sft.py has left its model, and say if the last steps were skipped."""
+    print(f"sft: model written to {out}", flush=True)
+    report_skipped_steps("sft", tools.read_jsonl(Path(out) / "metrics.jsonl"))
+
+
+def report_skipped_steps(stage, lines):
+    """Say how many of the last steps were skipped, because their loss or gradient was not finite:
+    an earlier step may have broken the weights. lines: the log's."""
+    num_skipped = 0
+    for line in reversed(lines):
+        if line["grad_norm"] is not None:
+            break
+        num_skipped += 1
+    if num_skipped > 0:
+        print(f"{stage}: the last {num_skipped} of {len(lines)} steps were skipped, because loss "
+              "or gradient was not finite: the model may be broken; see how loss and grad_norm "
+              "grew in metrics.jsonl, and start again with a lower --lr", flush=True)
+
+
 def report_rl_model(out):
-    """Print which step's model rl.py has left in `out`, and say if nothing was trained. The log
-    knows both."""
+    """Print which step's model rl.py has left in `out`, and say if nothing was trained, or if the
+    last steps were skipped. The log knows all of it."""
     lines = tools.read_jsonl(Path(out) / "metrics.jsonl")
     evaluated = [line for line in lines if line.get("val_accuracy") is not None]
     chosen = f"that of the last step, {lines[-1]['step']} (nothing was evaluated)"
@@ -277,6 +298,7 @@ def report_rl_model(out):
     if not any(line["num_trained_responses"] for line in lines):
         print("rl: nothing was trained, the weights are those of --model: in no group did rewards "
               "differ; try easier questions, a larger --group_size or more --max_turns", flush=True)
+    report_skipped_steps("rl", lines)
 
 
 # ---- An earlier run in the same folder ----------------------------------------------------------
@@ -303,20 +325,32 @@ def set_aside(out):
     """Move what a run has left in `out` to out/old_run_N, the first N that is free, and return that
     folder; None if there was nothing. If a kill interrupts this, the next start moves the rest to
     the same place."""
-    # 1. Whatever is not empty.
+    # 1. Whatever is not an empty file. Some file systems say that every folder has 0 bytes.
     found = []
     for pattern in RUN_FILES:
-        found += [path for path in sorted(out.glob(pattern)) if path.stat().st_size > 0]
+        found += [path for path in sorted(out.glob(pattern))
+                  if not path.is_file() or path.stat().st_size > 0]
     incomplete_folder = out / ".old_run"
     if not found and not incomplete_folder.exists():
         return None
     # 2. Move it.
     incomplete_folder.mkdir(exist_ok=True)
     for path in found:
-        os.replace(path, incomplete_folder / path.name)
+        move(path, incomplete_folder / path.name)
     number = 1
     while (out / f"old_run_{number}").exists():
         number += 1
     old_folder = out / f"old_run_{number}"
     os.replace(incomplete_folder, old_folder)
     return old_folder
+
+
+def move(path, target):
+    """Move a file or a folder. A link (a state folder on a larger disk) leads to the same place
+    afterwards, also if it was a relative one."""
+    if not path.is_symlink():
+        os.replace(path, target)
+        return
+    target.unlink(missing_ok=True)      # left by a kill between the next two lines
+    target.symlink_to(path.resolve())
+    path.unlink()

@@ -1085,7 +1085,7 @@ def test_the_advice_after_a_forgotten_resume_works(runs, monkeypatch):
     ([0.5], 0, "that of step 1, val_accuracy 0.500")])
 def test_the_end_of_a_run_says_which_model_it_has_kept(
         tmp_path, capsys, accuracies, trained, expected):
-    rows = [{"step": step, "val_accuracy": accuracy, "num_trained_responses": 0}
+    rows = [{"step": step, "val_accuracy": accuracy, "num_trained_responses": 0, "grad_norm": 1.0}
             for step, accuracy in enumerate(accuracies, 1)]
     rows[0]["num_trained_responses"] = trained
     tools.write_jsonl(tmp_path / "metrics.jsonl", rows)

@@ -1897,17 +1897,19 @@ def test_a_run_that_diverges_stops_before_it_saves(command, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("num_skipped, stops", [(4, False), (5, True)])
-def test_too_many_skipped_steps_in_a_row_end_the_run(num_skipped, stops, tmp_path):
+@pytest.mark.parametrize("num_skipped, total_steps, stops", [
+    (4, 9, False), (5, 9, True), (7, 7, True), (2, 2, True), (1, 2, False)])
+def test_too_many_skipped_steps_in_a_row_end_the_run(num_skipped, total_steps, stops, tmp_path):
+    """They are five, or all steps of a shorter run: nothing was trained."""
     run = sft.TrainingRun(SimpleNamespace(num_skipped=num_skipped), {},
                           SimpleNamespace(received_by_any_rank=lambda device: 0))
-    args = SimpleNamespace(out=tmp_path, save_every=7)
+    args = SimpleNamespace(out=tmp_path, save_every=1)
     if stops:
-        with pytest.raises(tools.InputError, match="step 7: .* not finite 5 times in a row.*; no "
+        with pytest.raises(tools.InputError, match=f"not finite {num_skipped} times in a row.*; no "
                            "step of this run is saved"):
-            sft.end_step(run, args, 7, 9, "cpu")
+            sft.end_step(run, args, num_skipped, total_steps, "cpu")
     else:
-        sft.end_step(run, args, 7, 9, "cpu")
+        sft.end_step(run, args, num_skipped, total_steps, "cpu")
     # the weights may be broken: nothing was saved
     assert not list(tmp_path.iterdir())
 

@@ -58,7 +58,8 @@ def load_error(folder, **options):
     ("./nowhere/base", "does not exist (did you mean checkpoints/base?)"),
     ("base", "does not exist (did you mean checkpoints/base?)"),
     ("Tiny", "does not exist (did you mean tiny, which only sft.py takes?)"),
-    ("mine/other", "mine/other does not exist, so it holds no model"),
+    ("mine/other", "so it holds no model; make it with: x.py; if it is an id on the hub: hf "
+     "download mine/other --local-dir mine/other"),
     ("a/b/c", "a/b/c does not exist, so it holds no model"),
     ("~/model", "~/model does not exist, so it holds no model"),
     ("checkpoints", "checkpoints holds no model; make it with: x.py"),
@@ -133,7 +134,12 @@ def narrow_head(weights):
     return weights
 
 
+def quantize_head(weights):
+    return {**weights, "lm_head.weight": (100 * weights["lm_head.weight"]).to(torch.int8)}
+
+
 @pytest.mark.parametrize("change, words", [
+    (quantize_head, "model.safetensors holds integers for 1 tensor(s): lm_head.weight; a quantized"),
     (without("lm_head"), "no weights for 1 tensor(s) of the model: lm_head.weight"),
     (without(".layers.2."), "no weights for 12 tensor(s) of the model: "
      "model.language_model.layers.2.input_layernorm.weight, "),
@@ -195,6 +201,8 @@ def lose_a_shard(folder):
     (add_tokens, "the tokenizer has ids up to .* but the model's embedding has"),
     (set_config(image_token_id=6), "has the id 5 in the tokenizer, 6 in config.json"),
     (set_config(quantization_config={"quant_method": "fp8"}), "a quantized model cannot be"),
+    (lambda folder: edit(folder / "config.json", lambda config: config["text_config"].update(
+        quantization_config={"quant_method": "awq", "bits": 4})), "a quantized model cannot be"),
     (set_preprocessor(patch_size=16), "has patch_size 16, the model 14"),
     (set_preprocessor(image_processor_type="CLIPImageProcessor"), "another family of models"),
     (set_preprocessor(size={"longest_edge": 9000}), "no min_pixels .*; give --min_pixels"),
@@ -207,6 +215,8 @@ def lose_a_shard(folder):
     (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
     (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "g.json is no object"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"),
+     r"model.safetensors \(23 bytes\) is damaged, or a pointer of Git LFS: .*; copy it again"),
     (lose_a_shard, "model-00001-of-00001.safetensors")])
 def test_parts_that_are_missing_damaged_or_of_another_model_are_named(folder, damage, words):
     damage(folder)
@@ -230,7 +240,7 @@ def test_pixel_limits_by_any_name_and_an_early_class_are_taken(folder, class_nam
     assert model_folder.pixel_limits(image_processor) == limits
     assert model_folder.pixel_limits(image_processor, max_pixels=10**8) == (limits[0], 10**8)
     assert image_processor.image_mean[0] == 0.48145466
-    with pytest.raises(tools.InputError, match="--min_pixels 12345678 is above --max_pixels"):
+    with pytest.raises(tools.InputError, match="--min_pixels 12345678 is above the model's max"):
         model_folder.pixel_limits(image_processor, min_pixels=12345678)
 
 
@@ -238,6 +248,8 @@ def test_limits_that_contradict_each_other_are_told_before_weights_are_read(fold
     (folder / "model.safetensors").unlink()
     assert load_error(folder, min_pixels=9000, max_pixels=100) == (
         "--min_pixels 9000 is above --max_pixels 100")
+    assert re.fullmatch(r"--min_pixels 90000000 is above the model's max_pixels \d+",
+                        load_error(folder, min_pixels=90000000))
 
 
 # ---- Writing it ---------------------------------------------------------------------------------

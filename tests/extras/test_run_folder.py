@@ -114,6 +114,23 @@ def test_data_is_compared_by_its_content(tmp_path):
     assert run_folder.changed_flags(saved, described("rows.jsonl")).count("rows.jsonl") == 2
 
 
+# ---- The end of a run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norms, words", [
+    ([1.0, None, 2.0], None), ([None, 1.0, None], "the last 1 of 3 steps were skipped"),
+    ([1.0, None, None], "the last 2 of 3 steps were skipped")])
+def test_a_run_whose_last_steps_were_skipped_says_so(tmp_path, capsys, norms, words):
+    """An earlier step may have broken the weights that are exported."""
+    tools.write_jsonl(tmp_path / "metrics.jsonl", [
+        {"step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)])
+    run_folder.report_sft_model(tmp_path)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"sft: model written to {tmp_path}"
+    assert len(others) == (words is not None)
+    assert all(f"sft: {words}, because" in line for line in others)
+
+
 # ---- An earlier run in the same folder ----------------------------------------------------------
 
 
@@ -149,6 +166,16 @@ def test_every_earlier_run_is_kept_whole(tmp_path, capsys):
     assert [line.split("--resume")[1] for line in others] == [
         f" --out '{out}/old_run_{number}'" for number in (1, 2)]
     assert run_folder.checkpoints(out / "old_run_1")[0].name == "step_0000007"
+
+
+def test_a_state_folder_that_is_a_link_is_kept(tmp_path):
+    """A large disk may hold it. A relative link must not break where it is moved to."""
+    write_run(tmp_path / "large_disk", 7)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/state").symlink_to("../large_disk/state")
+    old_folder = run_folder.set_aside(tmp_path / "out")
+    assert run_folder.checkpoints(old_folder)[0].name == "step_0000007"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old_run_1"]
 
 
 def test_a_kill_while_a_run_is_set_aside_does_not_divide_it(tmp_path, monkeypatch):
