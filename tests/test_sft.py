@@ -1789,10 +1789,10 @@ def test_learning_rate_by_hand():
 
 
 @pytest.mark.parametrize("step, warmup_ratio, expected", [
-    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (9, 1, 4), (1, 0.25, 4),
-    (0, 0.16, 2)],
-    ids=["warm-up has the peak", "cosine has the peak", "no warm-up", "nothing but warm-up",
-         "2.5 steps are 2", "1.6 steps are 2"])
+    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (1, 0, 4), (9, 1, 4),
+    (1, 0.25, 4), (0, 0.16, 2)],
+    ids=["warm-up has the peak", "cosine has the peak", "no warm-up", "no warm-up is one step",
+         "nothing but warm-up", "2.5 steps are 2", "1.6 steps are 2"])
 def test_learning_rate_with_a_peak_of_4_by_hand(step, warmup_ratio, expected):
     assert sft.learning_rate(step, 10, 4.0, warmup_ratio) == expected
 
