@@ -498,6 +498,8 @@ def test_sampling_follows_the_distribution(make_tiny):
     assert logprobs == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
     assert all(type(token_id) is int for token_id in ids)
     assert type(logprobs) is list and all(type(logprob) is float for logprob in logprobs)
+    # in float32 the second probability would be lost: 1/2 + 2**-26 is 1/2
+    assert engine.sample_tokens(torch.tensor([[0.5, 2**-26, 0.5]]).log(), [0.5])[0] == [1]
     # many rows, each with its own number
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(200, 9, dtype=torch.float64, generator=generator)
