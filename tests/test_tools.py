@@ -1025,7 +1025,7 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ('"The red fox"', "a red fox", True), ("red  fox", "red fox", True),
     ("redfox", "red fox", False), ("red", "dark red", False), ("it is red", "red", False),
     ("White.", "white", True), ("ＲＥＤ", "red", True), ("é", "e\u0301", True),
-    ("", "7", False), (None, "7", False),
+    ("", "7", False), (None, "7", False), (None, "None", False),
     ("-5", "5", False), ("+5", "-5", False), ("3.5", "35", False), (".5", "5", False),
     ("$5", "5", True), ("5%", "5", True),
     ("B+", "B-", False), ("C++", "C", False), ("-", "-", True), ("-", "?", False),
