@@ -101,9 +101,9 @@ class Rollout(sft.Sequence):
     uniforms: list = field(default_factory=list)    # [n]: the number that samples token n
 
     def next_uniforms(self, count):
-        """Return the random numbers in [0, 1) that sample the next `count` tokens. uniforms[n]
-        belongs to the n-th sampled token of the conversation. A draft token that is rejected does
-        not use one up."""
+        """Return the float32 random numbers in [0, 1) that sample the next `count` tokens.
+        uniforms[n] belongs to the n-th sampled token of the conversation. A draft token that is
+        rejected does not use one up."""
         start = len(self.logprobs)      # tokens sampled so far
         while len(self.uniforms) < start + count:
             self.uniforms += self.random_generator.random(64, dtype=np.float32).tolist()
@@ -685,9 +685,9 @@ class Engine:
         return positions.numpy(), next_position
 
     def sample_tokens(self, logprobs, uniforms):
-        """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1).
-        The token is the first one whose cumulative probability exceeds the random number. So a
-        token of probability 0 is never sampled. Return two lists of length M: ids and log-probs."""
+        """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1). It
+        is the first whose cumulative probability, summed in float64, exceeds the random number. So
+        a token of probability 0 is never sampled. Return two lists of length M: ids, log-probs."""
         if self.greedy:
             token_ids = logprobs.argmax(-1)                                 # (M,)
         else:

@@ -443,8 +443,8 @@ def collate(policy, sequences):
 
 
 def micro_batches(sequences, max_tokens):
-    """Yield a list of Sequences, in its order, as lists of at most max_tokens tokens. A sequence
-    that is longer is alone in its list. No list is empty."""
+    """Yield a list of Sequences, in its order, as lists of at most max_tokens tokens, each as long
+    as that allows. A sequence that is longer is alone in its list. No list is empty."""
     micro_batch = []
     num_tokens = 0
     for sequence in sequences:

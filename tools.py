@@ -695,7 +695,7 @@ def is_decided(prediction, options=None):
 
 def match_answer(prediction, answer, options=None):
     """Return whether the prediction is the answer. With options, both must name the same one;
-    without, their normalised words must be the same. No prediction (None) is wrong."""
+    without (None, []) their normalised words must be the same. No prediction (None) is wrong."""
     if prediction is None:
         return False
     if not options:

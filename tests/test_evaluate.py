@@ -499,6 +499,8 @@ def test_sampling_follows_the_distribution(make_tiny):
     assert logprobs == pytest.approx(probs[expected].log().tolist(), abs=1e-12)
     assert all(type(token_id) is int for token_id in ids)
     assert type(logprobs) is list and all(type(logprob) is float for logprob in logprobs)
+    # in float32 the second probability would be lost: 1/2 + 2**-26 is 1/2
+    assert engine.sample_tokens(torch.tensor([[0.5, 2**-26, 0.5]]).log(), [0.5])[0] == [1]
     # many rows, each with its own number
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(200, 9, dtype=torch.float64, generator=generator)
@@ -884,8 +886,9 @@ def test_every_token_is_learned_once(make_tiny):
     rollout = evaluate.Rollout(token_ids=[5, 6], loss_mask=[False] * 2, num_cached_tokens=1,
                                turn_start=2)
     for draft, sampled in (([], [7]), ([8], [8, 9]), ([4], [policy.im_end_id, 4])):
-        engine.accept(rollout, draft, sampled, [0.0] * len(sampled), 9)
+        engine.accept(rollout, draft, sampled, [-0.5 * token_id for token_id in sampled], 9)
     assert learned == rollout.token_ids[2:] == [7, 8, 9, policy.im_end_id]
+    assert rollout.logprobs == [-0.5 * token_id for token_id in learned]    # of all turns
 
 
 # ---- Drafts: the table of n-grams ---------------------------------------------------------------
@@ -1007,7 +1010,8 @@ def test_a_question_counts_once_however_many_samples_it_has():
     uneven = [result("a", 1.0, 1, image="x"), *[result("b", 0.0, 1, image="x")] * 3]
     assert evaluate.avg_at_k(uneven, 3) == pytest.approx((0.5, 0.5))
     # in any order of the rows
-    mixed = [result("a", 1.0, 1), result("b", 0.0, 1), result("a", 0.0, 1)]
+    mixed = [result("a", 1.0, 1), result("b", 0.0, 1),
+             result("a", 0.0, 1, finish_reason="over_turn")]    # unfinished is not correct
     assert evaluate.accuracy_per_question(mixed, 3) == {"a": 0.5, "b": 0.0}
 
 

@@ -401,7 +401,8 @@ def test_nothing_kept_is_a_zero_loss_still_connected():
 
 @pytest.mark.parametrize("denominator", [None, 3])
 @pytest.mark.parametrize("flags", [{"divisor": "some"}, {"aggregation": "some"},
-                                   {"aggregation": "constant"}], ids=str)
+                                   {"aggregation": "constant"},
+                                   {"aggregation": "constant", "max_response_tokens": 0}], ids=str)
 def test_unknown_flags_are_refused(flags, denominator):
     with pytest.raises(ValueError):
         rl.grpo_loss(*random_batch(0), **flags, denominator=denominator)

@@ -229,10 +229,11 @@ def test_a_row_whose_images_cannot_be_made_is_an_input_error(policy, refused_and
         sft.encode(policy, {**refused_and_zoomed, "turns": turns}, world)
 
 
-@pytest.mark.parametrize("num_turns", [3, 4], ids=["refused call", "zoom"])
-def test_nothing_comes_after_the_last_turn(policy, refused_and_zoomed, world, num_turns):
+@pytest.mark.parametrize("last", [0, 2, 3], ids=["the first turn again", "refused call", "zoom"])
+def test_nothing_comes_after_the_last_turn(policy, refused_and_zoomed, world, last):
     """Neither after a refused call nor after a zoom, which is then not carried out."""
-    row = {**refused_and_zoomed, "turns": refused_and_zoomed["turns"][:num_turns]}
+    turns = refused_and_zoomed["turns"]
+    row = {**refused_and_zoomed, "turns": [*turns[:max(2, last)], turns[last]]}
     sequence = sft.encode(policy, row, world)
     assert sequence.token_ids[-1] == policy.im_end_id
     assert sequence.loss_mask[-1]
@@ -339,6 +340,7 @@ def test_a_packed_batch_by_hand(policy, three_sequences):
     assert torch.equal(batch["pixel_values"], torch.cat([patches, patches[:4]]))
     assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
     assert "pixel_values" not in sft.collate(policy, three_sequences[1:2])
+    assert torch.equal(sft.collate(policy, three_sequences[1:])["pixel_values"], patches[:4])
     assert {name: batch[name].dtype for name in batch if name not in ("attend", "pixel_values")} \
         == dict.fromkeys(["input_ids", "position_ids", "loss_positions", "image_grid_thw"],
                          torch.long)
@@ -1311,7 +1313,7 @@ class EmptyBucket(sft.Bucket):
         self.shard_index = shard_index
         self.flat = torch.zeros(-(-size // num_shards) * num_shards, dtype=dtype)
         self.shard = self.shard_of(self.flat)
-        master = self.shard if dtype == torch.float32 else self.shard.float()
+        master = self.shard.float() if dtype == torch.bfloat16 else self.shard
         self.master = torch.nn.Parameter(master)
 
 
@@ -1320,7 +1322,7 @@ def optimizer_of(size, num_shards=1, shard_index=0, dtype=torch.float32):
     bucket = EmptyBucket(size, num_shards, shard_index, dtype)
 
     def all_gather_weights():
-        if dtype != torch.float32:      # else they are the same memory
+        if dtype == torch.bfloat16:     # else they are the same memory
             bucket.shard.copy_(bucket.master.data)
 
     return SimpleNamespace(
@@ -1416,7 +1418,7 @@ def test_the_state_of_another_model_is_refused_before_anything_changes(sizes):
     assert all((bucket.flat == 0).all() for bucket in optimizer.buckets)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_loaded_state_continues_like_the_saved_one(dtype):
     """Saved by one rank after a step, loaded as two halves into another optimizer: its weights are
     the same at once and after one more step, and so is what it would save."""
@@ -1424,10 +1426,11 @@ def test_a_loaded_state_continues_like_the_saved_one(dtype):
     loaded = optimizer_of(6, dtype=dtype)
 
     def step(optimizer, slope):
-        optimizer.buckets[0].master.grad = torch.full((6,), slope)
+        [bucket] = optimizer.buckets
+        bucket.master.grad = torch.full_like(bucket.master, slope)
         optimizer.adam.step()
         optimizer.all_gather_weights()
-        return optimizer.buckets[0].shard
+        return bucket.shard
 
     def half_of(bucket_state, first):
         return {name: value if name in ("size", "step") else value[first:first + 3].clone()
@@ -1789,12 +1792,13 @@ def test_learning_rate_by_hand():
 
 
 @pytest.mark.parametrize("step, warmup_ratio, expected", [
-    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (9, 1, 4), (1, 0.25, 4),
-    (0, 0.16, 2)],
-    ids=["warm-up has the peak", "cosine has the peak", "no warm-up", "nothing but warm-up",
-         "2.5 steps are 2", "1.6 steps are 2"])
+    (0, 0.2, 2), (6, 0.2, 2), (0, 0, 4), (1, 0, 4), (9, 1, 4),
+    (1, 0.25, 4), (0, 0.16, 2)],
+    ids=["warm-up has the peak", "cosine has the peak", "no warm-up", "no warm-up is one step",
+         "nothing but warm-up", "2.5 steps are 2", "1.6 steps are 2"])
 def test_learning_rate_with_a_peak_of_4_by_hand(step, warmup_ratio, expected):
-    assert sft.learning_rate(step, 10, 4.0, warmup_ratio) == expected
+    rate = sft.learning_rate(step, 10, 4.0, warmup_ratio)
+    assert rate == pytest.approx(expected, rel=1e-12)   # a square of a cosine is right, too
 
 
 def indices_of_step(step, batch_size, seed):

@@ -409,7 +409,7 @@ def test_the_four_kinds_of_turn():
     zoom = {"bbox_2d": [0.25, 0.0, 0.5, 1.0], "source": "observation_3"}
     text = "<think>there</think>" + call_text([0.25, 0, 0.5, 1], "observation_3")
     assert tools.parse_turn(text) == ("zoom", zoom)
-    assert tools.parse_turn("<think>seen</think><answer> red \n</answer>") == ("answer", "red")
+    assert tools.parse_turn("<think>seen</think><answer> Red \n</answer>") == ("answer", "Red")
     assert tools.parse_turn("I do not know.") == ("void", None)
     kind, sentence = tools.parse_turn("<grounding>zoom in!</grounding>")
     assert kind == "error" and is_sentence(sentence) and "JSON" in sentence
@@ -598,8 +598,8 @@ def test_a_turn_at_the_image_cap_keeps_its_zoom():
 CALL = {"bbox_2d": WHOLE, "source": "original_image"}
 CALL_TOO_EARLY = {"bbox_2d": WHOLE, "source": "observation_9"}
 PARSED = {"zoom": ("zoom", CALL), "zoom too early": ("zoom", CALL_TOO_EARLY),
-          "bad call": ("error", "No."), "answer": ("answer", "7"), "empty answer": ("answer", ""),
-          "void": ("void", None)}
+          "bad call": ("error", "No."), " bad\n": ("error", "No."),
+          "answer": ("answer", "7"), "empty answer": ("answer", ""), "void": ("void", None)}
 ZOOMED = {"text": "zoom", "zoom": CALL}
 TOO_EARLY = {"text": "zoom too early", "zoom": CALL_TOO_EARLY}
 REFUSED = {"text": "bad call", "error": "No."}
@@ -610,6 +610,7 @@ REFUSED = {"text": "bad call", "error": "No."}
     ("zoom", 1, 1, 3, 2, (ZOOMED, None, None)),                   # the last image
     ("zoom", 2, 2, 3, 9, (ZOOMED, None, None)),
     ("bad call", 2, 2, 3, 3, (REFUSED, None, None)),
+    (" bad\n", 1, 1, 3, 3, ({"text": " bad\n", "error": "No."}, None, None)),    # with its spaces
     ("answer", 2, 3, 3, 3, ({"text": "answer"}, "answer", "7")),  # in time
     ("void", 2, 3, 3, 3, ({"text": "void"}, "void", None)),
     ("empty answer", 2, 1, 3, 3, ({"text": "empty answer"}, "answer", "")),
@@ -1025,7 +1026,7 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ('"The red fox"', "a red fox", True), ("red  fox", "red fox", True),
     ("redfox", "red fox", False), ("red", "dark red", False), ("it is red", "red", False),
     ("White.", "white", True), ("ＲＥＤ", "red", True), ("é", "e\u0301", True),
-    ("", "7", False), (None, "7", False),
+    ("", "7", False), (None, "7", False), (None, "None", False),
     ("-5", "5", False), ("+5", "-5", False), ("3.5", "35", False), (".5", "5", False),
     ("$5", "5", True), ("5%", "5", True),
     ("B+", "B-", False), ("C++", "C", False), ("-", "-", True), ("-", "?", False),
@@ -1069,6 +1070,7 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ("Choice Hotels", "hotels", False), ("Answer the phone", "phone", False), ("正确答案是：红色。", "红色", True)])
 def test_open_answers(prediction, answer, expected):
     assert tools.match_answer(prediction, answer) is expected
+    assert tools.match_answer(prediction, answer, []) is expected
     if prediction is not None:
         assert tools.match_answer(answer, prediction) is expected
 
