@@ -705,6 +705,10 @@ def test_ctrl_c_while_workers_start_is_one_line(tmp_path, signal_number):
     lines = [line for line in stderr.splitlines() if not line.startswith("train   : ")]
     assert lines == [
         "build_data.py: interrupted; only the files that are named above are written"]
+    # Workers notice a moment later that their parent has gone.
+    deadline = time.time() + 20
+    while any(is_running(pid) for pid in pids) and time.time() < deadline:
+        time.sleep(0.05)
     assert not any(is_running(pid) for pid in pids)
 
 
