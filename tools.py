@@ -411,6 +411,14 @@ def parse_json(text):
     return value
 
 
+def parse_json_or_none(text):
+    """Return the value of a JSON text of somebody else's program, None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def parse_line(line):
     """Return the row of a line of bytes. Raise ValueError if there is none."""
     text = line.decode("utf-8").strip()

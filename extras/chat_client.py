@@ -137,14 +137,6 @@ def texts_in(value):
     return texts
 
 
-def parse_or_none(text):
-    """Return a text as JSON, or None if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def error_message(body, text):
     """Return what a server says about an error, in its own words: the message, where its answer has
     one, else the whole text. body: the text as JSON, None if it is none."""
@@ -336,7 +328,7 @@ class ChatClient:
             raise tools.InputError(
                 f"{self.role}: no connection to {self.url} ({self.one_line(str(error))}); check "
                 "the URL, and that the server has started")
-        body = parse_or_none(response.text) if response is not None else None
+        body = tools.parse_json_or_none(response.text) if response is not None else None
         models = body.get("data") if isinstance(body, dict) else None
         if isinstance(models, list) and len(models) == 1 and isinstance(models[0], dict):
             if self.name == "default" and isinstance(models[0].get("id"), str):
@@ -417,7 +409,7 @@ class ChatClient:
             # 2. The answer. An error may come with status 200.
             request = {"model": self.name, "messages": messages, **parameters}
             response, text = self.post(request, max_tokens)
-            body = parse_or_none(text)
+            body = tools.parse_json_or_none(text)
             status = response.status_code
             if status == 200 and isinstance(body, dict) and body.get("choices"):
                 return body

@@ -48,14 +48,6 @@ from tools import check
 # ---- Reading files of records -------------------------------------------------------------------
 
 
-def parse_json_or_none(text):
-    """Return the value of a JSON text, None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def read_rows(path, columns):
     """Yield the rows of a file, whatever they are. One row at a time is in memory, except for .json
     files."""
@@ -79,9 +71,9 @@ def read_rows(path, columns):
         elif path.suffix == ".jsonl":
             for line in file:
                 if line.strip():
-                    yield parse_json_or_none(line)
+                    yield tools.parse_json_or_none(line)
         else:
-            content = parse_json_or_none(file.read())
+            content = tools.parse_json_or_none(file.read())
             yield from content if isinstance(content, list) else [content]
 
 

@@ -1067,7 +1067,8 @@ WRAPPED = ["<answer>7</answer>", " <answer> 7 </answer>\n", "<ANSWER>7</ANSWER>"
     ("<answer>7</answer>", r"\boxed{7}", True), ("<answer>8</answer>", "7", False),
     (r"\boxed{\frac{1}{2}}", r"$\frac{1}{2}$", True), (r"\boxed{\text{Red}}", "red", True),
     (r"\boxed{7", "7", False), ("The answer is not 7", "7", False),
-    ("Choice Hotels", "hotels", False), ("Answer the phone", "phone", False), ("正确答案是：红色。", "红色", True)])
+    ("Choice Hotels", "hotels", False), ("Answer the phone", "phone", False),
+    ("正确答案是：红色。", "红色", True)])
 def test_open_answers(prediction, answer, expected):
     assert tools.match_answer(prediction, answer) is expected
     assert tools.match_answer(prediction, answer, []) is expected
@@ -1080,7 +1081,8 @@ CORRECT = ["B", "b", "(B)", "B.", "B)", "(b) Red.", "B. red", "B: the red", "Red
            # the dress that models give it
            "（B）", "B。", "Ｂ", "ｂ", "B、red", "Ｂ．red", "【B】", "「B」", "**B**", "**B. red**",
            "**B.** red", "_B_", "`B`", "[B]", "<B>", '"B"', "B!", "- B", "B\nred", "B red",
-           "B (red)", "B - red", "B – red", "B: red", "Option B", "OPTION (B).", "option B: red", "Choice B",
+           "B (red)", "B - red", "B – red", "B: red", "Option B", "OPTION (B).", "option B: red",
+           "Choice B",
            "Answer: B", "Answer - B", "The answer is B", "The correct answer is **B**.",
            "Final Answer: **B. red**", "The best option is (B) red", "The answer is option B",
            "The answer is red", r"\boxed{B}", r"$\boxed{\text{B. red}}$", "<answer>B</answer>",

@@ -139,7 +139,8 @@ def quantize_head(weights):
 
 
 @pytest.mark.parametrize("change, words", [
-    (quantize_head, "model.safetensors holds integers for 1 tensor(s): lm_head.weight; a quantized"),
+    (quantize_head,
+     "model.safetensors holds integers for 1 tensor(s): lm_head.weight; a quantized"),
     (without("lm_head"), "no weights for 1 tensor(s) of the model: lm_head.weight"),
     (without(".layers.2."), "no weights for 12 tensor(s) of the model: "
      "model.language_model.layers.2.input_layernorm.weight, "),

@@ -180,7 +180,10 @@ def test_a_refusal_is_not_repeated(monkeypatch, status, body, kind, words):
 
 
 def test_a_question_that_is_forbidden_does_not_stop_the_others():
-    with ChatServer(lambda body: (403, {}, b"flagged") if body["max_tokens"] == 9 else "hi") as server:
+    def answer(body):
+        return (403, {}, b"flagged") if body["max_tokens"] == 9 else "hi"
+
+    with ChatServer(answer) as server:
         client = chat_client.ChatClient(server.url)
         assert client.reply(HELLO, 16) == ("hi", False)
         with pytest.raises(chat_client.ServerError, match="HTTP 403: flagged"):
