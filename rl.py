@@ -831,6 +831,7 @@ def load_questions(args):
 
 def main():
     """Train a policy by GRPO, as the flags say."""
+    # 1. What can be wrong is told before the model is loaded, which takes longest.
     args = parse_args()
     run_folder.check_out(args.out, args.model)
     process = sft.setup_distributed()
@@ -840,12 +841,14 @@ def main():
     questions = load_questions(args)
     prompts = tools.load_prompts(args.prompts)
     judge = evaluate.make_judge(args, process.rank)
+    # 2. The policy.
     policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
                              args.max_pixels, "python sft.py")
     args.out.mkdir(parents=True, exist_ok=True)
     if process.rank == 0:
         print(f"{len(questions.training)} questions to train on, {len(questions.held_out)} held "
               f"out; {process.world_size} process(es) on {process.device.type}", flush=True)
+    # 3. Train it. Meanwhile no other run may write to the folder.
     with run_folder.lock_folder(args.out, process.rank, process.attempt):
         train(policy, questions, args, process, judge)
     sft.close_distributed()

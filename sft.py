@@ -1009,7 +1009,7 @@ def load_state(out, run, resume, total_steps):
     # 3. Continue it.
     run.optimizer.load(shard_states)
     if is_main:
-        run_folder.go_on(folder, saved, run.info, problems, total_steps, world_size())
+        run_folder.continue_from(folder, saved, run.info, problems, total_steps, world_size())
     barrier()
     return step
 

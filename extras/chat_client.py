@@ -244,6 +244,7 @@ class ChatClient:
 
     def __init__(self, url, name=None, role="model", min_pixels=40_000, max_pixels=2_000_000,
                  max_image_bytes=1_500_000, attempts=6, pause=1.0, timeout=300.0):
+        # 1. What the user may have got wrong.
         key_variable = f"{role.upper()}_API_KEY"
         tools.check(URL_PATTERN.fullmatch(url), f"{role} '{shown_url(url)}' must be a URL such as "
                     "http://localhost:8000/v1; a key belongs into the environment variable "
@@ -253,6 +254,7 @@ class ChatClient:
         self.key = os.environ.get(key_variable, "").strip()
         tools.check(all("!" <= letter <= "~" for letter in self.key),
                     f"the key in {key_variable} contains characters that no key has")
+        # 2. What does not change.
         self.headers = {"authorization": f"Bearer {self.key or 'none'}"}
         self.url = url
         self.role = role
@@ -263,16 +265,18 @@ class ChatClient:
         self.attempts = attempts
         self.pause = pause
         self.timeout = timeout
+        # 3. What this client learns of its server, and what it counts.
         self.sent_as = {"max_tokens": "max_tokens", "temperature": "temperature", "seed": "seed"}
         self.used = collections.Counter()
         self.num_failures = 0
         self.told = set()               # topics of tell_once
         self.last_answer = 0.0          # the time when the server last answered
         self.slowest_seconds = 0.0      # until an answer
-        self.first_request = threading.Lock()
         self.has_tried = False          # whether the first request has ended, in whatever way
         self.has_gone = False           # whether the server was found to be away, see is_away
-        self.lock = threading.Lock()
+        # 4. For threads.
+        self.lock = threading.Lock()    # of all that changes
+        self.first_request = threading.Lock()
         self.stopped = threading.Event()
 
     def count(self, name, amount=1):

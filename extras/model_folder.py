@@ -120,6 +120,7 @@ def hub_answers(seconds=4):
     answers = []
 
     def ask():
+        """Note the hub's answer, if it comes."""
         try:
             session = huggingface_hub.utils.get_session()
             answers.append(session.head(huggingface_hub.constants.ENDPOINT, timeout=seconds))

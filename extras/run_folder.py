@@ -85,8 +85,10 @@ def lock_folder(folder, rank=0, attempt=1):
 
     The lock (POSIX, fcntl.lockf) belongs to the process. It goes when the process ends, also by
     SIGKILL, and children do not inherit it. The empty file `lock` stays and means nothing."""
+    # 1. Who needs no lock?
     if rank > 0 or fcntl is None:
         return contextlib.nullcontext()
+    # 2. Try to take it, until the process before this one has had time to end.
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = (folder / "lock").open("a")
@@ -94,13 +96,13 @@ def lock_folder(folder, rank=0, attempt=1):
     while True:
         try:
             fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock_file
+            return lock_file        # closing it, at the end of `with`, gives the lock back
         except (BlockingIOError, PermissionError):      # another process holds it
             if time.time() > deadline:
                 lock_file.close()
                 raise tools.InputError(f"another run is writing to {folder}: wait until it has "
                                        "ended, or give another --out") from None
-        except OSError as error:
+        except OSError as error:    # this file system has no locks
             print(f"no lock on {folder} ({error.strerror}): see that no other run writes there",
                   flush=True)
             return lock_file
@@ -235,8 +237,8 @@ def what_is_saved(out):
     return f"step {step_of(folders[0])} is saved: continue with --resume"
 
 
-def go_on(folder, saved, current, problems, total_steps, world_size):
-    """Tell that a run goes on from a checkpoint, and what is different now. problems: why newer
+def continue_from(folder, saved, current, problems, total_steps, world_size):
+    """Print that a run continues from a checkpoint, and what is different now. problems: why newer
     checkpoints were not taken; these are renamed to damaged_step_N."""
     stage = current["stage"]
     # 1. Where it goes on.

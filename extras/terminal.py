@@ -30,6 +30,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """Adds its default to the help of a flag, unless the help says what happens without it."""
 
     def _get_help_string(self, action):
+        """Return the help of a flag (argparse calls this), a value of a list without brackets."""
         default = action.default
         is_switch = action.nargs == 0 and default in (False, argparse.SUPPRESS)
         if not action.option_strings or is_switch or "default" in action.help:
@@ -72,11 +73,13 @@ def run(main):
     """Run main() of a stage and print how long it took. What a user can cause ends in one line on
     stderr; any other error keeps its traceback. A stage that Ctrl-C interrupts may raise
     KeyboardInterrupt with a text: what is saved, and how to continue."""
+    # 1. Whatever happens to the terminal, main() runs to its end.
     protect_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C; trainers have their own
     script_name = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     start_time = time.time()
+    # 2. Run it. Each kind of error has its line.
     try:
         main()
         reason = lost_output()
@@ -97,11 +100,12 @@ def run(main):
             minutes, seconds = divmod(time.time() - start_time, 60)
             print(f"{script_name}: finished in {minutes:.0f} min {seconds:.0f} s", flush=True)
         return
+    # 3. It was interrupted. Say what is saved, and end at once.
     gc.collect()  # frees the semaphores of a pool; left behind, they would be warned about
     if rank == 0:
         sys.stdout.flush()
         print(f"{script_name}: interrupted; {note}", file=sys.stderr, flush=True)
-    os._exit(130)  # at once: sys.exit would wait for threads that wait for a server
+    os._exit(130)  # sys.exit would wait for threads that wait for a server
 
 
 def describe(error):
