@@ -69,6 +69,7 @@ class Limits:
     max_images: int = 32
     max_new_tokens: int = 96        # per turn
     max_model_len: int = 4096       # tokens of the whole conversation
+    blank_crops: bool = False       # show a black picture in the place of every crop
 
 
 @dataclass
@@ -741,8 +742,10 @@ class Engine:
         rollout.append(message_ids, False)
         rollout.turn_start = len(rollout.token_ids)
         if "zoom" in turn:
-            rollout.pending_image = self.loader.submit(self.policy.preprocess_images,
-                                                       rollout.views[-1:])
+            view = rollout.views[-1]
+            if self.limits.blank_crops:
+                view = tools.black_picture(view)
+            rollout.pending_image = self.loader.submit(self.policy.preprocess_images, [view])
 
     def evict(self, slot):
         """Score a finished conversation, and give its slot to the next one.
@@ -977,6 +980,32 @@ def pass_rates(rows, turn_budget):
     return rates
 
 
+# A crop holds the target if it covers this share of its area. The coordinates of a nested zoom are
+# rounded, so it may miss a thin edge.
+TARGET_SHARE = 0.9
+
+
+def target_in_last_crop(row):
+    """Return whether the last crop of a conversation holds the target of its question. It does not
+    if there was no zoom. row: a trajectory row with target_bbox (data whose boxes are known)."""
+    crop_boxes = tools.view_boxes(row)[1:]
+    if not crop_boxes:
+        return False
+    left, top, right, bottom = row["target_bbox"]
+    x0, y0, x1, y1 = crop_boxes[-1]
+    covered_width = max(0.0, min(right, x1) - max(left, x0))
+    covered_height = max(0.0, min(bottom, y1) - max(top, y0))
+    return covered_width * covered_height >= TARGET_SHARE * (right - left) * (bottom - top)
+
+
+def target_seen(rows):
+    """Return the share of the right answers whose last crop holds the target; None if there is no
+    right answer to a question whose box is known."""
+    is_seen = [target_in_last_crop(row) for row in rows
+               if row["reward"] == 1.0 and row.get("target_bbox")]
+    return statistics.fmean(is_seen) if is_seen else None
+
+
 def summarise(levels, budgets):
     """Return {level: what table.json says about it}, from {level: trajectory rows}. If there are
     several levels, "mean" is their mean: all weigh the same, and their errors are independent.
@@ -997,7 +1026,8 @@ def summarise(levels, budgets):
 
 def summarise_level(level, rows, budgets):
     """Return a dict: score and standard error per turn budget, mean turns, shares of finish
-    reasons, and the score per category at the largest budget, where questions have a category."""
+    reasons, whether right answers have seen the target, and the score per category at the largest
+    budget, where questions have a category."""
     scored = scored_rows(rows)
     tools.check(scored, f"{level}: no sample has a score, since the server gave no usable "
                 "replies, for the reasons above; mend them and run the same command again")
@@ -1027,6 +1057,7 @@ def summarise_level(level, rows, budgets):
         "standard_error": standard_error,
         "mean_turns": statistics.fmean(num_turns),
         "mean_turns_correct": statistics.fmean(num_turns_correct) if num_turns_correct else None,
+        "target_seen": target_seen(rows),
         "finish_reason": {reason: finish_reasons[reason] / len(rows) for reason in FINISH_REASONS}}
 
 
@@ -1053,7 +1084,7 @@ def print_table(table, budgets, num_samples):
             cells.append(percent(mean, summary["standard_error"][turn_budget]))
         rows.append(cells + conversation_cells(summary))
     print_rows(["level", *(f"T={turn_budget}" for turn_budget in budgets), "turns (correct)",
-                *FINISH_REASONS], rows)
+                "target seen", *FINISH_REASONS], rows)
     # 2. What the numbers above leave out, and categories, where questions have them.
     for level, summary in table.items():
         if summary.get("unscored"):
@@ -1068,14 +1099,18 @@ def print_table(table, budgets, num_samples):
 
 
 def conversation_cells(summary):
-    """Return a level's cells about turns and finish reasons; the mean of levels has none."""
+    """Return a level's cells about turns, the target and finish reasons; the mean of levels has
+    none."""
     if "finish_reason" not in summary:
-        return [""] * (1 + len(FINISH_REASONS))
+        return [""] * (2 + len(FINISH_REASONS))
     turns = f"{summary['mean_turns']:.1f}"
     if summary["mean_turns_correct"]:
         turns += f" ({summary['mean_turns_correct']:.1f})"
+    seen = ""
+    if summary["target_seen"] is not None:
+        seen = f"{100 * summary['target_seen']:.1f}"
     shares = [f"{100 * summary['finish_reason'][reason]:.1f}" for reason in FINISH_REASONS]
-    return [turns, *shares]
+    return [turns, seen, *shares]
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -1194,12 +1229,15 @@ def make_player(args, prompts, process):
         client = ChatClient(args.model, args.model_name, "model", args.min_pixels or 40_000,
                             args.max_pixels or 2_000_000, args.max_image_bytes)
         args.model_name = client.check_server()
-        return ServedPlayer(client, prompts, make_limits(args, max_turns), args.max_num_seqs,
-                            seed=args.seed, judge=judge, greedy=args.greedy)
-    policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
-                             args.max_pixels, hint="torchrun --nproc_per_node=2 rl.py (or name "
-                                                   "another with --model)")
-    return make_engine(policy, args, max_turns, judge, args.greedy)
+        player = ServedPlayer(client, prompts, make_limits(args, max_turns), args.max_num_seqs,
+                              seed=args.seed, judge=judge, greedy=args.greedy)
+    else:
+        policy = sft.load_policy(args.model, process.device, args.dtype, prompts, args.min_pixels,
+                                 args.max_pixels, hint="torchrun --nproc_per_node=2 rl.py (or name "
+                                                       "another with --model)")
+        player = make_engine(policy, args, max_turns, judge, args.greedy)
+    player.limits.blank_crops = args.blank_crops
+    return player
 
 
 def write_results(levels, engine, args):
@@ -1239,7 +1277,8 @@ def parse_args():
     add("--data", type=Path, nargs="+", help="question files, one level each",
         default=[Path("data/easy.jsonl"), Path("data/medium.jsonl"), Path("data/hard.jsonl")])
     add("--out", type=Path,
-        help="folder for tables and trajectories (default: results/NAME, the model's name)")
+        help="folder for tables and trajectories (default: results/NAME, the model's name; with "
+             "--blank_crops results/NAME-blank)")
     add("--limit", type=int, help="use only the first questions of each file (default: all)")
     sft.add_policy_flags(group)
 
@@ -1250,6 +1289,9 @@ def parse_args():
         help="take the most likely token (needs --num_samples 1)")
     add("--budgets", type=int, nargs="+", default=BUDGETS,
         help="turn budgets; conversations are played with the largest")
+    add("--blank_crops", action="store_true",
+        help="show a black picture in the place of every crop, from the same random numbers: "
+             "accuracy that remains does not come from zooming")
     add_rollout_flags(group)
     add("--seed", type=int, default=0, help="random numbers of the samples")
     add_judge_flags(parser)
@@ -1270,7 +1312,7 @@ def parse_args():
     if args.out is None:
         is_served = results_folder.is_served(args)
         name = (args.model_name or "served") if is_served else Path(args.model).name
-        args.out = Path("results") / name
+        args.out = Path("results") / (f"{name}-blank" if args.blank_crops else name)
     check_level_names(args)
     return args
 

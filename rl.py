@@ -316,13 +316,17 @@ VALIDATION_STEP = 2**31     # training never gets here: validation has random st
 
 
 def validate(engine, held_out, args):
-    """Play the held-out questions once, with at most --eval_turns turns.
+    """Play the held-out questions once, with at most --eval_turns turns. Return a dict:
 
-    Return (accuracy, unfinished_accuracy). The second is the accuracy of the conversations that
-    took more than --max_turns turns: training would have left them unfinished. Either is None if
-    there is no such conversation, or if the judge failed on one: the remaining scores would be
-    mostly exact matches and overestimate the accuracy. The random numbers are the same at every
-    evaluation, so the scores of two checkpoints differ by the policy only."""
+        val_accuracy            share of right answers
+        val_accuracy_in_cap     share of right answers within --max_turns turns
+        val_over_turn, val_over_context, val_void     shares of these finish reasons
+        unfinished_accuracy     accuracy of the conversations that took more than --max_turns turns:
+                                training would have left them unfinished
+
+    An accuracy is None if there is no such conversation, or if the judge failed on one: the
+    remaining scores would be mostly exact matches and overestimate the accuracy. The random numbers
+    are the same at every evaluation, so the scores of two checkpoints differ by the policy only."""
     # 1. This rank's share of the questions, which may be empty.
     prompt_numbers = list(range(sft.get_rank(), len(held_out), sft.world_size()))
     rows = [held_out[index][0] for index in prompt_numbers]
@@ -331,17 +335,92 @@ def validate(engine, held_out, args):
     rollouts = engine.run(rows, 1, image_folders, prompt_numbers)
     engine.free_cache()     # the update and saving need the memory
     # 2. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
-    counts = {"correct": 0.0, "beyond_cap": 0, "beyond_cap_correct": 0.0}
+    counts = {"in_cap_correct": 0.0, "beyond_cap": 0, "beyond_cap_correct": 0.0}
+    counts.update(dict.fromkeys(evaluate.FINISH_REASONS, 0))
     for rollout in rollouts:
-        counts["correct"] += reward_or_nan(rollout)
-        if len(rollout.turns) > args.max_turns:
+        counts[rollout.finish_reason] += 1
+        if len(rollout.turns) <= args.max_turns:
+            counts["in_cap_correct"] += reward_or_nan(rollout)
+        else:
             counts["beyond_cap"] += 1
             counts["beyond_cap_correct"] += reward_or_nan(rollout)
     total = sft.all_reduce_dict(counts, engine.policy.device)
-    accuracy = sft.finite_or_none(total["correct"] / len(held_out))
-    if total["beyond_cap"] == 0:
-        return accuracy, None
-    return accuracy, sft.finite_or_none(total["beyond_cap_correct"] / total["beyond_cap"])
+    # 3. Shares of all questions.
+    num_questions = len(held_out)
+    num_correct = total["in_cap_correct"] + total["beyond_cap_correct"]
+    metrics = {"val_accuracy": sft.finite_or_none(num_correct / num_questions),
+               "val_accuracy_in_cap": sft.finite_or_none(total["in_cap_correct"] / num_questions)}
+    for finish_reason in ("over_turn", "over_context", "void"):
+        metrics[f"val_{finish_reason}"] = total[finish_reason] / num_questions
+    metrics["unfinished_accuracy"] = None
+    if total["beyond_cap"] > 0:
+        metrics["unfinished_accuracy"] = sft.finite_or_none(
+            total["beyond_cap_correct"] / total["beyond_cap"])
+    return metrics
+
+
+def find_decline(evaluations, num_questions):
+    """Return a sentence that says in what the latest evaluation is worse than the best so far, or
+    None.
+
+    evaluations: dicts with the step and the metrics of validate, oldest first, all on the same
+    num_questions questions. Two signs count. The accuracy is below the best by more than two
+    standard errors; or it is below the best, and over_turn is above what it was then by more than
+    two: the search runs away. The standard error is that of a difference between two shares p and q
+    of n questions, sqrt((p(1 - p) + q(1 - q)) / n). What to do: docs/worse.md."""
+    scored = [evaluation for evaluation in evaluations if evaluation["val_accuracy"] is not None]
+    if not scored or scored[-1] is not evaluations[-1]:
+        return None
+    best = max(scored, key=lambda evaluation: evaluation["val_accuracy"])
+    latest = scored[-1]
+    if latest["val_accuracy"] == best["val_accuracy"]:
+        return None
+    for name, high, low in [("val_accuracy", best, latest), ("val_over_turn", latest, best)]:
+        p = high[name]
+        q = low[name]
+        standard_error = math.sqrt((p * (1 - p) + q * (1 - q)) / num_questions)
+        if p - q > 2 * standard_error:
+            return (f"step {latest['step']}: the policy gets worse on held-out questions: {name} "
+                    f"was {best[name]:.3f} at step {best['step']} and is {latest[name]:.3f}, more "
+                    "than two standard errors from it (docs/worse.md)")
+    return None
+
+
+def best_evaluation(evaluations):
+    """Return the best evaluation after a step of training, of equal ones the latest; None if there
+    is none with a score."""
+    scored = [evaluation for evaluation in evaluations
+              if evaluation["step"] > 0 and evaluation["val_accuracy"] is not None]
+    return max(scored, default=None,
+               key=lambda evaluation: (evaluation["val_accuracy"], evaluation["step"]))
+
+
+def gets_worse(evaluations, num_questions):
+    """Return whether the two latest evaluations both show a decline: one alone may be chance."""
+    return bool(find_decline(evaluations, num_questions)
+                and find_decline(evaluations[:-1], num_questions))
+
+
+def evaluation_metrics(evaluations, steps_done, num_questions):
+    """Return what the line of a step in metrics.jsonl says about evaluations."""
+    metrics = {}
+    for evaluation in evaluations:
+        if evaluation["step"] == 0 and steps_done == 1:
+            metrics.update({f"{name}_initial": figure for name, figure in evaluation.items()
+                            if name != "step"})
+        if evaluation["step"] == steps_done:
+            metrics.update(evaluation)
+            metrics["alarm"] = find_decline(evaluations, num_questions)
+    metrics["unfinished_accuracy"] = last_estimate(evaluations)
+    return metrics
+
+
+def last_estimate(evaluations):
+    """Return the latest unfinished_accuracy that is known, or None."""
+    for evaluation in reversed(evaluations):
+        if evaluation["unfinished_accuracy"] is not None:   # 0.0 is an estimate like any other
+            return evaluation["unfinished_accuracy"]
+    return None
 
 
 # ---- The update ---------------------------------------------------------------------------------
@@ -610,30 +689,28 @@ def save_rollouts(out, step, groups_with_signal, max_rows=8):
     tools.write_jsonl(Path(out) / "rollouts" / f"step_{step:05d}.jsonl", rows[:max_rows])
 
 
-def read_history(out):
-    """Return (best val_accuracy so far, last unfinished_accuracy) from the log of a run that is
-    resumed. The best is -1.0 if nothing was evaluated. Every rank must call this."""
+def read_evaluations(out):
+    """Return the evaluations in the log of a run that is resumed, see find_decline. Every rank must
+    call this."""
     sft.barrier()   # rank 0 has removed the lines after the checkpoint
     path = Path(out) / "metrics.jsonl"
     lines = tools.read_jsonl(path)
     tools.check(lines, f"{path} is gone: without it --resume does not know the best model so far; "
                 "put it back, or leave out --resume to start over (nothing is deleted)")
-    val_accuracies = [line["val_accuracy"] for line in lines
-                      if line.get("val_accuracy") is not None]
-    return max(val_accuracies, default=-1.0), lines[-1]["unfinished_accuracy"]
+    # The evaluation before the first step is in the first line, under names of its own.
+    initial = {name.removesuffix("_initial"): figure for name, figure in lines[0].items()
+               if name.endswith("_initial")}
+    return [line for line in [{**initial, "step": 0}, *lines] if "val_accuracy" in line]
 
 
 def train(policy, questions, args, process, judge=None):
     """Run the loop: a step, and now and then an evaluation, saved rollouts, a checkpoint. The model
     in --out is the best one that was evaluated, or the last one if none was."""
-    # 1. Where an earlier run has stopped; best_accuracy -1.0: nothing was evaluated yet.
+    # 1. Where an earlier run has stopped.
     run = sft.start_training("rl", policy, args, process, args.freeze_vision, args.steps)
     is_main = process.rank == 0
     log_file = sft.open_log(args.out, run.first_step) if is_main else None
-    best_accuracy = -1.0
-    unfinished_accuracy = None
-    if run.first_step > 0:
-        best_accuracy, unfinished_accuracy = read_history(args.out)
+    evaluations = read_evaluations(args.out) if run.first_step > 0 else []
     # 2. Two engines: validation has a larger turn budget, and so has training with "outcome".
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
     training_engine = evaluate.make_engine(policy, args, training_turns, judge)
@@ -642,31 +719,34 @@ def train(policy, questions, args, process, judge=None):
                                          total=args.steps, disable=not is_main, desc="rl")
     for step in progress_bar:
         steps_done = step + 1
-        val_metrics = {}
         if questions.held_out and step == 0:
-            val_metrics["val_accuracy_initial"], unfinished_accuracy = validate(
-                validation_engine, questions.held_out, args)
+            evaluations.append({"step": 0, **validate(validation_engine, questions.held_out, args)})
         # 3. Rollouts, advantages, updates.
-        baseline = step_baseline(args, unfinished_accuracy)
+        baseline = step_baseline(args, last_estimate(evaluations))
         metrics, groups_with_signal = train_step(policy, run.optimizer, training_engine,
                                                  questions, step, args, baseline)
-        # 4. Evaluate, keep the best model.
+        # 4. Evaluate, keep the best model. Is the policy getting worse?
+        last_step = args.steps
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
-            accuracy, new_estimate = validate(validation_engine, questions.held_out, args)
-            val_metrics["val_accuracy"] = accuracy
-            if new_estimate is not None:    # otherwise the one before is kept
-                unfinished_accuracy = new_estimate
-            if accuracy is not None and accuracy >= best_accuracy:
-                best_accuracy = accuracy
+            evaluations.append({"step": steps_done,
+                                **validate(validation_engine, questions.held_out, args)})
+            if best_evaluation(evaluations) is evaluations[-1]:
                 sft.export(policy, args.out)
+            if args.stop_when_worse and gets_worse(evaluations, len(questions.held_out)):
+                last_step = steps_done
         # 5. Log, save rollouts, checkpoint.
         if is_main:
             write_metrics(log_file, progress_bar, {
-                **metrics, **val_metrics, "unfinished_accuracy": unfinished_accuracy})
+                **metrics, **evaluation_metrics(evaluations, steps_done, len(questions.held_out))})
             if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
-        sft.end_step(run, args, steps_done, args.steps, policy.device)
-    if best_accuracy < 0:
+        sft.end_step(run, args, steps_done, last_step, policy.device)
+        if steps_done == last_step:
+            if is_main and last_step < args.steps:
+                print(f"rl: stopped after step {last_step} of {args.steps}, since the policy gets "
+                      "worse (--stop_when_worse)", flush=True)
+            break
+    if best_evaluation(evaluations) is None:
         sft.export(policy, args.out)
     if is_main:
         run_folder.report_rl_model(args.out)
@@ -682,6 +762,8 @@ def write_metrics(log_file, progress_bar, metrics):
         if metrics.get(name) is not None:
             shown_metrics.append(f"{name} {metrics[name]:.3f}")
     progress_bar.set_postfix_str(" ".join(shown_metrics), refresh=False)
+    if metrics.get("alarm"):
+        progress_bar.write(f"rl: {metrics['alarm']}")
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -774,6 +856,9 @@ def parse_args(description="GRPO with over-turn masking."):
     add("--eval_turns", type=int, default=32,
         help="turns per conversation in these evaluations: choose the checkpoint by the accuracy "
              "that counts in the end")
+    add("--stop_when_worse", action="store_true",
+        help="end the run when two evaluations in a row are clearly below the best one (it is "
+             "logged either way); --out keeps the best model")
     add("--save_rollouts_every", type=int, default=4,
         help="steps after which 8 conversations are saved to --out/rollouts/")
     args = parser.parse_args()

@@ -393,6 +393,32 @@ def replay(row, image):
     return views
 
 
+def view_boxes(row):
+    """Return the box of every view of a stored trajectory, [original, observation 1, ...], as
+    fractions of the original image. No image is needed. Zooms may be nested:
+
+    >>> half = {"bbox_2d": [0.0, 0.0, 0.5, 0.5], "source": "original_image"}
+    >>> corner = {"bbox_2d": [0.5, 0.5, 1.0, 1.0], "source": "observation_1"}
+    >>> view_boxes({"turns": [{"zoom": half}, {"zoom": corner}, {"text": "an answer"}]})
+    [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 0.5, 0.5)]"""
+    boxes = [(0.0, 0.0, 1.0, 1.0)]
+    # The last stored turn has no observation.
+    for turn in row["turns"][:-1]:
+        if "zoom" in turn:
+            left, top, right, bottom = boxes[source_index(turn["zoom"]["source"])]
+            x0, y0, x1, y1 = turn["zoom"]["bbox_2d"]
+            width = right - left
+            height = bottom - top
+            boxes.append((left + x0 * width, top + y0 * height,
+                          left + x1 * width, top + y1 * height))
+    return boxes
+
+
+def black_picture(view):
+    """Return a black picture of the size of a view: what evaluate.py --blank_crops shows."""
+    return Image.new("RGB", view.size)
+
+
 # ---- JSONL: one row a line ----------------------------------------------------------------------
 
 

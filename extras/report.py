@@ -65,8 +65,10 @@ def check_level(level_table):
     accuracy = level_table["accuracy"]
     errors = level_table["standard_error"]
     mean_turns = level_table.get("mean_turns_correct") or 0
+    target_seen = level_table.get("target_seen") or 0
     budgets = {str(int(budget)) for budget in accuracy}
-    possible = all(0 <= figure <= 1 for figure in [*accuracy.values(), *errors.values()])
+    possible = all(0 <= figure <= 1
+                   for figure in [*accuracy.values(), *errors.values(), target_seen])
     complete = bool(accuracy) and accuracy.keys() == errors.keys() == budgets
     if not (possible and complete and 0 <= mean_turns < 1e9):
         raise ValueError("a figure is missing or not possible")
@@ -122,9 +124,9 @@ def compare(tables):
     """Return the figures of all experiments at every level, over seeds.
 
     tables: {run: table.json}. Result: {level: {experiment: {"seeds": count, "accuracy": {budget:
-    (mean, half)}, "turns": (mean, half) or None}}}. A seed without any correct conversation has no
-    turns. Raise InputError if the seeds of an experiment were not evaluated alike, or if a run has
-    the name of an experiment.
+    (mean, half)}, "turns": (mean, half) or None, "target_seen": the same}}}. A seed without any
+    correct conversation has neither. Raise InputError if the seeds of an experiment were not
+    evaluated alike, or if a run has the name of an experiment.
     """
     levels = collections.defaultdict(dict)
     for name, seeds in group_seeds(tables).items():
@@ -141,11 +143,17 @@ def compare(tables):
             for budget, error in first_table["standard_error"].items():
                 values = [level_table["accuracy"][budget] for level_table in level_tables]
                 accuracy[budget] = over_seeds(values, error)
-            turns = [level_table["mean_turns_correct"] for level_table in level_tables
-                     if level_table.get("mean_turns_correct")]
             levels[level][name] = {"seeds": len(seeds), "accuracy": accuracy,
-                                   "turns": over_seeds(turns) if turns else None}
+                                   "turns": figure_over_seeds(level_tables, "mean_turns_correct"),
+                                   "target_seen": figure_over_seeds(level_tables, "target_seen")}
     return levels
+
+
+def figure_over_seeds(level_tables, name):
+    """Return over_seeds of a figure that a seed may lack; None if all do."""
+    values = [level_table[name] for level_table in level_tables
+              if level_table.get(name) is not None]
+    return over_seeds(values) if values else None
 
 
 def format_figure(figure, scale=1):
@@ -165,10 +173,12 @@ def comparison(level, experiments):
     for figures in experiments.values():
         budgets.update(int(budget) for budget in figures["accuracy"])
     budgets = sorted(budgets)
-    rows = [[level, "seeds", *(f"T={budget}" for budget in budgets), "turns (correct)"]]
+    rows = [[level, "seeds", *(f"T={budget}" for budget in budgets), "turns (correct)",
+             "target seen"]]
     for name, figures in experiments.items():
         cells = [format_figure(figures["accuracy"].get(str(budget)), 100) for budget in budgets]
-        rows.append([name, str(figures["seeds"]), *cells, format_figure(figures["turns"])])
+        rows.append([name, str(figures["seeds"]), *cells, format_figure(figures["turns"]),
+                     format_figure(figures["target_seen"], 100)])
     return rows
 
 
@@ -328,15 +338,6 @@ def draw_accuracy(levels, path):
     save_chart(figure, path)
 
 
-def box_in_original(outer, bbox):
-    """Return the box in the original of `bbox`, which is relative to the view with box `outer`."""
-    left, top, right, bottom = outer
-    x0, y0, x1, y1 = bbox
-    width = right - left
-    height = bottom - top
-    return left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height
-
-
 def draw_box(draw, box, number, scene_size, font):
     """Draw a zoom's box and its number into the scene."""
     # boxes of neighbouring numbers have other insets, so that equal boxes can be told apart
@@ -358,7 +359,8 @@ def draw_trajectory(row, path, side=560, size=110, pad=10):
     # 1. the scene with the boxes; a tile (view or None, text) for every turn
     scene = image.resize((side, round(side * image.height / image.width)))
     draw = ImageDraw.Draw(scene)
-    boxes = [(0.0, 0.0, 1.0, 1.0)]
+    boxes = tools.view_boxes(row)
+    num_zooms = 0
     tiles = []
     view = image
     for turn_number, turn in enumerate(row["turns"], 1):
@@ -366,10 +368,9 @@ def draw_trajectory(row, path, side=560, size=110, pad=10):
         tiles.append((view, textwrap.fill(text, 78, break_on_hyphens=False)))
         view = None
         if "zoom" in turn and turn_number < len(row["turns"]):
-            outer = boxes[tools.source_index(turn["zoom"]["source"])]
-            boxes.append(box_in_original(outer, turn["zoom"]["bbox_2d"]))
-            draw_box(draw, boxes[-1], len(boxes) - 1, scene.size, font)
-            view = views[len(boxes) - 1]
+            num_zooms += 1
+            draw_box(draw, boxes[num_zooms], num_zooms, scene.size, font)
+            view = views[num_zooms]
 
     # 2. how much room they need
     caption = "\n".join(textwrap.wrap(row["question"], 75) + [

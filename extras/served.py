@@ -77,6 +77,7 @@ class PlayLimits(NamedTuple):
     max_turns: int
     max_images: int
     max_new_tokens: int
+    blank_crops: bool = False
 
 
 def play(client, row, image, prompts, limits, seed=None, first_messages=(), cut=False,
@@ -120,7 +121,10 @@ def play(client, row, image, prompts, limits, seed=None, first_messages=(), cut=
         # 4. The crop or the error becomes the next message.
         messages.append({"role": "assistant", "content": text})
         before_image, after_image = tools.tool_message(turn, len(turns), len(views) - 1, prompts)
-        messages.append(client.user_message(before_image, after_image, views[-1]))
+        view = views[-1]
+        if limits.blank_crops and "zoom" in turn:
+            view = tools.black_picture(view)
+        messages.append(client.user_message(before_image, after_image, view))
 
 
 # ---- The teacher --------------------------------------------------------------------------------

@@ -605,6 +605,28 @@ def test_a_policy_is_not_told_its_budget(rollouts, trained_policy, world):
         assert (short_rollout.finish_reason == "over_turn") == is_longer
 
 
+def test_a_blank_crop_is_black_and_nothing_else_changes(rollouts, trained_policy, world):
+    """The original is shown as it is, so the first turn is the same; every crop that is fed is
+    black. Rows keep the zooms, and a later zoom cuts from what was really there."""
+    fed_images = []
+    preprocess = trained_policy.preprocess_images
+
+    def spy(views):
+        fed_images.extend(views)
+        return preprocess(views)
+
+    spying_policy = replace(trained_policy)
+    spying_policy.preprocess_images = spy
+    blank = play(spying_policy, world, num_samples=6, max_num_seqs=16,
+                 limits=replace(LIMITS, blank_crops=True))
+    is_black = [view.getextrema() == ((0, 0),) * 3 for view in fed_images]
+    num_zooms = sum(len(tools.view_boxes(rollout.to_row())) - 1 for rollout in blank)
+    assert is_black.count(True) == num_zooms > 0
+    assert is_black.count(False) == 3       # one original for each question
+    assert [rollout.turns[0] for rollout in blank] == [rollout.turns[0] for rollout in rollouts]
+    assert conversations(blank) != conversations(rollouts)
+
+
 def test_over_context(rollouts, trained_policy, world):
     """Room for one turn and less than one observation."""
     max_model_len = max(rollout.loss_mask.index(True) for rollout in rollouts) + 48 + 20
@@ -1025,6 +1047,40 @@ def test_what_was_not_scored_is_not_wrong():
     assert evaluate.accuracy_per_question(rows[2:3], 1) == {}
 
 
+def zooms_to(*boxes, reward=1.0, target=(0.5, 0.5, 0.75, 0.75)):
+    """A conversation that zooms into these boxes of the original and then answers."""
+    turns = [{"text": "", "zoom": {"bbox_2d": list(box), "source": "original_image"}}
+             for box in boxes]
+    return {**result("a", reward, 1), "turns": [*turns, {"text": ""}], "target_bbox": list(target)}
+
+
+@pytest.mark.parametrize("boxes, is_seen", [
+    ([(0.5, 0.5, 1.0, 1.0)], True),
+    ([(0.51, 0.5, 0.75, 0.75)], True),          # 96% of the target
+    ([(0.53, 0.5, 0.75, 0.75)], False),         # 88%
+    ([(0.0, 0.0, 0.5, 0.5)], False),
+    ([(0.0, 0.8, 0.3, 1.0)], False),            # beyond two of its edges
+    ([(0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.5, 0.5)], False),     # the last one counts
+    ([], False)], ids=str)                      # seen from afar only
+def test_the_last_crop_holds_the_target(boxes, is_seen):
+    assert evaluate.target_in_last_crop(zooms_to(*boxes)) == is_seen
+
+
+def test_target_seen_is_a_share_of_the_right_answers(capsys):
+    """By hand: three right answers, of which two have looked; a wrong one does not count, and
+    neither does a question whose box nobody knows."""
+    target = (0.5, 0.5, 0.75, 0.75)
+    rows = [zooms_to(target), zooms_to(target), zooms_to((0.0, 0.0, 0.5, 0.5)),
+            zooms_to((0.0, 0.0, 0.5, 0.5), reward=0.0), result("b", 1.0, 1)]
+    assert evaluate.target_seen(rows) == pytest.approx(2 / 3)
+    assert evaluate.target_seen(TWO_QUESTIONS) is None
+    table = evaluate.summarise({"x": rows, "y": TWO_QUESTIONS}, [6])
+    evaluate.print_table(table, [6], 1)
+    head, _, x, y, mean = capsys.readouterr().out.splitlines()[1:6]
+    column = head.split(" | ").index("target seen")
+    assert [line.split(" | ")[column] for line in (x, y, mean)] == ["66.7", "", ""]
+
+
 def test_levels_weigh_the_same():
     table = evaluate.summarise({"easy": TWO_QUESTIONS, "hard": TWO_QUESTIONS}, [3, 6])
     assert table["mean"]["accuracy"] == {"3": 0.25, "6": 0.75}
@@ -1324,6 +1380,20 @@ def test_a_bad_flag_of_evaluate_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(tools.InputError, match=words):
         evaluate.parse_args()
+
+
+def test_the_flag_for_blank_crops_reaches_the_player(monkeypatch, trained_folder, prompts):
+    """And its results have a folder of their own."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(trained_folder / "."),
+                                     "--blank_crops"])
+    args = evaluate.parse_args()
+    assert args.out == Path("results") / f"{trained_folder.name}-blank"
+    process = sft.Process(0, 1, torch.device("cpu"), 0)
+    assert evaluate.make_player(args, prompts, process).limits.blank_crops
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(trained_folder)])
+    args = evaluate.parse_args()
+    assert args.out == Path("results") / trained_folder.name
+    assert not evaluate.make_player(args, prompts, process).limits.blank_crops
 
 
 def test_missing_model_says_which_command_makes_it():

@@ -7,6 +7,7 @@ import doctest
 import json
 import math
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -24,7 +25,7 @@ import rl
 import sft
 import tools
 from extras import crash, run_folder
-from support.launch import Forked, run_script
+from support.launch import ROOT, Forked, run_script
 from support.models import largest_difference
 from support.servers import ChatServer
 
@@ -245,6 +246,52 @@ def test_the_advantages_of_many_groups_follow_that_gradient():
     error = estimates.std(0) / len(estimates) ** 0.5
     assert ((estimates.mean(0) - expected).abs() < 4 * error + 1e-12).all()
     assert (expected.abs() > 8 * error).any()
+
+
+def mask_page():
+    """Return (find_b, rows of its table) of docs/mask.md; a row is a list of cells."""
+    text = (ROOT / "docs/mask.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+               if "def find_b" in block]
+    assert len(code.splitlines()) <= 25 and max(map(len, code.splitlines())) <= 100
+    names = {}
+    exec(code, names)
+    _, _, after = text.partition("With the advantages of `rl.py`")
+    lines = after.strip().split("\n\n")[1].splitlines()
+    return names["find_b"], [line.strip("| ").split(" | ") for line in lines]
+
+
+def advantages_of_row(title):
+    """Return what find_b tests in a row of the table."""
+    def advantages(rewards, kept):
+        if title == "no mask":
+            return rl.group_advantages(rewards[None], torch.ones_like(kept)[None], "group")[0]
+        if title == "a penalty of 1/2, no mask":
+            fined = rewards - 0.5 * ~kept
+            return rl.group_advantages(fined[None], torch.ones_like(kept)[None], "group")[0]
+        baseline = rl.baseline_flag(re.match("`(.+?)`", title)[1])
+        return rl.group_advantages(rewards[None], kept[None], baseline)[0]
+
+    return advantages
+
+
+def test_the_b_of_every_baseline_is_that_of_the_page():
+    """docs/mask.md: the function that people copy, and the table it gives for rl.py."""
+    find_b, (head, _, *rows) = mask_page()
+    policies = [[float(share) for share in cell.split(", ")] for cell in head[1:]]
+    assert len(rows) == 8 and len(policies) == 4
+    for title, *cells in rows:
+        found = [find_b(advantages_of_row(title), *policy) for policy in policies]
+        assert found == pytest.approx([float(cell) for cell in cells], abs=6e-4), title
+
+
+def test_find_b_finds_the_b_that_is_there():
+    """Without the division by s, a number is paid exactly; in groups of two as well."""
+    find_b, _ = mask_page()
+    for b in (-0.5, 0.0, 0.3, 1.0):
+        for group_size in (2, 16):
+            found = find_b(lambda rewards, kept: kept * (rewards - b), 0.2, 0.1, 0.7, group_size)
+            assert found == pytest.approx(b, abs=1e-12)
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -554,8 +601,9 @@ def test_advantages_are_assigned_to_copies(flags, baseline, expected):
 class ScriptedEngine:
     """Plays conversations whose rewards are given in advance, and notes what it was asked."""
 
-    def __init__(self, *runs):
+    def __init__(self, *runs, finish_reasons=None):
         self.runs = iter(runs)      # for each run(): (reward, number of turns) per conversation
+        self.finish_reasons = finish_reasons    # of each conversation; "answer" if left out
         self.policy = argparse.Namespace(device="cpu")
         self.calls = []
 
@@ -566,7 +614,9 @@ class ScriptedEngine:
         self.calls.append(("run", [row["id"] for row in rows], root, prompt_numbers))
         results = next(self.runs)
         assert len(rows) == len(root) and len(rows) * num_samples == len(results)
-        return [rollout(reward, turns=[{}] * num_turns) for reward, num_turns in results]
+        finish_reasons = self.finish_reasons or ["answer"] * len(results)
+        return [rollout(reward, turns=[{}] * num_turns, finish_reason=finish_reason)
+                for (reward, num_turns), finish_reason in zip(results, finish_reasons)]
 
     def free_cache(self):
         self.calls.append("free_cache")
@@ -610,7 +660,7 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
         counts = dict(engine.counts)
         # no exact match: all is left to the judge
         held_out = [(dict(row, answer="something else"), world) for row, _ in questions]
-        assert rl.validate(engine, held_out, args)[0] is None
+        assert rl.validate(engine, held_out, args)["val_accuracy"] is None
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
     assert not any(r.reward is None for group in groups_with_signal.values() for r in group)
@@ -628,18 +678,64 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
 
 
 @pytest.mark.parametrize("results, expected", [     # (reward, number of turns) of four questions
-    pytest.param([(1, 1), (0, 6), (1, 7), (0, 9)], (0.5, 0.5), id="half"),
-    pytest.param([(1, 1), (0, 6), (1, 6), (1, 2)], (0.75, None), id="none-late"),
-    pytest.param([(1, 1), (None, 6), (1, 7), (1, 9)], (None, 1.0), id="judge-failed-on-a-short"),
-    pytest.param([(1, 1), (0, 6), (1, 7), (None, 9)], (None, None), id="judge-failed-on-a-long")])
+    pytest.param([(1, 1), (0, 6), (1, 7), (0, 9)], (0.5, 0.25, 0.5), id="half"),
+    pytest.param([(1, 1), (0, 6), (1, 6), (1, 2)], (0.75, 0.75, None), id="none-late"),
+    pytest.param([(1, 1), (None, 6), (1, 7), (1, 9)], (None, None, 1.0),
+                 id="judge-failed-on-a-short"),
+    pytest.param([(1, 1), (0, 6), (1, 7), (None, 9)], (None, 0.25, None),
+                 id="judge-failed-on-a-long")])
 def test_validation_by_hand(results, expected):
     """Late is what took more turns than training allows, here 6. The random streams are the
-    same at every evaluation."""
-    engine = ScriptedEngine(results)
+    same at every evaluation. The third conversation is void, the last one over_turn."""
+    engine = ScriptedEngine(results, finish_reasons=["answer", "answer", "void", "over_turn"])
     held_out = [({"id": number}, "folder") for number in range(4)]
-    assert rl.validate(engine, held_out, argparse.Namespace(max_turns=6)) == expected
+    metrics = rl.validate(engine, held_out, argparse.Namespace(max_turns=6))
+    assert metrics == {
+        "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
+        "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
     assert engine.calls == [("begin_step", 2**31),
                             ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
+
+
+def evaluated(*figures):
+    """Return evaluations at steps 0, 6, 12, ... from (accuracy, over_turn) of each."""
+    return [{"step": 6 * number, "val_accuracy": accuracy, "val_over_turn": over_turn,
+             "unfinished_accuracy": None} for number, (accuracy, over_turn) in enumerate(figures)]
+
+
+@pytest.mark.parametrize("figures, expected", [
+    # Of 100 questions: 0.9 and 0.8 differ by 0.1; sqrt((0.09 + 0.16) / 100) = 0.05, twice: 0.1.
+    ([(0.9, 0.0), (0.8, 0.0)], None),
+    ([(0.9, 0.0), (0.79, 0.0)], "step 6: .*: val_accuracy was 0.900 at step 0 and is 0.790"),
+    # It is the best that counts, not the one before.
+    ([(0.7, 0.0), (0.9, 0.0), (0.85, 0.0), (0.79, 0.0)], "step 18: .* at step 6 and is 0.790"),
+    ([(0.9, 0.0), (0.5, 0.0), (0.9, 0.0)], None),       # it has recovered
+    # 0.02 and 0.12: sqrt((0.0196 + 0.1056) / 100) = 0.0354; 0.1 is more than twice that
+    ([(0.9, 0.02), (0.89, 0.12)], "val_over_turn was 0.020 at step 0 and is 0.120"),
+    ([(0.9, 0.02), (0.9, 0.12)], None),                 # nothing is lost by it
+    ([(0.8, 0.02), (0.9, 0.12)], None),                 # better, with more turns
+    ([(0.9, 0.12), (0.89, 0.02)], None),
+    ([(0.9, 0.0), (None, 0.5)], None),                  # the judge failed
+    ([(None, 0.0), (0.9, 0.0), (0.5, 0.0)], "val_accuracy"),
+    ([(0.9, 0.0)], None), ([], None)], ids=str)
+def test_a_decline_by_hand(figures, expected):
+    decline = rl.find_decline(evaluated(*figures), 100)
+    assert (decline is None) == (expected is None)
+    assert decline is None or re.search(expected, decline)
+
+
+def test_a_decline_needs_fewer_points_with_more_questions():
+    """0.9 and 0.85: the error is 0.0466 with 100 questions, 0.0147 with 1,000."""
+    evaluations = evaluated((0.9, 0.0), (0.85, 0.0))
+    assert rl.find_decline(evaluations, 100) is None
+    assert rl.find_decline(evaluations, 1000) is not None
+
+
+def test_only_two_declines_in_a_row_end_a_run():
+    assert not rl.gets_worse(evaluated((0.9, 0), (0.5, 0)), 100)
+    assert rl.gets_worse(evaluated((0.9, 0), (0.5, 0), (0.5, 0)), 100)
+    assert not rl.gets_worse(evaluated((0.9, 0), (0.5, 0), (0.89, 0)), 100)
+    assert not rl.gets_worse([], 100)
 
 
 # ---- The update ---------------------------------------------------------------------------------
@@ -1015,7 +1111,7 @@ def test_saved_rollouts_are_trajectory_rows(runs, world):
 def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     """Validated after both of two steps: the exported model is that of the better one, the later
     one if equal."""
-    results = iter([(0.5, None), *((score, None) for score in scores)])
+    results = iter(evaluated((0.99, 0), *((score, 0) for score in scores)))
     monkeypatch.setattr(rl, "validate", lambda *_: next(results))
     run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
     assert [m["val_accuracy"] for m in read_metrics(tmp_path)] == list(scores)
@@ -1041,22 +1137,42 @@ def test_resume_is_exact(runs, nproc, whole):
     assert [m["step"] for m in read_metrics(cut)] == [1, 2, 3]
 
 
-def test_a_resumed_run_knows_the_best_score(tmp_path):
-    rows = [{"val_accuracy": 0.5, "unfinished_accuracy": 0.7}, {"unfinished_accuracy": 0.8},
-            {"val_accuracy": None, "unfinished_accuracy": None}]
-    tools.write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert rl.read_history(tmp_path) == (0.5, None)
-    tools.write_jsonl(tmp_path / "metrics.jsonl", rows[1:2])
-    assert rl.read_history(tmp_path) == (-1.0, 0.8)
+def test_a_resumed_run_knows_its_evaluations(tmp_path):
+    """Those before the first step, after it, and two steps later: the log gives back what the run
+    knew, also what the judge could not score."""
+    evaluations = evaluated((0.4, 0.1), (0.6, 0.2), (None, 0.3), (0.5, 0.0))
+    for evaluation, step in zip(evaluations, (0, 1, 3, 4)):
+        evaluation["step"] = step
+    evaluations[1]["unfinished_accuracy"] = 0.25
+    lines = []
+    for step in range(1, 5):
+        so_far = [evaluation for evaluation in evaluations if evaluation["step"] <= step]
+        lines.append({"step": step, **rl.evaluation_metrics(so_far, step, 100)})
+    assert [line["unfinished_accuracy"] for line in lines] == [0.25] * 4
+    assert [line.get("val_accuracy", "none") for line in lines] == [0.6, "none", None, 0.5]
+    assert lines[0]["val_accuracy_initial"] == 0.4
+    assert [bool(line.get("alarm")) for line in lines] == [False, False, False, False]
+    tools.write_jsonl(tmp_path / "metrics.jsonl", lines)
+    again = rl.read_evaluations(tmp_path)
+    for evaluation, known in zip(again, evaluations, strict=True):
+        assert {name: evaluation[name] for name in ("step", "val_accuracy", "val_over_turn")} == {
+            name: known[name] for name in ("step", "val_accuracy", "val_over_turn")}
+    assert rl.best_evaluation(again) is again[1] and rl.last_estimate(again) == 0.25
+
+
+def test_the_best_evaluation_is_one_after_training():
+    assert rl.best_evaluation(evaluated((0.9, 0), (0.5, 0), (0.5, 0)))["step"] == 12
+    assert rl.best_evaluation(evaluated((0.9, 0), (0.5, 0), (None, 0)))["step"] == 6
+    assert rl.best_evaluation(evaluated((0.9, 0), (None, 0))) is None
 
 
 def test_resuming_without_the_log_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(tools.InputError, match="metrics.jsonl is gone"):
-        rl.read_history(tmp_path)
+        rl.read_evaluations(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(tools.InputError, match="metrics.jsonl:2: "):
-        rl.read_history(tmp_path)
+        rl.read_evaluations(tmp_path)
 
 
 def test_the_advice_after_a_forgotten_resume_works(runs, monkeypatch):

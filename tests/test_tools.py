@@ -665,6 +665,19 @@ def test_replay_of_an_impossible_zoom_names_the_trajectory():
         tools.replay({"id": "fox", "turns": turns}, picture(9, 9))
 
 
+def test_boxes_of_the_views_are_where_the_crops_were_cut():
+    """Of a picture whose pixels tell where they are. An error and the last zoom have no view."""
+    image = picture(100, 100)
+    turns = [{"text": "", "zoom": {"bbox_2d": [0.5, 0.0, 1.0, 0.5], "source": "original_image"}},
+             {"text": "", "error": "There is no observation_7 yet."},
+             {"text": "", "zoom": {"bbox_2d": [0.0, 0.5, 0.5, 1.0], "source": "observation_1"}},
+             {"text": "", "zoom": {"bbox_2d": WHOLE, "source": "original_image"}}]
+    boxes = tools.view_boxes({"turns": turns})
+    assert boxes == [(0.0, 0.0, 1.0, 1.0), (0.5, 0.0, 1.0, 0.5), (0.5, 0.25, 0.75, 0.5)]
+    for box, view in zip(boxes, tools.replay({"id": "x", "turns": turns}, image), strict=True):
+        assert box == tuple(edge / 100 for edge in corners(view))
+
+
 # ---- One hundred thousand turns that a confused model might write -------------------------------
 
 

@@ -41,10 +41,11 @@ def test_an_interval_over_seeds_is_students():
     assert report.over_seeds([1.0, 2.0])[1] == pytest.approx(12.706 / 2)
 
 
-def evaluated(accuracy, error, turns, samples=400):
+def evaluated(accuracy, error, turns, samples=400, **figures):
     """Return a table.json with one level."""
     return {"hard": {"accuracy": accuracy, "standard_error": dict.fromkeys(accuracy, error),
-                     "mean_turns_correct": turns, "questions": 200, "samples": samples}}
+                     "mean_turns_correct": turns, "questions": 200, "samples": samples,
+                     **figures}}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def levels():
     tables = {}
     for seed, (accuracy, turns) in enumerate([(0.2, 7.0), (0.3, None), (0.4, 8.0)]):
         accuracies = {"6": accuracy, "32": accuracy + 0.5}
-        tables[f"full.seed{seed}"] = evaluated(accuracies, 0.01, turns)
+        tables[f"full.seed{seed}"] = evaluated(accuracies, 0.01, turns, target_seen=accuracy)
     tables["llama-3.1"] = evaluated({"6": 0.1, "32": 0.125}, 0.05, None)
     return report.compare(tables)
 
@@ -61,9 +62,9 @@ def levels():
 def test_seeds_of_an_experiment_are_one_row(levels):
     """By hand; a seed without any correct conversation has no turns."""
     head, full, llama = report.comparison("hard", levels["hard"])
-    assert head == ["hard", "seeds", "T=6", "T=32", "turns (correct)"]
-    assert full == ["full", "3", "30.0 ± 24.8", "80.0 ± 24.8", "7.5 ± 6.4"]
-    assert llama == ["llama-3.1", "1", "10.0 ± 9.8", "12.5 ± 9.8", ""]
+    assert head == ["hard", "seeds", "T=6", "T=32", "turns (correct)", "target seen"]
+    assert full == ["full", "3", "30.0 ± 24.8", "80.0 ± 24.8", "7.5 ± 6.4", "30.0 ± 24.8"]
+    assert llama == ["llama-3.1", "1", "10.0 ± 9.8", "12.5 ± 9.8", "", ""]
 
 
 def test_runs_of_other_levels_and_budgets_share_a_table():
@@ -73,7 +74,7 @@ def test_runs_of_other_levels_and_budgets_share_a_table():
     two = evaluated({"4": 0.2}, 0.0, None)
     levels = report.compare({"one": {**one, "easy": one["hard"]}, "two": two})
     assert report.comparison("hard", levels["hard"])[1:] == [
-        ["one", "1", "", "10.0 ± 0.0", ""], ["two", "1", "20.0 ± 0.0", "", ""]]
+        ["one", "1", "", "10.0 ± 0.0", "", ""], ["two", "1", "20.0 ± 0.0", "", "", ""]]
     assert list(levels["easy"]) == ["one"]
 
 

@@ -497,10 +497,11 @@ def picture(width, height):
     return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_conversation_is_played_through_the_tool(cut):
+@pytest.mark.parametrize("cut, blank_crops", [(False, False), (True, False), (False, True)])
+def test_a_conversation_is_played_through_the_tool(cut, blank_crops):
     """Zoom, a refused call, a zoom into the observation, the answer: every message as it goes over
-    the wire. With cut, what the model makes up after its call is dropped."""
+    the wire. With cut, what the model makes up after its call is dropped. With blank_crops, crops
+    are black and the original is not."""
     zoom = "<think>a</think>" + call_text([0.5, 0.5, 1, 1])
     texts = [zoom + " and then?", call_text([1, 0, 0, 1]),
              call_text([0, 0, 0.5, 0.5], "observation_1"), "<answer>7</answer>"]
@@ -509,7 +510,8 @@ def test_a_conversation_is_played_through_the_tool(cut):
         client = chat_client.ChatClient(server.url, "m", min_pixels=1, max_pixels=10**6, pause=0.01)
         row = {"question": "What <image> is it?", "answer": "7"}
         turns, finish_reason, prediction = served.play(
-            client, row, picture(224, 224), tools.PROMPTS, LIMITS, seed=3, cut=cut)
+            client, row, picture(224, 224), tools.PROMPTS,
+            LIMITS._replace(blank_crops=blank_crops), seed=3, cut=cut)
     # 1. The turns
     assert (finish_reason, prediction) == ("answer", "7")
     assert [turn["text"] for turn in turns] == [zoom if cut else texts[0], *texts[1:]]
@@ -526,8 +528,9 @@ def test_a_conversation_is_played_through_the_tool(cut):
     assert words == (("What <image> is it?\n", ""), ("observation_1:\n", ""),
                      "Error: " + turns[1]["error"], ("observation_2:\n", ""))
     assert [view and view.size for view in views] == [(224, 224), (112, 112), None, (56, 56)]
-    assert views[1].getpixel((0, 0))[:2] == (112, 112)
-    assert views[3].getpixel((55, 55))[:2] == (167, 167)
+    assert views[0].getpixel((112, 56))[:2] == (112, 56)
+    assert views[1].getpixel((0, 0))[:2] == ((0, 0) if blank_crops else (112, 112))
+    assert views[3].getpixel((55, 55))[:2] == ((0, 0) if blank_crops else (167, 167))
 
 
 @pytest.mark.parametrize("answers, finish_reason, num_turns", [
