@@ -91,6 +91,8 @@ class Rollout(sft.Sequence):
     # For training.
     reward: float = 0.0             # None: the judge gave no verdict
     advantage: float = 0.0
+    baseline: float = None          # b of its group, for the log
+    unfinished_value: float = None  # what it is worth to the update; None: it is finished
     group_index: int = 0            # which group of a step of rl.py
     # The engine's own state.
     views: list = field(default_factory=list)       # PIL images; dropped at the end

@@ -255,9 +255,20 @@ def reward_or_nan(rollout):
     return math.nan if rollout.reward is None else rollout.reward
 
 
+def group_baselines(rewards, kept, baseline):
+    """Return b of each group, (P,): what group_advantages subtracts. So it is also what the mask
+    pays for an unfinished conversation. NaN if none is kept ("completed") or the judge failed."""
+    if baseline == "group":
+        return rewards.mean(1)
+    if baseline == "completed":
+        return torch.where(kept, rewards, 0.0).sum(1) / kept.sum(1)
+    return torch.full_like(rewards[:, 0], baseline)
+
+
 def assign_advantages(groups, args, baseline):
     """Return the groups as they are trained on: copies with their A', cut at the training cap.
-    groups: P lists of G finished rollouts. baseline: of group_advantages."""
+    groups: P lists of G finished rollouts. baseline: of group_advantages. In the rollouts
+    themselves it notes b, and what an unfinished one is worth, for the log."""
     # 1. Rewards and loss mask. NaN, where the judge failed, leaves the group without signal.
     rewards = torch.zeros(len(groups), args.group_size, dtype=torch.float64)                # (P, G)
     kept = torch.zeros(len(groups), args.group_size, dtype=torch.bool)                      # (P, G)
@@ -267,7 +278,17 @@ def assign_advantages(groups, args, baseline):
             penalty = args.overturn_penalty if is_unfinished(rollout, args) else 0.0
             rewards[group_number, sample_number] = reward - penalty
             kept[group_number, sample_number] = is_kept(rollout, args)
-    # 2. Copies with their advantage.
+    # 2. For the log: a masked conversation is worth b; one that is not masked, its reward. With
+    #    --baseline outcome those beyond the training cap would have been unfinished.
+    group_b = group_baselines(rewards, kept, baseline)                                      # (P,)
+    values = torch.where(kept, rewards, group_b[:, None])                                   # (P, G)
+    for group, b, group_values in zip(groups, group_b.tolist(), values.tolist()):
+        for rollout, value in zip(group, group_values):
+            rollout.baseline = b
+            is_late = args.baseline == "outcome" and len(rollout.turns) > args.max_turns
+            if is_late or is_unfinished(rollout, args):
+                rollout.unfinished_value = value
+    # 3. Copies with their advantage.
     assigned_groups = []
     for group, advantages in zip(groups, group_advantages(rewards, kept, baseline).tolist()):
         assigned_groups.append([
@@ -571,7 +592,8 @@ def count_rollouts(played_rollouts):
     # All names, so that every rank has the same ones in the same order.
     counts = collections.Counter(
         num_rollouts=0, num_unscored=0, num_correct=0, num_turns=0, num_turns_correct=0,
-        num_sampled_tokens=0, negative_logprobs=0.0)
+        num_sampled_tokens=0, negative_logprobs=0.0, num_baselines=0, baselines=0.0,
+        num_unfinished=0, num_unfinished_values=0, unfinished_values=0.0)
     counts.update(dict.fromkeys(evaluate.FINISH_REASONS, 0))
     # Every conversation; then those that were correct.
     for rollout in played_rollouts:
@@ -585,7 +607,21 @@ def count_rollouts(played_rollouts):
         elif rollout.reward == 1.0:
             counts["num_correct"] += 1
             counts["num_turns_correct"] += len(rollout.turns)
+        # What has no value (a group that the judge could not score) is left out of the means.
+        counts["num_unfinished"] += rollout.unfinished_value is not None
+        for name in ("baseline", "unfinished_value"):
+            value = getattr(rollout, name)
+            if value is not None and math.isfinite(value):
+                counts[f"num_{name}s"] += 1
+                counts[f"{name}s"] += value
     return counts
+
+
+def mean_or_none(total, name):
+    """Return the mean of what was counted under `name` and num_`name`, None if that is nothing."""
+    if total[f"num_{name}"] == 0:
+        return None
+    return total[name] / total[f"num_{name}"]
 
 
 def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_counts, device):
@@ -617,6 +653,10 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
     for finish_reason in evaluate.FINISH_REASONS:
         metrics[finish_reason] = total[finish_reason] / num_rollouts
     metrics["incorrect"] = num_incorrect / num_rollouts
+    # What the mask pays (docs/mask.md); None if there is nothing to average.
+    metrics["baseline"] = mean_or_none(total, "baselines")
+    metrics["unfinished"] = total["num_unfinished"] / num_rollouts
+    metrics["unfinished_value"] = mean_or_none(total, "unfinished_values")
     # 3. Sampled tokens. The expectation of -log p is the entropy, so its mean estimates it.
     metrics["num_sampled_tokens"] = int(total["num_sampled_tokens"])
     metrics["mean_response_length"] = total["num_sampled_tokens"] / num_rollouts

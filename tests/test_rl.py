@@ -598,6 +598,48 @@ def test_advantages_are_assigned_to_copies(flags, baseline, expected):
     assert all(r.advantage == 0 for r in groups[0] + groups[1])
 
 
+@pytest.mark.parametrize("flags, baseline, b, values", [
+    ({"baseline": "group"}, "group", 0.25, [None, None, 0.25, 0.25]),
+    ({"baseline": "completed"}, "completed", 0.5, [None, None, 0.5, 0.5]),
+    ({"baseline": 0.7}, 0.7, 0.7, [None, None, 0.7, 0.7]),
+    ({"overturn_mask": False}, "group", 0.25, [None, None, 0.0, 0.0]),
+    ({"overturn_mask": False, "overturn_penalty": 1.0}, "group", -0.25, [None, None, -1.0, -1.0]),
+    ({"mask_void": True, "baseline": 0.7}, 0.7, 0.7, [None, 0.7, 0.7, 0.7]),
+    # the third was played to its end, as all are, after more turns than training has
+    ({"baseline": "outcome", "late": True}, "group", 0.5, [None, None, 1.0, 0.0])], ids=str)
+def test_the_log_says_what_unfinished_conversations_are_worth(flags, baseline, b, values):
+    """One right, one void, two that ran out of turns."""
+    is_late = flags.pop("late", False)
+    late_turns = [{}] * (7 if is_late else 6)
+    args = argparse.Namespace(**{"overturn_mask": True, "mask_void": False, "baseline": "group",
+                                 "group_size": 4, "overturn_penalty": 0.0, "max_turns": 6, **flags})
+    group = [rollout(1.0, turns=[{}] * 6), rollout(0.0, "void", turns=[{}]),
+             rollout(float(is_late), "answer" if is_late else "over_turn", turns=late_turns,
+                     turn_ends=[1] * 7),
+             rollout(0.0, "over_turn", turns=late_turns, turn_ends=[1] * 7)]
+    rl.assign_advantages([group], args, baseline)
+    assert [member.baseline for member in group] == [b] * 4
+    assert [member.unfinished_value for member in group] == values
+    counts = rl.count_rollouts(group)
+    known_values = [value for value in values if value is not None]
+    assert counts["num_unfinished"] == len(known_values)
+    assert rl.mean_or_none(counts, "unfinished_values") == pytest.approx(
+        statistics.fmean(known_values))
+    assert rl.mean_or_none(counts, "baselines") == pytest.approx(b)
+
+
+def test_what_has_no_value_is_left_out_of_the_log():
+    """A group that the judge could not score; then a group of which nothing is kept."""
+    args = argparse.Namespace(overturn_mask=True, mask_void=False, baseline="completed",
+                              group_size=2, overturn_penalty=0.0, max_turns=6)
+    groups = [[rollout(None), rollout(0.0, "over_turn")], [rollout(0.0, "over_turn")] * 2]
+    rl.assign_advantages(groups, args, "completed")
+    counts = rl.count_rollouts(sum(groups, []))
+    assert counts["num_unfinished"] == 3
+    assert rl.mean_or_none(counts, "baselines") is None
+    assert rl.mean_or_none(counts, "unfinished_values") is None
+
+
 class ScriptedEngine:
     """Plays conversations whose rewards are given in advance, and notes what it was asked."""
 
