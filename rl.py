@@ -369,15 +369,15 @@ def validate(engine, held_out, args):
     # 3. Shares of all questions.
     num_questions = len(held_out)
     num_correct = total["in_cap_correct"] + total["beyond_cap_correct"]
-    metrics = {"val_accuracy": sft.finite_or_none(num_correct / num_questions),
-               "val_accuracy_in_cap": sft.finite_or_none(total["in_cap_correct"] / num_questions)}
-    for finish_reason in ("over_turn", "over_context", "void"):
-        metrics[f"val_{finish_reason}"] = total[finish_reason] / num_questions
-    metrics["unfinished_accuracy"] = None
+    unfinished_accuracy = None
     if total["beyond_cap"] > 0:
-        metrics["unfinished_accuracy"] = sft.finite_or_none(
-            total["beyond_cap_correct"] / total["beyond_cap"])
-    return metrics
+        unfinished_accuracy = sft.finite_or_none(total["beyond_cap_correct"] / total["beyond_cap"])
+    return {"val_accuracy": sft.finite_or_none(num_correct / num_questions),
+            "val_accuracy_in_cap": sft.finite_or_none(total["in_cap_correct"] / num_questions),
+            "val_over_turn": total["over_turn"] / num_questions,
+            "val_over_context": total["over_context"] / num_questions,
+            "val_void": total["void"] / num_questions,
+            "unfinished_accuracy": unfinished_accuracy}
 
 
 def find_decline(evaluations, num_questions):

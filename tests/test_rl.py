@@ -1154,9 +1154,17 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     """Validated after both of two steps: the exported model is that of the better one, the later
     one if equal."""
     results = iter(evaluated((0.99, 0), *((score, 0) for score in scores)))
-    monkeypatch.setattr(rl, "validate", lambda *_: next(results))
+
+    def validate(*_):
+        metrics = next(results)
+        del metrics["step"]
+        return metrics
+
+    monkeypatch.setattr(rl, "validate", validate)
     run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
-    assert [m["val_accuracy"] for m in read_metrics(tmp_path)] == list(scores)
+    metrics = read_metrics(tmp_path)
+    assert [m["val_accuracy"] for m in metrics] == list(scores)
+    assert metrics[0]["val_accuracy_initial"] == 0.99 and metrics[1]["alarm"]
     policy = sft.load_policy(str(tmp_path), "cpu", "float64")
     optimizer = sft.Optimizer(sft.trainable_parameters(policy, True), 0.0, 0.0)
     exported = [bucket.master for bucket in optimizer.buckets]
