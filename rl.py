@@ -514,7 +514,8 @@ def mini_batches(groups_with_signal, args, device):
 
 class UpdateStatistics:
     """What the log says about one optimizer step. Sums are over this rank's trained tokens.
-    grad_norm is None if there was no step, because no rank had any signal."""
+    grad_norm and signal (see estimate_signal) are None if there was no step, because no rank had
+    any signal."""
 
     def __init__(self):
         self.sums = collections.Counter(
@@ -522,6 +523,7 @@ class UpdateStatistics:
             num_trained_responses=0)
         self.max_log_ratio = 0.0
         self.grad_norm = None
+        self.signal = None
 
     def add(self, loss, log_ratio, num_responses, args):
         """Add a micro-batch. log_ratio (N,): log p(trainer) - log p(sampler) of its tokens.
@@ -537,6 +539,27 @@ class UpdateStatistics:
         # NaN as infinity: the maximum of NaN and a number may be the number.
         largest = log_ratio.abs().nan_to_num(nan=math.inf, posinf=math.inf).max().item()
         self.max_log_ratio = max(self.max_log_ratio, largest)
+
+
+@torch.no_grad()
+def estimate_signal(optimizer):
+    """Return an estimate of |G|^2, the squared norm of the gradient without its sampling noise.
+    Call it after backward, before the step. Every rank must call this.
+
+    The noise of this gradient g has nothing to do with that of the gradients before it. So the
+    expectation of g . m is |G|^2, where m is the mean of those: AdamW's first moment. The share
+    |G|^2 / |g|^2 says how much of a step is signal; B (1 / share - 1) is the noise scale, the number
+    of groups at which signal and noise are equal, if a mini-batch has B (arXiv 1812.06162)."""
+    signal = 0.0
+    for bucket in optimizer.buckets:
+        state = optimizer.adam.state.get(bucket.master)
+        if state:   # else this is the first step: nothing was before it
+            beta1, _ = optimizer.adam.param_groups[0]["betas"]
+            mean = state["exp_avg"] / (1 - beta1 ** state["step"].item())
+            signal += (bucket.master.grad * mean).sum(dtype=torch.float64).item()
+    if optimizer.is_sharded:
+        signal = sft.all_reduce([signal], optimizer.buckets[0].flat.device)[0]
+    return signal
 
 
 def update_policy(policy, optimizer, rollouts, args, lr):
@@ -580,6 +603,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     optimizer.backward(encoded, loss_of, num_micro_batches=len(micro_batches))
     # 4. The step. A loss that is not finite on any rank skips it on all.
     total_loss = sft.all_reduce([statistics.sums["loss"]], policy.device)[0]
+    statistics.signal = estimate_signal(optimizer)
     statistics.grad_norm = optimizer.step(lr, args.max_grad_norm, math.isfinite(total_loss))
     return statistics
 
@@ -639,7 +663,10 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
     total = sft.all_reduce_dict(counts, device)
     my_max_log_ratio = max(update.max_log_ratio for update in updates)
     max_log_ratio = sft.all_reduce([my_max_log_ratio], device, torch.distributed.ReduceOp.MAX)[0]
-    grad_norms = [update.grad_norm for update in updates if update.grad_norm is not None]
+    steps = [update for update in updates if update.grad_norm is not None]
+    grad_norms = [update.grad_norm for update in steps]
+    squared_norms = sum(grad_norm ** 2 for grad_norm in grad_norms)
+    signal = sum(update.signal for update in steps) / squared_norms if squared_norms else None
     # 2. Conversations: how good, how long, how they ended.
     num_rollouts = total["num_rollouts"]
     num_scored = num_rollouts - total["num_unscored"]
@@ -673,6 +700,7 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
         "max_log_ratio": sft.finite_or_none(max_log_ratio),
         "clip_fraction": total["num_clipped"] / num_trained_tokens,
         "grad_norm": sft.finite_or_none(sum(grad_norms) / max(len(grad_norms), 1)),
+        "signal": None if signal is None else sft.finite_or_none(signal),
         **evaluate.draft_statistics(total)})
     return metrics
 
