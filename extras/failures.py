@@ -1,5 +1,5 @@
-"""Debug an agent: what happened in every conversation of an evaluation, by kind, and which plan it
-began with.
+"""Debug an agent: what happened in every conversation of an evaluation, by kind, which plan it began
+with, and how many of these plans are complete.
 
 An accuracy says how often a policy fails, not how. In the default world a thought says what is
 seen, what is asked for and what follows, so each failure can be assigned to the step at which it
@@ -13,6 +13,10 @@ happened:
     void            any other turn with neither a call nor an answer
     over_turn, over_context     ran out of turns or tokens
 
+A plan is a list of nine regions: "Hint. Later top-right bottom top-left ... Go top-right." It is
+complete if it names each of them once. Its end is used only after many turns, so this is where a
+policy that was trained with few turns decays first (docs/worse.md).
+
     python extras/failures.py results/sft results/rl
 """
 
@@ -22,7 +26,7 @@ from pathlib import Path
 
 import root  # noqa: F401
 import tools
-from build_data import LEVELS, PHRASES
+from build_data import LEVELS, PHRASES, POSITIONS
 from collect_coldstart import check_layout
 from extras import report, terminal
 
@@ -76,6 +80,14 @@ def plan_of(row):
     return "none"
 
 
+def is_complete(row):
+    """Return whether the plan of the first turn names every region once; None if it has no plan."""
+    plan = re.search(r"Later (.*?)\. Go ", row["turns"][0]["text"]) if row["turns"] else None
+    if plan is None:
+        return None
+    return sorted(plan[1].split()) == sorted(POSITIONS)
+
+
 def format_shares(labels, order):
     """Return a text with the share of every label in %: those of `order` first, then the others by
     name. A label that does not occur is left out."""
@@ -111,7 +123,9 @@ def main():
             kinds = [kind_of(row, questions[row["id"]]) for row in rows]
             plans = [plan_of(row) for row in rows]
             print(f"{folder.name} {level}: {format_shares(kinds, KINDS)}")
-            print(f"    plan: {format_shares(plans, PLANS)}")
+            complete = [is_complete(row) for row in rows if is_complete(row) is not None]
+            share = f"; complete {100 * sum(complete) / len(complete):.1f}" if complete else ""
+            print(f"    plan: {format_shares(plans, PLANS)}{share}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def test_plan_of_a_first_turn(plan, text):
     assert failures.plan_of({"turns": [{"text": text}]}) == plan
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("Hint. Later right top-left top top-right left center bottom-left bottom bottom-right. Go "
+     "right.", True),
+    ("Hint. Later right top-left top top-right left center bottom-left bottom bottom. Go right.",
+     False),                                                        # one twice, one not at all
+    ("Hint. Later right top-left top top-right left center bottom-left bottom. Go right.", False),
+    ("Hint. Later right top-left top top-right left center bottom-left bottom bottom-right top. "
+     "Go right.", False),
+    ("I see no red. Go right.", None)])
+def test_a_plan_is_complete_if_it_names_every_region_once(text, expected):
+    assert failures.is_complete({"turns": [{"text": f"<think>{text}</think>{CALL}"}]}) is expected
+    assert failures.is_complete({"turns": []}) is None
+
+
 def test_shares_are_printed_in_order_and_only_if_they_occur():
     assert failures.format_shares(["a", "c", "a", "b"], ["b", "d"]) == "b 25.0  a 50.0  c 25.0"
 
