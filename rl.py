@@ -15,7 +15,7 @@ to that under the sampling policy:
 
 So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
-trained with 6 turns keeps searching at 32.
+trained with 4 turns keeps searching at 32.
 
 The mask is not neutral. A masked conversation has A' = 0, as one with the reward b would have. So
 masking acts like the rewards 1 for a right answer, 0 for a wrong one and b for an unfinished
@@ -54,8 +54,9 @@ Commands:
     1 CPU          python rl.py
     2 CPU cores    torchrun --nproc_per_node=2 rl.py
     1 GPU          python rl.py --model checkpoints/sft-3b --lr 1e-6 --prompts_per_step 16 \\
-                       --group_size 8 --mini_batch_size 4 --gradient_checkpointing \\
-                       --max_new_tokens 1024 --max_model_len 16384 --max_num_seqs 16
+                       --group_size 8 --mini_batch_size 4 --max_turns 6 \\
+                       --gradient_checkpointing --max_new_tokens 1024 --max_model_len 16384 \\
+                       --max_num_seqs 16
     8 GPUs         torchrun --nproc_per_node=8 rl.py --model checkpoints/sft-7b ...
                        (the paper's run: docs/large.md)
     memory, hours  python extras/plan.py --model checkpoints/sft-7b ...   (the flags of the run)
@@ -870,7 +871,7 @@ def parse_args(description="GRPO with over-turn masking."):
     add("--group_size", type=int, default=16, help="G: conversations per question (paper: 16)")
     add("--resample", type=int, default=1,
         help="how often a group without signal gets another question")
-    add("--max_turns", type=int, default=6,
+    add("--max_turns", type=int, default=4,
         help="turns per conversation, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)

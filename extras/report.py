@@ -3,6 +3,7 @@
     python extras/report.py results/rl results/sft --curves checkpoints/rl/metrics.jsonl
     python extras/report.py results/sft results/rl --chart docs/turns.png     # needs matplotlib
     python extras/report.py results/rl --picture docs/trajectory.png
+    python extras/report.py --curves checkpoints/*/metrics.jsonl --curves_chart curves.png
 
 The page, results/report.html, needs no network. It has tables, accuracy over turns, training
 curves, and every trajectory with its numbered zooms, crops and thoughts. Runs called NAME.seed0,
@@ -288,13 +289,13 @@ def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
-def check_chart(path):
+def check_chart(path, flag="--chart"):
     """Raise InputError unless a chart can be drawn into this file. None: no chart is asked for."""
     if path is not None:
         tools.check(importlib.util.find_spec("matplotlib"),
-                    "--chart needs matplotlib: pip install matplotlib")
+                    f"{flag} needs matplotlib: pip install matplotlib")
         tools.check(path.suffix.lower() in (".png", ".svg"),
-                    f"--chart {path} must end in .png or .svg")
+                    f"{flag} {path} must end in .png or .svg")
 
 
 def save_chart(figure, path):
@@ -335,6 +336,43 @@ def draw_accuracy(levels, path):
         axes.set(title=level, ylim=(0, 100), ylabel="accuracy, %")
         axes.grid(alpha=0.3)
         axes.legend()
+    save_chart(figure, path)
+
+
+# what draw_curves shows: {metric of metrics.jsonl: title of its panel}
+CURVES = {"val_accuracy": "held-out accuracy, all turns",
+          "val_accuracy_in_cap": "held-out accuracy within the training cap",
+          "val_over_turn": "over_turn on held-out questions",
+          "signal": "share of signal in a gradient, mean of 10 steps"}
+
+
+def smooth(points, width=10):
+    """Return points (x, y) in which each y is the mean of the last `width` ones."""
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        window = [y for _, y in points[max(0, index + 1 - width):index + 1]]
+        smoothed.append((x, statistics.fmean(window)))
+    return smoothed
+
+
+def draw_curves(curves, path):
+    """Draw what tells whether an RL run gets worse, over its steps, one line per run (needs
+    matplotlib). curves: {run: rows of metrics.jsonl}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(2, 2).flat, CURVES.items()):
+        for run, rows in curves.items():
+            points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            initial = rows[0].get(f"{metric}_initial") if rows else None
+            if initial is not None:     # before the first step
+                points.insert(0, (0, initial))
+            if metric == "signal":
+                points = smooth(points)
+            axes.plot(*zip(*points) if points else ([], []), label=run, marker="o", markersize=3)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     save_chart(figure, path)
 
 
@@ -411,8 +449,8 @@ def parse_args():
     """Return the flags. Raise InputError if the chart cannot be drawn, before anything is read."""
     parser = terminal.make_parser("Tables, a page and pictures of evaluations.")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="folders written by evaluate.py; NAME.seed0, "
-        "NAME.seed1, ... are one experiment")
+    add("runs", nargs="*", type=Path, help="folders written by evaluate.py; NAME.seed0, "
+        "NAME.seed1, ... are one experiment (default: none, for --curves_chart alone)")
     add("--data", type=Path, nargs="+", help="their question files, next to which the images are",
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     add("--curves", type=Path, nargs="+", default=(), metavar="METRICS",
@@ -420,10 +458,16 @@ def parse_args():
     add("--out", type=Path, default=Path("results/report.html"), help="the page")
     add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib "
         "(default: not drawn)")
+    add("--curves_chart", type=Path, help="draw the held-out accuracy of --curves over the steps "
+        "into this PNG or SVG, with matplotlib (default: not drawn)")
     add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG "
         "(default: not drawn)")
     args = parser.parse_args()
     check_chart(args.chart)
+    check_chart(args.curves_chart, "--curves_chart")
+    tools.check(args.curves or not args.curves_chart, "--curves_chart needs --curves METRICS")
+    tools.check(args.runs or args.curves_chart, "name the folders of evaluations, such as "
+                "results/rl")
     return args
 
 
@@ -435,6 +479,10 @@ def main():
     tables = {run: read_table(folder) for run, folder in folders.items()}
     curves = by_name((file.absolute().parent, tools.read_jsonl(file, check_step))
                      for file in args.curves)
+    if args.curves_chart:
+        draw_curves(curves, args.curves_chart)
+    if not args.runs:
+        return
     levels = compare(tables)
     comparisons = {level: comparison(level, experiments) for level, experiments in levels.items()}
     # 2. write and draw

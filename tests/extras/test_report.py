@@ -122,6 +122,34 @@ def test_a_chart_of_accuracy_over_turns(levels, tmp_path, name, start):
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
+def test_a_mean_over_the_last_steps_by_hand():
+    assert report.smooth([(1, 4.0), (2, 2.0), (5, 6.0), (6, 1.0)], 2) == [
+        (1, 4.0), (2, 3.0), (5, 4.0), (6, 3.5)]
+    assert report.smooth([]) == []
+
+
+def test_a_chart_of_training_curves(tmp_path, monkeypatch):
+    """Without any evaluation: of a run with evaluations, and of one that has none yet."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not in requirements.txt")
+    steps = [{"step": 1, "signal": None, "val_accuracy_initial": 0.8},
+             {"step": 2, "signal": 0.25, "val_accuracy": 0.9, "val_accuracy_in_cap": 0.4,
+              "val_over_turn": 0.0}]
+    for name, rows in (("long", steps), ("new", steps[:1])):
+        (tmp_path / name).mkdir()
+        tools.write_jsonl(tmp_path / name / "metrics.jsonl", rows)
+    run_report(monkeypatch, "--curves", tmp_path / "long/metrics.jsonl",
+               tmp_path / "new/metrics.jsonl", "--curves_chart", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--curves_chart", "c.png"], "--curves_chart needs --curves"), ([], "name the folders")])
+def test_nothing_to_report_is_one_line(monkeypatch, flags, words):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(tools.InputError, match=words):
+        run_report(monkeypatch, *flags)
+
+
 def test_a_chart_without_matplotlib_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = "^--chart needs matplotlib: pip install matplotlib$"
