@@ -750,9 +750,9 @@ class Bucket:
 
 
 class Optimizer:
-    """AdamW with data parallel: buckets whose reduction overlaps with backward, as in DDP (arXiv
-    2006.15704, sections 3.2.2 and 3.2.3), and with shard=True a sharded state, as in ZeRO stage 2
-    (arXiv 1910.02054).
+    """AdamW or SGD with data parallel: buckets whose reduction overlaps with backward, as in DDP
+    (arXiv 2006.15704, sections 3.2.2 and 3.2.3), and with shard=True a sharded state, as in ZeRO
+    stage 2 (arXiv 1910.02054).
 
     Buckets of matrices come first, then those of vectors (norms and biases, few bytes), each in
     about the order in which backward completes gradients, last layer first. A hook on every
@@ -767,9 +767,10 @@ class Optimizer:
         whole      w weights + w gradient until it is reduced + 4 sum of gradients + 8 moments
                    + 4 master (only if w = 2)
         sharded    w weights + (4 sum of gradients + 8 moments + 4 master (only if w = 2)) / W
+    SGD has no moments. rule: "adamw" or "sgd", which rl.py explains.
     """
 
-    def __init__(self, params, lr, weight_decay, shard=False, megabytes=25):
+    def __init__(self, params, lr, weight_decay, shard=False, megabytes=25, rule="adamw"):
         self.is_sharded = shard and world_size() > 1
         self.num_shards = world_size() if self.is_sharded else 1
         self.shard_index = get_rank() if self.is_sharded else 0
@@ -784,16 +785,20 @@ class Optimizer:
         matrices = [param for param in reversed(params) if param.dim() > 1]
         vectors = [param for param in reversed(params) if param.dim() <= 1]
         self.buckets = []
-        adam_groups = []
+        parameter_groups = []
         for group, decay in [(matrices, weight_decay), (vectors, 0.0)]:
             group_buckets = [Bucket(bucket_params, self.num_shards, self.shard_index)
                              for bucket_params in make_buckets(group, megabytes)]
             self.buckets += group_buckets
             if group_buckets:
                 masters = [bucket.master for bucket in group_buckets]
-                adam_groups.append({"params": masters, "weight_decay": decay})
-        # 2. AdamW sees the masters, which are this rank's shards.
-        self.adam = torch.optim.AdamW(adam_groups, lr=lr, betas=(0.9, 0.95), fused=True)
+                parameter_groups.append({"params": masters, "weight_decay": decay})
+        # 2. The update rule sees the masters, which are this rank's shards.
+        if rule == "sgd":
+            self.update_rule = torch.optim.SGD(parameter_groups, lr=lr)
+        else:
+            self.update_rule = torch.optim.AdamW(parameter_groups, lr=lr, betas=(0.9, 0.95),
+                                                 fused=True)
         # 3. autograd calls mark_ready(bucket, param) when it has completed param.grad.
         for bucket in self.buckets:
             for param in bucket.params:
@@ -868,7 +873,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr, max_grad_norm, healthy=True):
-        """Clip the gradient, update the masters with AdamW, send the new weights to all ranks.
+        """Clip the gradient, update the masters, send the new weights to all ranks.
         Return the global norm before clipping, a float, summed in float64.
 
         If the norm is not finite, or healthy is False (on all ranks alike), nothing changes, not
@@ -885,14 +890,14 @@ class Optimizer:
         if healthy and math.isfinite(grad_norm):
             for bucket in self.buckets:
                 bucket.master.grad.mul_(min(1.0, max_grad_norm / (grad_norm + 1e-6)))
-            for group in self.adam.param_groups:
+            for group in self.update_rule.param_groups:
                 group["lr"] = lr
-            self.adam.step()
+            self.update_rule.step()
             self.all_gather_weights()
             self.num_skipped = 0
         else:
             self.num_skipped += 1
-        self.adam.zero_grad(set_to_none=True)
+        self.update_rule.zero_grad(set_to_none=True)
         return grad_norm
 
     @torch.no_grad()
@@ -912,7 +917,7 @@ class Optimizer:
         """Return what this rank must save: one dict per bucket, of its shard of the master and of
         AdamW's moments. The master is a copy: a view would be saved with all of its bucket."""
         return [{"size": bucket.size, "master": bucket.master.data.clone(),
-                 **self.adam.state[bucket.master]} for bucket in self.buckets]
+                 **self.update_rule.state[bucket.master]} for bucket in self.buckets]
 
     @torch.no_grad()
     def load(self, shard_states):
@@ -926,16 +931,16 @@ class Optimizer:
             raise ValueError("it belongs to another model or another choice of what is trained")
         # `saved` holds the states of one bucket, one per shard.
         for bucket, saved in zip(self.buckets, zip(*shard_states)):
-            adam_state = {}
+            rule_state = {}
             for name in saved[0].keys() - {"size"}:
                 if name == "step":      # a number, the same for all shards
                     tensor = saved[0]["step"]
                 else:
                     tensor = bucket.reshard([shard_state[name] for shard_state in saved])
                 # Copied, or a view of the concatenated tensor would keep all of it in memory.
-                adam_state[name] = tensor.to(bucket.master.device, copy=True)
-            bucket.master.data.copy_(adam_state.pop("master"))
-            self.adam.state[bucket.master] = adam_state
+                rule_state[name] = tensor.to(bucket.master.device, copy=True)
+            bucket.master.data.copy_(rule_state.pop("master"))
+            self.update_rule.state[bucket.master] = rule_state
         self.all_gather_weights()
 
 
@@ -1135,14 +1140,14 @@ class TrainingRun:
     first_step: int = 0
 
 
-def start_training(stage, policy, args, process, freeze_vision, total_steps):
+def start_training(stage, policy, args, process, freeze_vision, total_steps, rule="adamw"):
     """Do what every trainer does first: the same weights on all ranks, an optimizer, the state of
-    an earlier run. stage: "sft" or "rl". Return a TrainingRun."""
+    an earlier run. stage: "sft" or "rl"; rule: of Optimizer. Return a TrainingRun."""
     stop_signal = StopSignal(args.out)
     check_export(policy, args.out)
     broadcast_weights(policy.model)
     params = trainable_parameters(policy, freeze_vision)
-    optimizer = Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer)
+    optimizer = Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer, rule=rule)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     policy.model.train()
@@ -1247,7 +1252,7 @@ def add_policy_flags(group):
 def add_training_flags(group, weight_decay, save_every):
     """Add the flags of every trainer, which start_training and end_step read."""
     add = group.add_argument
-    add("--weight_decay", type=float, default=weight_decay, help="AdamW's decay of matrices")
+    add("--weight_decay", type=float, default=weight_decay, help="decay of matrices")
     add("--max_grad_norm", type=float, default=1.0,
         help="gradients are clipped to this global norm")
     add("--shard_optimizer", action="store_true",

@@ -28,7 +28,7 @@ GPU_BANDWIDTH = 3.35e12
 
 def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model_len,
                 shard_optimizer, gradient_checkpointing=True, freeze_vision=False,
-                chunk_size=4096):
+                rule="adamw", chunk_size=4096):
     """Return {name: bytes} on each of `num_ranks` processes. The model's tensors may be on the meta
     device.
 
@@ -36,7 +36,8 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     (width D, queries Q, keys K, MLP ff), V ids in the vocabulary and F = 4 bytes (8 in float64):
         weights       w N
         gradients     F N' / W and three buckets in flight; not sharded: w N' + F N'
-        optimizer     2 F N' and, if w < F, F N' for master weights; / W if sharded
+        optimizer     2 F N' (with rule "sgd" nothing) and, if w < F, F N' for master weights; / W
+                      if sharded
         activations   gradient checkpointing: w T D L + those of one layer; without: those of L
                       layers. Those of one layer: w T times 7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K
                       more where queries and keys are normalised (Qwen3-VL)
@@ -51,7 +52,7 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     w, F = value_sizes(model)
     vocab_size = model.lm_head.weight.shape[0]
     # 1. an update: the state of training, then the peak of one micro-batch
-    gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision)
+    gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision, rule)
     activations = text_activations(model, micro_batch_tokens, gradient_checkpointing)
     logits = min(micro_batch_tokens, chunk_size) * vocab_size * (w + 3 * F)
     vision_kept, vision_peak = vision_memory(model, micro_batch_tokens, gradient_checkpointing,
@@ -99,7 +100,7 @@ def text_sizes(model):
                      ff=config.intermediate_size)
 
 
-def training_state(model, num_ranks, shard_optimizer, freeze_vision):
+def training_state(model, num_ranks, shard_optimizer, freeze_vision, rule):
     """Return the bytes of gradients, and of the optimizer."""
     frozen = set(model.model.visual.parameters()) if freeze_vision else set()
     trained = [p for p in model.parameters() if p not in frozen]
@@ -116,8 +117,8 @@ def training_state(model, num_ranks, shard_optimizer, freeze_vision):
         model_gradients = w * num_trained
     gradients = F * num_trained // num_shards + model_gradients
 
-    # 2. two moments, and the master weights of parameters that are not in float32 themselves
-    bytes_per_parameter = 2 * F
+    # 2. two moments of AdamW, and the master weights of parameters that are not in float32
+    bytes_per_parameter = 0 if rule == "sgd" else 2 * F
     if w < F:
         bytes_per_parameter += F
     return gradients, bytes_per_parameter * num_trained // num_shards
@@ -274,6 +275,7 @@ def print_plan(args):
     flags = {name: getattr(args, name) for name in (
         "micro_batch_tokens", "max_num_seqs", "max_model_len", "shard_optimizer",
         "gradient_checkpointing", "freeze_vision")}
+    flags["rule"] = args.optimizer
 
     # 1. memory
     rows = []
@@ -307,7 +309,7 @@ DESCRIPTION = (
     "Calculate what a run of rl.py needs: memory per GPU, disk, hours. Every flag of rl.py is "
     "accepted, so that its command works here. What counts: --model, --micro_batch_tokens, "
     "--max_num_seqs, --max_model_len, --shard_optimizer, --gradient_checkpointing, "
-    "--freeze_vision, --keep_checkpoints, --steps, --prompts_per_step, --group_size.")
+    "--freeze_vision, --optimizer, --keep_checkpoints, --steps, --prompts_per_step, --group_size.")
 
 if __name__ == "__main__":
     terminal.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))

@@ -343,7 +343,7 @@ def draw_accuracy(levels, path):
 CURVES = {"val_accuracy": "held-out accuracy, all turns",
           "val_accuracy_in_cap": "held-out accuracy within the training cap",
           "val_over_turn": "over_turn on held-out questions",
-          "signal": "share of signal in a gradient, mean of 10 steps"}
+          "entropy": "entropy of a sampled token, mean of 10 steps"}
 
 
 def smooth(points, width=10):
@@ -367,7 +367,7 @@ def draw_curves(curves, path):
             initial = rows[0].get(f"{metric}_initial") if rows else None
             if initial is not None:     # before the first step
                 points.insert(0, (0, initial))
-            if metric == "signal":
+            if metric == "entropy":
                 points = smooth(points)
             axes.plot(*zip(*points) if points else ([], []), label=run, marker="o", markersize=3)
         axes.set(title=title, xlabel="step")

@@ -950,39 +950,6 @@ def test_micro_batches_are_encoded_one_ahead(trained_policy, monkeypatch):
     assert [len(micro_batch) for micro_batch in trained] == [1] * 6
 
 
-def signals_of(gradients):
-    """Return estimate_signal before each step, and |g|^2 of it, of an optimizer whose gradients are
-    these. The learning rate is 0."""
-    weight = torch.nn.Parameter(torch.zeros(gradients.shape[1], dtype=torch.float64))
-    optimizer = sft.Optimizer([weight], lr=0.0, weight_decay=0.0)
-    signals = []
-    squared_norms = []
-    for gradient in gradients:
-        optimizer.backward([gradient], lambda gradient: (weight * gradient).sum())
-        signals.append(rl.estimate_signal(optimizer))
-        squared_norms.append(optimizer.step(0.0, max_grad_norm=1e9) ** 2)
-    return signals, squared_norms
-
-
-def test_the_signal_by_hand():
-    """Nothing is known before the first gradient g1; then g2 . g1; then g3 . (9 g1 + 10 g2) / 19,
-    as the first moment is 0.9 * 0.1 g1 + 0.1 g2, over 1 - 0.9^2 = 0.19."""
-    gradients = torch.tensor([[1.0, 2.0], [3.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
-    signals, squared_norms = signals_of(gradients)
-    assert signals == pytest.approx([0.0, 1.0, (9 * 3 + 10 * 2) / 19])
-    assert squared_norms == pytest.approx([5.0, 10.0, 2.0])
-
-
-def test_the_signal_is_that_of_the_gradient_without_its_noise():
-    """A true gradient of norm 1 with noise of norm 2 in 400 directions: the share is 1 / 5. From
-    noise alone it is 0. 2,000 steps; the errors are below 0.001."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2000, 400, generator=generator, dtype=torch.float64) * 2 / 400**0.5
-    for true_norm, share in ((1.0, 0.2), (0.0, 0.0)):
-        signals, squared_norms = signals_of(noise + true_norm / 400**0.5)
-        assert sum(signals) / sum(squared_norms) == pytest.approx(share, abs=0.005)
-
-
 # ---- Metrics ------------------------------------------------------------------------------------
 
 
@@ -1000,7 +967,6 @@ def test_statistics_of_the_ratio_by_hand():
     assert statistics.max_log_ratio == pytest.approx(log_2)
     statistics.add(-1.0, torch.tensor([4.0], dtype=torch.float64).log(), 1, args)
     statistics.grad_norm = 2.0
-    statistics.signal = 1.0
     assert statistics.max_log_ratio == pytest.approx(2 * log_2)
     metrics = rl.step_metrics([rollout(1.0, logprobs=[0.0])], [statistics], 0,
                               dict.fromkeys(evaluate.COUNTS, 0), "cpu")
@@ -1009,7 +975,7 @@ def test_statistics_of_the_ratio_by_hand():
     assert metrics["max_log_ratio"] == pytest.approx(2 * log_2)
     assert metrics["clip_fraction"] == 3 / 4 and metrics["loss"] == -0.75
     assert metrics["num_trained_responses"] == 3
-    assert metrics["grad_norm"] == 2.0 and metrics["signal"] == 1 / 4
+    assert metrics["grad_norm"] == 2.0
 
 
 @pytest.mark.parametrize("log_ratios", [[math.nan], [0.5, math.nan], [math.inf, 0.5]])
@@ -1040,7 +1006,7 @@ def test_metrics_of_the_conversations_by_hand():
                 "mean_turns_correct": 2.0, "answer": 3 / 4, "void": 0.0, "over_turn": 1 / 4,
                 "over_context": 0.0, "incorrect": 1 / 4, "num_sampled_tokens": 10,
                 "mean_response_length": 2.5, "entropy": 1.0, "num_zero_variance_groups": 2,
-                "num_trained_responses": 0, "approx_kl": 0.0, "loss": 0.0, "signal": None}
+                "num_trained_responses": 0, "approx_kl": 0.0, "loss": 0.0}
     assert {name: metrics[name] for name in expected} == expected
 
 

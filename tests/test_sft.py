@@ -930,7 +930,7 @@ def test_gradients_are_reduced_while_backward_runs(first_of_two_ranks):
     # 20, 12 and 6 numbers; the last message may be sent before or after our own hook
     assert events in ([20, 12, 6, "first layer"], [20, 12, "first layer", 6])
     events.clear()
-    optimizer.adam.zero_grad()
+    optimizer.update_rule.zero_grad()
     optimizer.backward([torch.ones(1, 2)] * 3, loss_of)
     assert events[:2] == ["first layer"] * 2
     assert [event for event in events if event != "first layer"] == [20, 12, 6]
@@ -1189,17 +1189,20 @@ def is_reached(i, micro_batch, other_rank):
     return (i, micro_batch) != (2, other_rank)
 
 
-def train(dtype, shard):
+def train(dtype, shard, rule):
     master_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     torch.manual_seed(0)
     starts = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
     params = [torch.nn.Parameter(start.clone()) for start in starts]
-    optimizer = sft.Optimizer(params, 0.0, 0.1, shard=shard, megabytes=2.5e-4)
+    optimizer = sft.Optimizer(params, 0.0, 0.1, shard=shard, megabytes=2.5e-4, rule=rule)
     # the reference is one process that sees the sum of all
     reference = [torch.nn.Parameter(start.to(master_dtype)) for start in starts]
-    adam = torch.optim.AdamW(
-        [dict(params=[p for p in reference if p.dim() > 1], weight_decay=0.1),
-         dict(params=[p for p in reference if p.dim() == 1], weight_decay=0.0)], betas=(0.9, 0.95))
+    groups = [dict(params=[p for p in reference if p.dim() > 1], weight_decay=0.1),
+              dict(params=[p for p in reference if p.dim() == 1], weight_decay=0.0)]
+    if rule == "sgd":
+        peer = torch.optim.SGD(groups, lr=0.0)
+    else:
+        peer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     for step in range(10):
         lr = 0.01 * (step + 1)
         # slopes[rank][micro-batch][parameter]
@@ -1222,9 +1225,9 @@ def train(dtype, shard):
         expected = torch.nn.utils.clip_grad_norm_(reference, 3.0).item()
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
         assert abs(norm / expected - 1) < tolerance, (norm, expected)
-        for group in adam.param_groups:
+        for group in peer.param_groups:
             group["lr"] = lr
-        adam.step()
+        peer.step()
     sums = [param.detach().double().sum().item() for param in params]
     assert sft.all_gather_objects([sums]) == [sums] * process.world_size
     gap = max((param.detach().to(master_dtype) - other.detach()).abs().max().item()
@@ -1236,14 +1239,15 @@ def train(dtype, shard):
 
 # bytes per parameter that are alive after backward and after a step, and that are saved, each with
 # its formula
-def measure(dtype, shard):
+def measure(dtype, shard, rule):
     num_shards = process.world_size if shard else 1
     weight_bytes = torch.finfo(dtype).bits // 8
-    state_bytes = 12 if dtype == torch.bfloat16 else 8
+    moment_bytes = 0 if rule == "sgd" else 8
+    state_bytes = moment_bytes + (4 if dtype == torch.bfloat16 else 0)
     with LiveBytes() as memory:
         params = [torch.nn.Parameter(torch.randn(300, 101, dtype=dtype)) for _ in range(20)]
         num_numbers = sum(param.numel() for param in params)
-        optimizer = sft.Optimizer(params, 0.1, 0.0, shard=shard, megabytes=0.2)
+        optimizer = sft.Optimizer(params, 0.1, 0.0, shard=shard, megabytes=0.2, rule=rule)
         optimizer.backward([0], lambda _: sum(param.sum() for param in params))
         optimizer.step(0.1, 1.0)
         optimizer.backward([0], lambda _: sum(param.sum() for param in params))
@@ -1254,17 +1258,20 @@ def measure(dtype, shard):
     torch.save(optimizer.state(), path)
     saved = path.stat().st_size / num_numbers
     return [(after_backward, weight_bytes + (4 + state_bytes) / num_shards),
-            (after_step, weight_bytes + state_bytes / num_shards), (saved, 12 / num_shards)]
+            (after_step, weight_bytes + state_bytes / num_shards),
+            (saved, (moment_bytes + 4) / num_shards)]
 
 
 results = {}
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     for shard in (True, False):
-        results[f"{dtype} {shard}"] = train(dtype, shard)
+        for rule in ("adamw", "sgd"):
+            results[f"{dtype} {shard} {rule}"] = train(dtype, shard, rule)
 results["memory"] = []
 for dtype in (torch.float32, torch.bfloat16):
     for shard in (True, False):
-        results["memory"] += measure(dtype, shard)
+        for rule in ("adamw", "sgd"):
+            results["memory"] += measure(dtype, shard, rule)
 # one rank's gradient is not a number, in the last rank's shard only: no rank takes the step
 params = [torch.nn.Parameter(torch.ones(3, 2))]
 optimizer = sft.Optimizer(params, 0.1, 0.0, shard=True)
@@ -1283,14 +1290,14 @@ sft.close_distributed()
 
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_sharded_optimizer_equals_adamw_on_one_process(nproc, tmp_path):
-    """Ten steps with decay, clipping, another number of micro-batches on each rank, sizes that do
+    """And SGD. Ten steps with decay, clipping, another number of micro-batches on each rank, sizes that do
     not divide, and a parameter that gets no gradient in some of them. All ranks hold the same
     weights, bit for bit. bfloat16 weights are those of a float32 run, rounded. What each rank
     holds, and saves, is what the docstring of sft.Optimizer says, to 5%."""
     results = json.loads(run_workers(SHARDED, tmp_path, nproc=nproc))
     for measured, expected in results.pop("memory"):
         assert measured == pytest.approx(expected, rel=0.05)
-    assert len(results) == 6
+    assert len(results) == 12
     for name, (gap, rounding, num_buckets) in results.items():
         assert num_buckets >= 2
         if "bfloat16" in name:      # gradients of many micro-batches add up in float32
@@ -1327,7 +1334,7 @@ def optimizer_of(size, num_shards=1, shard_index=0, dtype=torch.float32):
 
     return SimpleNamespace(
         buckets=[bucket], num_shards=num_shards, shard_index=shard_index, is_sharded=False,
-        adam=torch.optim.AdamW([bucket.master], 0.1, weight_decay=0.1, fused=True),
+        update_rule=torch.optim.AdamW([bucket.master], 0.1, weight_decay=0.1, fused=True),
         all_gather_weights=all_gather_weights)
 
 
@@ -1353,7 +1360,7 @@ def test_state_is_resharded_by_hand(saved, num_shards, shard_index, expected):
     sft.Optimizer.load(optimizer, saved)
     [bucket] = optimizer.buckets
     assert bucket.master.tolist() == expected
-    state = optimizer.adam.state[bucket.master]
+    state = optimizer.update_rule.state[bucket.master]
     assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert state["step"] == 7
     assert state["exp_avg"].tolist() == [10 * number for number in expected]
@@ -1384,7 +1391,7 @@ def test_every_bucket_gets_its_own_state():
               "exp_avg_sq": torch.full((size,), 20.0 * size)} for size in (2, 3)]
     sft.Optimizer.load(optimizer, [saved])
     for size, bucket in zip((2, 3), optimizer.buckets):
-        state = optimizer.adam.state[bucket.master]
+        state = optimizer.update_rule.state[bucket.master]
         assert bucket.flat.tolist() == [size] * size and state["step"] == 7 * size
         assert state["exp_avg"].tolist() == [10 * size] * size
         assert state["exp_avg_sq"].tolist() == [20 * size] * size
@@ -1394,7 +1401,7 @@ def test_every_bucket_gets_its_own_state():
     # another state replaces all of it; this one has no moments
     no_moments = [{"size": size, "master": torch.zeros(size)} for size in (2, 3)]
     sft.Optimizer.load(optimizer, [no_moments])
-    assert all(not optimizer.adam.state[bucket.master] for bucket in optimizer.buckets)
+    assert all(not optimizer.update_rule.state[bucket.master] for bucket in optimizer.buckets)
 
 
 @pytest.mark.parametrize("sizes", [[11], [10, 1], [10, 10], []],
@@ -1428,7 +1435,7 @@ def test_a_loaded_state_continues_like_the_saved_one(dtype):
     def step(optimizer, slope):
         [bucket] = optimizer.buckets
         bucket.master.grad = torch.full_like(bucket.master, slope)
-        optimizer.adam.step()
+        optimizer.update_rule.step()
         optimizer.all_gather_weights()
         return bucket.shard
 

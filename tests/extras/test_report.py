@@ -131,8 +131,8 @@ def test_a_mean_over_the_last_steps_by_hand():
 def test_a_chart_of_training_curves(tmp_path, monkeypatch):
     """Without any evaluation: of a run with evaluations, and of one that has none yet."""
     pytest.importorskip("matplotlib", reason="matplotlib is not in requirements.txt")
-    steps = [{"step": 1, "signal": None, "val_accuracy_initial": 0.8},
-             {"step": 2, "signal": 0.25, "val_accuracy": 0.9, "val_accuracy_in_cap": 0.4,
+    steps = [{"step": 1, "entropy": None, "val_accuracy_initial": 0.8},
+             {"step": 2, "entropy": 0.25, "val_accuracy": 0.9, "val_accuracy_in_cap": 0.4,
               "val_over_turn": 0.0}]
     for name, rows in (("long", steps), ("new", steps[:1])):
         (tmp_path / name).mkdir()
