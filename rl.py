@@ -15,7 +15,7 @@ to that under the sampling policy:
 
 So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
-trained with 4 turns keeps searching at 32.
+trained with 6 turns keeps searching at 32.
 
 The mask is not neutral. A masked conversation has A' = 0, as one with the reward b would have. So
 masking acts like the rewards 1 for a right answer, 0 for a wrong one and b for an unfinished
@@ -49,12 +49,10 @@ What differs from textbook GRPO and from the paper:
 8. The checkpoint that is kept is the best on held-out questions at the *large* turn budget
    (--eval_turns). Within the training cap, a policy that guesses looks better than one that keeps
    searching. If the policy gets worse on them, the log says so.
-9. The optimizer is SGD, without momentum (--optimizer). AdamW divides each weight's step by the
-   size of its gradients, so what has no signal moves as fast as what has. In few steps this makes
-   the policy sure of whatever it does most often, and what lies beyond the training cap, where no
-   reward pulls back, decays (docs/worse.md).
-10. The training cap is 4 turns by default, not 6: in the small world of build_data.py few
-   conversations finish in so few, as few do within 6 on real images, and the mask decides.
+9. --optimizer sgd is for long runs. AdamW divides each weight's step by the size of its gradients,
+   so what has no signal moves as fast as what has. After some steps it makes the policy sure of
+   whatever it does most often, and what lies beyond the training cap, where no reward pulls back,
+   decays. SGD, without momentum, does so much more slowly (docs/worse.md).
 
 Commands:
     1 CPU          python rl.py
@@ -850,7 +848,7 @@ def parse_args(description="GRPO with over-turn masking."):
     add("--group_size", type=int, default=16, help="G: conversations per question (paper: 16)")
     add("--resample", type=int, default=1,
         help="how often a group without signal gets another question")
-    add("--max_turns", type=int, default=4,
+    add("--max_turns", type=int, default=6,
         help="turns per conversation, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
@@ -879,9 +877,9 @@ def parse_args(description="GRPO with over-turn masking."):
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--optimizer", default="sgd", choices=["sgd", "adamw"],
-        help="sgd has no momentum; adamw wants a rate some thousand times lower")
-    add("--lr", type=float, default=0.4, help="peak learning rate (paper: 1e-6, with adamw)")
+    add("--optimizer", default="adamw", choices=["adamw", "sgd"],
+        help="sgd has no momentum and wants a rate some thousand times higher: --lr 0.1")
+    add("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
     add("--anneal_lr", action=argparse.BooleanOptionalAction, default=True,
         help="let the learning rate fall linearly to 0 over the run (paper: constant)")
     add("--warmup_ratio", type=float, default=0.25,
