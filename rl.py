@@ -402,8 +402,8 @@ def find_decline(evaluations, num_questions):
     if latest["val_accuracy"] == best["val_accuracy"]:
         return None
     for name, high, low in [("val_accuracy", best, latest), ("val_over_turn", latest, best)]:
-        p = high[name]
-        q = low[name]
+        p = high.get(name, 0.0)     # logs of older versions lack val_over_turn
+        q = low.get(name, 0.0)
         standard_error = math.sqrt((p * (1 - p) + q * (1 - q)) / num_questions)
         if p - q > 2 * standard_error:
             return (f"step {latest['step']}: the policy gets worse on held-out questions: {name} "
@@ -444,7 +444,7 @@ def evaluation_metrics(evaluations, steps_done, num_questions):
 def last_estimate(evaluations):
     """Return the latest unfinished_accuracy that is known, or None."""
     for evaluation in reversed(evaluations):
-        if evaluation["unfinished_accuracy"] is not None:   # 0.0 is an estimate like any other
+        if evaluation.get("unfinished_accuracy") is not None:   # 0.0 is an estimate, too
             return evaluation["unfinished_accuracy"]
     return None
 

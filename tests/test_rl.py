@@ -1178,6 +1178,31 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     assert same == [kept]
 
 
+def test_a_run_that_gets_worse_is_told_and_ended(runs, tmp_path, monkeypatch):
+    """Of four steps: the second evaluation in a row that is clearly below the best ends the run,
+    which is saved like a finished one. Without the flag it goes on."""
+    def run(*flags):
+        results = iter(evaluated(*[(accuracy, 0) for accuracy in (0.9, 0.99, 0.1, 0.1, 0.1)]))
+
+        def validate(*_):
+            metrics = next(results)
+            del metrics["step"]
+            return metrics
+
+        monkeypatch.setattr(rl, "validate", validate)
+        done = run_script(*runs[1], "--steps", 4, "--eval_every", 1, "--out", tmp_path, *flags)
+        return done.stdout, read_metrics(tmp_path)
+
+    stdout, metrics = run("--stop_when_worse")
+    assert "rl: stopped after step 3 of 4" in stdout
+    assert "that of step 1, val_accuracy 0.990" in stdout
+    assert [bool(line["alarm"]) for line in metrics] == [False, True, True]
+    assert stdout.count("the policy gets worse on held-out questions: val_accuracy was 0.990") == 2
+    assert (tmp_path / "state/step_0000003").is_dir()
+    stdout, metrics = run()
+    assert len(metrics) == 4 and "stopped" not in stdout
+
+
 @pytest.mark.parametrize("nproc, whole", [(1, "one"), (2, "two")])
 def test_resume_is_exact(runs, nproc, whole):
     """Killed twice at random moments and resumed: the same weights, bit for bit, and one line per
