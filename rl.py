@@ -629,6 +629,33 @@ def mean_or_none(total, name):
     return total[name] / total[f"num_{name}"]
 
 
+def conversation_metrics(total):
+    """Return the metrics of a step about the conversations that were played. total: the sums of
+    count_rollouts over all ranks."""
+    # 1. How good, how long, how they ended.
+    num_rollouts = total["num_rollouts"]
+    num_scored = num_rollouts - total["num_unscored"]
+    num_incorrect = total["answer"] - total["num_correct"] - total["num_unscored"]
+    metrics = {
+        "reward": total["num_correct"] / max(num_scored, 1),    # without --overturn_penalty
+        "unscored": total["num_unscored"] / num_rollouts,
+        "num_rollouts": int(num_rollouts),
+        "mean_turns": total["num_turns"] / num_rollouts,
+        "mean_turns_correct": total["num_turns_correct"] / max(total["num_correct"], 1)}
+    for finish_reason in evaluate.FINISH_REASONS:
+        metrics[finish_reason] = total[finish_reason] / num_rollouts
+    metrics["incorrect"] = num_incorrect / num_rollouts
+    # 2. What the mask pays (docs/mask.md); None if there is nothing to average.
+    metrics["baseline"] = mean_or_none(total, "baselines")
+    metrics["unfinished"] = total["num_unfinished"] / num_rollouts
+    metrics["unfinished_value"] = mean_or_none(total, "unfinished_values")
+    # 3. Sampled tokens. The expectation of -log p is the entropy, so its mean estimates it.
+    metrics["num_sampled_tokens"] = int(total["num_sampled_tokens"])
+    metrics["mean_response_length"] = total["num_sampled_tokens"] / num_rollouts
+    metrics["entropy"] = total["negative_logprobs"] / max(total["num_sampled_tokens"], 1)
+    return metrics
+
+
 def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_counts, device):
     """Return the metrics of a step, over all ranks (docs/metrics.md explains each of them).
 
@@ -645,28 +672,9 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
     my_max_log_ratio = max(update.max_log_ratio for update in updates)
     max_log_ratio = sft.all_reduce([my_max_log_ratio], device, torch.distributed.ReduceOp.MAX)[0]
     grad_norms = [update.grad_norm for update in updates if update.grad_norm is not None]
-    # 2. Conversations: how good, how long, how they ended.
-    num_rollouts = total["num_rollouts"]
-    num_scored = num_rollouts - total["num_unscored"]
-    num_incorrect = total["answer"] - total["num_correct"] - total["num_unscored"]
-    metrics = {
-        "reward": total["num_correct"] / max(num_scored, 1),    # without --overturn_penalty
-        "unscored": total["num_unscored"] / num_rollouts,
-        "num_rollouts": int(num_rollouts),
-        "mean_turns": total["num_turns"] / num_rollouts,
-        "mean_turns_correct": total["num_turns_correct"] / max(total["num_correct"], 1)}
-    for finish_reason in evaluate.FINISH_REASONS:
-        metrics[finish_reason] = total[finish_reason] / num_rollouts
-    metrics["incorrect"] = num_incorrect / num_rollouts
-    # What the mask pays (docs/mask.md); None if there is nothing to average.
-    metrics["baseline"] = mean_or_none(total, "baselines")
-    metrics["unfinished"] = total["num_unfinished"] / num_rollouts
-    metrics["unfinished_value"] = mean_or_none(total, "unfinished_values")
-    # 3. Sampled tokens. The expectation of -log p is the entropy, so its mean estimates it.
-    metrics["num_sampled_tokens"] = int(total["num_sampled_tokens"])
-    metrics["mean_response_length"] = total["num_sampled_tokens"] / num_rollouts
-    metrics["entropy"] = total["negative_logprobs"] / max(total["num_sampled_tokens"], 1)
-    # 4. The update, over the tokens that were trained on. The loss is the sum over the step's
+    # 2. What was played.
+    metrics = conversation_metrics(total)
+    # 3. The update, over the tokens that were trained on. The loss is the sum over the step's
     #    mini-batches, the gradient norm is their mean.
     num_trained_tokens = max(total["num_trained_tokens"], 1)
     metrics.update({

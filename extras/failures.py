@@ -1,5 +1,5 @@
-"""Debug an agent: what happened in every conversation of an evaluation, by kind, which plan it began
-with, and how many of these plans are complete.
+"""Debug an agent: what happened in every conversation of an evaluation, by kind, which plan it
+began with, and how many of these plans are complete.
 
 An accuracy says how often a policy fails, not how. In the default world a thought says what is
 seen, what is asked for and what follows, so each failure can be assigned to the step at which it

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import runpy
 import shlex
 import signal
 import statistics
@@ -248,17 +249,19 @@ def test_the_advantages_of_many_groups_follow_that_gradient():
     assert (expected.abs() > 8 * error).any()
 
 
-def mask_page():
+@pytest.fixture(scope="module")
+def mask_page(tmp_path_factory):
     """Return (find_b, rows of its table) of docs/mask.md; a row is a list of cells."""
     text = (ROOT / "docs/mask.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
                if "def find_b" in block]
     assert len(code.splitlines()) <= 25 and max(map(len, code.splitlines())) <= 100
-    names = {}
-    exec(code, names)
+    path = tmp_path_factory.mktemp("mask") / "find_b.py"
+    path.write_text(code)
+    find_b = runpy.run_path(str(path))["find_b"]
     _, _, after = text.partition("With the advantages of `rl.py`")
     lines = after.strip().split("\n\n")[1].splitlines()
-    return names["find_b"], [line.strip("| ").split(" | ") for line in lines]
+    return find_b, [line.strip("| ").split(" | ") for line in lines]
 
 
 def advantages_of_row(title):
@@ -275,9 +278,9 @@ def advantages_of_row(title):
     return advantages
 
 
-def test_the_b_of_every_baseline_is_that_of_the_page():
+def test_the_b_of_every_baseline_is_that_of_the_page(mask_page):
     """docs/mask.md: the function that people copy, and the table it gives for rl.py."""
-    find_b, (head, _, *rows) = mask_page()
+    find_b, (head, _, *rows) = mask_page
     policies = [[float(share) for share in cell.split(", ")] for cell in head[1:]]
     assert len(rows) == 8 and len(policies) == 4
     for title, *cells in rows:
@@ -285,9 +288,9 @@ def test_the_b_of_every_baseline_is_that_of_the_page():
         assert found == pytest.approx([float(cell) for cell in cells], abs=6e-4), title
 
 
-def test_find_b_finds_the_b_that_is_there():
+def test_find_b_finds_the_b_that_is_there(mask_page):
     """Without the division by s, a number is paid exactly; in groups of two as well."""
-    find_b, _ = mask_page()
+    find_b, _ = mask_page
     for b in (-0.5, 0.0, 0.3, 1.0):
         for group_size in (2, 16):
             found = find_b(lambda rewards, kept: kept * (rewards - b), 0.2, 0.1, 0.7, group_size)

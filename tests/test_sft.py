@@ -1290,9 +1290,9 @@ sft.close_distributed()
 
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_sharded_optimizer_equals_adamw_on_one_process(nproc, tmp_path):
-    """And SGD. Ten steps with decay, clipping, another number of micro-batches on each rank, sizes that do
-    not divide, and a parameter that gets no gradient in some of them. All ranks hold the same
-    weights, bit for bit. bfloat16 weights are those of a float32 run, rounded. What each rank
+    """And SGD. Ten steps with decay, clipping, another number of micro-batches on each rank, sizes
+    that do not divide, and a parameter that gets no gradient in some of them. All ranks hold the
+    same weights, bit for bit. bfloat16 weights are those of a float32 run, rounded. What each rank
     holds, and saves, is what the docstring of sft.Optimizer says, to 5%."""
     results = json.loads(run_workers(SHARDED, tmp_path, nproc=nproc))
     for measured, expected in results.pop("memory"):
