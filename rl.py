@@ -10,8 +10,8 @@ group, a baseline b, the standard deviation s of the rewards (if b is a fixed nu
 conversations enter s with b), and the ratio rho of a token's probability under the trained policy
 to that under the sampling policy:
 
-    A'_i = M_i (r_i - b) / (s + eps), 0 where s = 0                   i: conversations, t: tokens
-    J    = 1/sum(M)  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
+    A'_i = M_i (r_i - b) / (s + eps), 0 where s = 0       i: N conversations, t: tokens of each
+    J    = 1/N  sum_i  mean_t  min(rho_it A'_i, clip(rho_it, 1 - 0.2, 1 + 0.3) A'_i)
 
 So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
@@ -20,8 +20,8 @@ trained with 6 turns keeps searching at 32.
 The mask is not neutral. A masked conversation has A' = 0, as one with the reward b would have. So
 masking acts like the rewards 1 for a right answer, 0 for a wrong one and b for an unfinished
 conversation, all minus b; and a constant changes no expected gradient, because E[grad log pi] is 0.
-Apart from the division by s and by sum(M), the policy climbs P(correct) + b P(unfinished): a guess
-pays only where its probability of being right is above b (docs/mask.md).
+Apart from the division by s, the policy climbs P(correct) + b P(unfinished): a guess pays only
+where its probability of being right is above b (docs/mask.md).
 
 What differs from textbook GRPO and from the paper:
 1. No KL term, no entropy term, no reference model; clip-higher 0.2 / 0.3 (paper).
@@ -34,8 +34,8 @@ What differs from textbook GRPO and from the paper:
                    --max_turns turns
        outcome     nothing is masked: conversations are played to --eval_turns and scored by how
                    they end; only their first --max_turns turns are trained on. b is as in "group"
-3. Divisor: the paper's sum(M) by default. --divisor all counts masked conversations too (official
-   code).
+3. N counts masked conversations too (official code), so a step in which few conversations finish
+   is a small one. The paper divides by sum(M): --divisor kept.
 4. Denominators are counted once over the whole mini-batch on all ranks, and gradients are summed.
    Nothing depends on how micro-batches are cut or on the number of processes.
 5. Old log-probabilities come from the sampler, token by token. Their mismatch to the trainer's own
@@ -49,10 +49,12 @@ What differs from textbook GRPO and from the paper:
 8. The checkpoint that is kept is the best on held-out questions at the *large* turn budget
    (--eval_turns). Within the training cap, a policy that guesses looks better than one that keeps
    searching. If the policy gets worse on them, the log says so.
-9. --optimizer sgd is for long runs. AdamW divides each weight's step by the size of its gradients,
-   so what has no signal moves as fast as what has. After some steps it makes the policy sure of
-   whatever it does most often, and what lies beyond the training cap, where no reward pulls back,
-   decays. SGD, without momentum, does so much more slowly (docs/worse.md).
+9. SGD without momentum, where the paper has AdamW (--optimizer adamw). AdamW divides each weight's
+   step by the size of its gradients, so what has no signal moves as fast as what has. After some
+   steps it makes the policy sure of whatever it does most often, and what lies beyond the training
+   cap, where no reward pulls back, decays (docs/worse.md).
+10. At most 4 turns on questions of all levels, for the tiny policy. The paper has 6: a real model
+   sees more in each view.
 
 Commands:
     1 CPU          python rl.py
@@ -341,8 +343,9 @@ def collect_groups(engine, training_questions, step, group_indices, args, baseli
 VALIDATION_STEP = 2**31     # training never gets here: validation has random streams of its own
 
 
-def validate(engine, held_out, args):
-    """Play the held-out questions once, with at most --eval_turns turns. Return a dict:
+def validate(engine, held_out, args, step):
+    """Play the held-out questions once, with at most --eval_turns turns. Write the conversations to
+    --out/rollouts/val_STEP.jsonl and return a dict:
 
         val_accuracy            share of right answers
         val_accuracy_in_cap     share of right answers within --max_turns turns
@@ -360,7 +363,11 @@ def validate(engine, held_out, args):
     engine.begin_step(VALIDATION_STEP)
     rollouts = engine.run(rows, 1, image_folders, prompt_numbers)
     engine.free_cache()     # the update and saving need the memory
-    # 2. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
+    # 2. They can be read: how did the same questions end this time?
+    played_rows = sft.all_gather_objects([rollout.to_row() for rollout in rollouts])
+    if sft.get_rank() == 0:
+        tools.write_jsonl(Path(args.out) / "rollouts" / f"val_{step:05d}.jsonl", played_rows)
+    # 3. Sums over all ranks. One NaN, where the judge failed, makes its sums NaN.
     counts = {"in_cap_correct": 0.0, "beyond_cap": 0, "beyond_cap_correct": 0.0}
     counts.update(dict.fromkeys(evaluate.FINISH_REASONS, 0))
     for rollout in rollouts:
@@ -371,7 +378,7 @@ def validate(engine, held_out, args):
             counts["beyond_cap"] += 1
             counts["beyond_cap_correct"] += reward_or_nan(rollout)
     total = sft.all_reduce_dict(counts, engine.policy.device)
-    # 3. Shares of all questions.
+    # 4. Shares of all questions.
     num_questions = len(held_out)
     num_correct = total["in_cap_correct"] + total["beyond_cap_correct"]
     unfinished_accuracy = None
@@ -774,7 +781,8 @@ def train(policy, questions, args, process, judge=None):
     for step in progress_bar:
         steps_done = step + 1
         if questions.held_out and step == 0:
-            evaluations.append({"step": 0, **validate(validation_engine, questions.held_out, args)})
+            evaluations.append({
+                "step": 0, **validate(validation_engine, questions.held_out, args, 0)})
         # 3. Rollouts, advantages, updates.
         baseline = step_baseline(args, last_estimate(evaluations))
         metrics, groups_with_signal = train_step(policy, run.optimizer, training_engine,
@@ -783,7 +791,8 @@ def train(policy, questions, args, process, judge=None):
         last_step = args.steps
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
             evaluations.append({"step": steps_done,
-                                **validate(validation_engine, questions.held_out, args)})
+                                **validate(validation_engine, questions.held_out, args,
+                                           steps_done)})
             if best_evaluation(evaluations) is evaluations[-1]:
                 sft.export(policy, args.out)
             if args.stop_when_worse and gets_worse(evaluations, len(questions.held_out)):
@@ -837,26 +846,29 @@ def baseline_flag(text):
     return number
 
 
+DEFAULT_RATES = {"sgd": 0.2, "adamw": 2.5e-4}
+
+
 def parse_args(description="GRPO with over-turn masking."):
     """Return the flags. Raise InputError for values that cannot be right."""
     parser = terminal.make_parser(description)
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", default="checkpoints/sft", help="local folder or hub id to start from")
-    add("--data", nargs="+", default=["data/train_easy.jsonl"], metavar="FILE",
+    add("--data", nargs="+", default=["data/train.jsonl"], metavar="FILE",
         help="question files, read one after the other")
     add("--out", type=Path, default=Path("checkpoints/rl"), help="folder for the trained model")
     sft.add_policy_flags(group)
 
     group = parser.add_argument_group("rollouts")
     add = group.add_argument
-    add("--steps", type=int, default=12, help="RL steps")
+    add("--steps", type=int, default=16, help="RL steps (paper: about 200)")
     add("--prompts_per_step", type=int, default=24,
         help="P: questions per step over all processes (paper: 256)")
     add("--group_size", type=int, default=16, help="G: conversations per question (paper: 16)")
     add("--resample", type=int, default=1,
         help="how often a group without signal gets another question")
-    add("--max_turns", type=int, default=6,
+    add("--max_turns", type=int, default=4,
         help="turns per conversation, the answer included (paper: 6)")
     evaluate.add_rollout_flags(group)
     evaluate.add_judge_flags(parser)
@@ -876,8 +888,8 @@ def parse_args(description="GRPO with over-turn masking."):
              "unfinished")
     add("--overturn_penalty", type=float, default=0.0,
         help="subtracted from the reward of an unfinished conversation (with --no-overturn_mask)")
-    add("--divisor", default="kept", choices=["kept", "all"],
-        help="the loss is divided by the kept responses (paper) or by all (official code)")
+    add("--divisor", default="all", choices=["kept", "all"],
+        help="the loss is divided by all responses (official code) or by the kept ones (paper)")
     add("--aggregation", default="response", choices=["response", "token", "constant"],
         help="mean per response (paper), over tokens (DAPO), or by a constant length (Dr. GRPO)")
     add("--clip_low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
@@ -885,12 +897,14 @@ def parse_args(description="GRPO with over-turn masking."):
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--optimizer", default="adamw", choices=["adamw", "sgd"],
-        help="sgd has no momentum and wants a rate some thousand times higher: --lr 0.1")
-    add("--lr", type=float, default=2.5e-4, help="peak learning rate (paper: 1e-6)")
-    add("--anneal_lr", action=argparse.BooleanOptionalAction, default=True,
+    add("--optimizer", default="sgd", choices=["adamw", "sgd"],
+        help="sgd has no momentum (paper: AdamW)")
+    # No default here: check_args knows that of the optimizer.
+    add("--lr", type=float, default=argparse.SUPPRESS,
+        help="learning rate (default: 0.2 with sgd, 2.5e-4 with adamw; paper: 1e-6)")
+    add("--anneal_lr", action=argparse.BooleanOptionalAction, default=False,
         help="let the learning rate fall linearly to 0 over the run (paper: constant)")
-    add("--warmup_ratio", type=float, default=0.25,
+    add("--warmup_ratio", type=float, default=0.0,
         help="fraction of the steps with a rising learning rate")
     add("--mini_batch_size", type=int, default=3,
         help="groups with signal per optimizer step (paper: 32 of 256)")
@@ -903,7 +917,7 @@ def parse_args(description="GRPO with over-turn masking."):
 
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
-    add("--eval_every", type=int, default=6,
+    add("--eval_every", type=int, default=8,
         help="steps between evaluations on held-out questions; --out keeps the best model (0: no "
              "evaluation, the last model is kept)")
     add("--eval_size", type=int, default=240, help="questions of --eval_data that are played")
@@ -923,11 +937,12 @@ def parse_args(description="GRPO with over-turn masking."):
 
 
 def check_args(args):
-    """Raise InputError for flags that make no sense, alone or together. Set --baseline if it was
-    not given."""
+    """Raise InputError for flags that make no sense, alone or together. Set --baseline and --lr if
+    they were not given."""
     tools.check(args.overturn_mask or "baseline" not in args, "--baseline is what the mask pays, "
                 "and --no-overturn_mask takes the mask away: leave one of them out")
     args.baseline = getattr(args, "baseline", 0.5)
+    args.lr = getattr(args, "lr", DEFAULT_RATES[args.optimizer])
     # Each alone.
     terminal.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
@@ -939,6 +954,8 @@ def check_args(args):
                 "conversations about one question")
     evaluate.check_rollout_flags(args)
     # Two that contradict each other.
+    tools.check(args.optimizer == "adamw" or args.lr >= 1e-4, f"--lr {args.lr} is a rate for AdamW: "
+                "with sgd it would leave the weights as they are; add --optimizer adamw")
     tools.check((args.eval_every and args.eval_size) or args.baseline != "estimate",
                 "--baseline estimate comes from the evaluations: set --eval_every and --eval_size "
                 "above 0")

@@ -24,8 +24,8 @@ FIGURES = root.ROOT / "extras" / "experiments.jsonl"
 BUDGETS = ["4", "6", "8", "12", "16", "24", "32"]
 SHARES = ["incorrect", "unfinished", "void", "guess", "guess, shape", "guess, digit", "hint first"]
 # the chart's two panels: accuracy over turns, and over the baseline b
-CURVES = {"tight": "masked, b = 0.5", "tight_completed": "masked, b = precision of the completed",
-          "tight_group": "masked, b = the group's success rate", "tight_no_mask": "not masked"}
+CURVES = {"half": "masked, b = 0.5", "completed": "masked, b = precision of the completed",
+          "group": "masked, b = the group's success rate", "no_mask": "not masked"}
 BASELINES = {"tight_0": 0, "tight_017": 0.17, "tight": 0.5, "tight_085": 0.85, "tight_1": 1}
 
 
@@ -124,7 +124,7 @@ def draw(runs, path):
             figures = [accuracy(name, budget) for budget in BUDGETS]
             report.draw_line(over_turns, turns, figures, label)
     report.label_turns(over_turns, turns)
-    over_turns.set(title="RL with at most 4 turns")
+    over_turns.set(title="RL with at most 4 turns: default, SGD, all levels")
 
     # 2. over the baseline
     names = [name for name in BASELINES if name in runs]
@@ -133,7 +133,7 @@ def draw(runs, path):
         report.draw_line(over_baseline, [BASELINES[name] for name in names], figures,
                          f"{budget} turns")
     over_baseline.set(xlabel="baseline b, paid for an unfinished conversation",
-                      title="the same, over b")
+                      title="AdamW, hard questions, over b")
 
     for axes in (over_turns, over_baseline):
         axes.set(ylim=(0, 100), ylabel="accuracy, %")

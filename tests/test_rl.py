@@ -660,7 +660,7 @@ class ScriptedEngine:
         results = next(self.runs)
         assert len(rows) == len(root) and len(rows) * num_samples == len(results)
         finish_reasons = self.finish_reasons or ["answer"] * len(results)
-        return [rollout(reward, turns=[{}] * num_turns, finish_reason=finish_reason)
+        return [rollout(reward, row={}, turns=[{}] * num_turns, finish_reason=finish_reason)
                 for (reward, num_turns), finish_reason in zip(results, finish_reasons)]
 
     def free_cache(self):
@@ -705,7 +705,10 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
         counts = dict(engine.counts)
         # no exact match: all is left to the judge
         held_out = [(dict(row, answer="something else"), world) for row, _ in questions]
-        assert rl.validate(engine, held_out, args)["val_accuracy"] is None
+        args.out = tmp_path
+        assert rl.validate(engine, held_out, args, step=2)["val_accuracy"] is None
+    rows = tools.read_jsonl(tmp_path / "rollouts/val_00002.jsonl", tools.check_trajectory)
+    assert {row["reward"] for row in rows} == {0, None} and len(rows) == len(held_out)
     unscored = [r for r in played if r.reward is None]
     assert unscored and all(r.finish_reason == "answer" and r.prediction for r in unscored)
     assert not any(r.reward is None for group in groups_with_signal.values() for r in group)
@@ -729,17 +732,20 @@ def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, wor
                  id="judge-failed-on-a-short"),
     pytest.param([(1, 1), (0, 6), (1, 7), (None, 9)], (None, 0.25, None),
                  id="judge-failed-on-a-long")])
-def test_validation_by_hand(results, expected):
+def test_validation_by_hand(results, expected, tmp_path):
     """Late is what took more turns than training allows, here 6. The random streams are the
     same at every evaluation. The third conversation is void, the last one over_turn."""
     engine = ScriptedEngine(results, finish_reasons=["answer", "answer", "void", "over_turn"])
     held_out = [({"id": number}, "folder") for number in range(4)]
-    metrics = rl.validate(engine, held_out, argparse.Namespace(max_turns=6))
+    args = argparse.Namespace(max_turns=6, out=tmp_path)
+    metrics = rl.validate(engine, held_out, args, step=50)
     assert metrics == {
         "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
         "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
     assert engine.calls == [("begin_step", 2**31),
                             ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
+    rows = tools.read_jsonl(tmp_path / "rollouts/val_00050.jsonl")
+    assert [(row["reward"], len(row["turns"])) for row in rows] == results
 
 
 def evaluated(*figures):
@@ -1137,10 +1143,16 @@ def test_a_policy_without_any_signal_does_not_hang_and_does_not_move(make_tiny, 
 
 
 def test_saved_rollouts_are_trajectory_rows(runs, world):
-    """The first eight conversations of a step, here two whole groups, with their advantages."""
+    """The first eight conversations of a step, here two whole groups, with their advantages. Those
+    about held-out questions are saved at each evaluation, also on two processes."""
     out, _ = runs
     folder = out / "one" / "rollouts"
-    assert [path.name for path in sorted(folder.iterdir())] == ["step_00002.jsonl"]
+    evaluated_steps = ["val_00000.jsonl", "val_00002.jsonl", "val_00003.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00002.jsonl", *evaluated_steps]
+    for name in evaluated_steps:
+        rows = tools.read_jsonl(folder / name, tools.check_trajectory)
+        other_rows = tools.read_jsonl(out / "two/rollouts" / name)
+        assert len(rows) == len({row["id"] for row in rows}) == 2 and rows == other_rows
     rows = tools.read_jsonl(folder / "step_00002.jsonl", tools.check_trajectory)
     assert len(rows) == 8
     for group in (rows[:4], rows[4:]):
@@ -1313,12 +1325,13 @@ def test_other_baselines_are_refused(text):
     (["--overturn_penalty", "1"], "--overturn_penalty needs --no-overturn_mask"),
     (["--baseline", "estimate", "--eval_every", "0"], "set --eval_every and --eval_size above 0"),
     (["--baseline", "estimate", "--eval_size", "0"], "set --eval_every and --eval_size above 0"),
-    (["--eval_turns", "3"], "--eval_turns 3 is less than --max_turns 6"),
+    (["--eval_turns", "3"], "--eval_turns 3 is less than --max_turns 4"),
     (["--eval_turns", "3", "--baseline", "outcome", "--eval_every", "0"],
-     "--eval_turns 3 is less than --max_turns 6"),
+     "--eval_turns 3 is less than --max_turns 4"),
     (["--baseline", "0.5", "--no-overturn_mask"], "leave one of them out"),
     (["--no-overturn_mask", "--base", "group"], "leave one of them out"),
     (["--max_images", "1"], "--max_images 1 allows no zoom"),
+    (["--lr", "1e-6"], "--lr 1e-06 is a rate for AdamW: with sgd .* add --optimizer adamw"),
     (["--warmup_ratio", "50"], "--warmup_ratio 50.0 is above 1: it is a fraction")],
     ids=lambda value: value if isinstance(value, str) else None)
 def test_flags_that_make_no_sense_together_are_refused(monkeypatch, flags, message):
@@ -1335,12 +1348,20 @@ def test_the_default_of_the_baseline(monkeypatch, flags, baseline):
     assert rl.parse_args().baseline == baseline
 
 
-@pytest.mark.parametrize("flags", [["--eval_turns", "6"],
-                                   ["--eval_turns", "5", "--eval_every", "0"]], ids=str)
+@pytest.mark.parametrize("flags, lr", [
+    ([], 0.2), (["--optimizer", "adamw"], 2.5e-4), (["--optimizer", "adamw", "--lr", "1e-6"], 1e-6),
+    (["--lr", "0.4"], 0.4)], ids=str)
+def test_each_optimizer_has_a_default_rate(monkeypatch, flags, lr):
+    monkeypatch.setattr("sys.argv", ["rl.py", *flags])
+    assert rl.parse_args().lr == lr
+
+
+@pytest.mark.parametrize("flags", [["--eval_turns", "4"],
+                                   ["--eval_turns", "3", "--eval_every", "0"]], ids=str)
 def test_turns_of_evaluation_that_do_make_sense(monkeypatch, flags):
     """As many as in training, or any number if nothing is evaluated."""
     monkeypatch.setattr("sys.argv", ["rl.py", *flags])
-    assert rl.parse_args().max_turns == 6
+    assert rl.parse_args().max_turns == 4
 
 
 @pytest.fixture

@@ -104,7 +104,8 @@ def test_plan_of_the_released_models(monkeypatch, capsys, tmp_path, name, billio
     monkeypatch.setattr(plan, "plan_memory", recorded)
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--max_num_seqs", "16",
-                                     "--max_model_len", "1000", "--no-freeze_vision"])
+                                     "--max_model_len", "1000", "--no-freeze_vision",
+                                     "--optimizer", "adamw"])
     print_plan(rl.parse_args())
     assert plans[0]["weights"] / 2e9 == pytest.approx(billions, abs=5e-4)
     assert plans[0]["KV cache"] == cache * 16 * 1000
@@ -151,7 +152,7 @@ def test_seconds_of_a_step_of_7b_by_hand(tmp_path):
 def test_it_takes_the_flags_of_the_run_and_describes_itself(tmp_path, monkeypatch, capsys):
     """A command of rl.py works as it is, flags that need no memory included."""
     (tmp_path / "config.json").write_text(json.dumps(RELEASED["Qwen2.5-VL-3B"]))
-    monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--lr", "1e-6",
+    monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tmp_path), "--lr", "0.1",
                                      "--baseline", "group", "--max_num_seqs", "8"])
     print_plan(rl.parse_args(plan.DESCRIPTION))
     assert "8 conversations of 4096 at once" in capsys.readouterr().out
