@@ -52,7 +52,8 @@ What differs from textbook GRPO and from the paper:
 9. SGD without momentum, where the paper has AdamW (--optimizer adamw). AdamW divides each weight's
    step by the size of its gradients, so what has no signal moves as fast as what has. After some
    steps it makes the policy sure of whatever it does most often, and what lies beyond the training
-   cap, where no reward pulls back, decays (docs/worse.md).
+   cap, where no reward pulls back, decays (docs/worse.md). SGD takes rare large gradients at their
+   full size instead, so they are clipped to a norm that is usual in the beginning.
 10. At most 4 turns on questions of all levels, for the tiny policy. The paper has 6: a real model
    sees more in each view.
 
@@ -846,7 +847,8 @@ def baseline_flag(text):
     return number
 
 
-DEFAULT_RATES = {"sgd": 0.2, "adamw": 2.5e-4}
+# of --optimizer: --lr and --max_grad_norm
+OPTIMIZER_DEFAULTS = {"sgd": (0.2, 0.1), "adamw": (2.5e-4, 1.0)}
 
 
 def parse_args(description="GRPO with over-turn masking."):
@@ -899,9 +901,11 @@ def parse_args(description="GRPO with over-turn masking."):
     add = group.add_argument
     add("--optimizer", default="sgd", choices=["adamw", "sgd"],
         help="sgd has no momentum (paper: AdamW)")
-    # No default here: check_args knows that of the optimizer.
+    # No default for these two: check_args knows that of the optimizer.
     add("--lr", type=float, default=argparse.SUPPRESS,
         help="learning rate (default: 0.2 with sgd, 2.5e-4 with adamw; paper: 1e-6)")
+    add("--max_grad_norm", type=float, default=argparse.SUPPRESS,
+        help="gradients are clipped to this global norm (default: 0.1 with sgd, 1.0 with adamw)")
     add("--anneal_lr", action=argparse.BooleanOptionalAction, default=False,
         help="let the learning rate fall linearly to 0 over the run (paper: constant)")
     add("--warmup_ratio", type=float, default=0.0,
@@ -937,12 +941,14 @@ def parse_args(description="GRPO with over-turn masking."):
 
 
 def check_args(args):
-    """Raise InputError for flags that make no sense, alone or together. Set --baseline and --lr if
-    they were not given."""
+    """Raise InputError for flags that make no sense, alone or together. Set --baseline, --lr and
+    --max_grad_norm if they were not given."""
     tools.check(args.overturn_mask or "baseline" not in args, "--baseline is what the mask pays, "
                 "and --no-overturn_mask takes the mask away: leave one of them out")
     args.baseline = getattr(args, "baseline", 0.5)
-    args.lr = getattr(args, "lr", DEFAULT_RATES[args.optimizer])
+    default_lr, default_norm = OPTIMIZER_DEFAULTS[args.optimizer]
+    args.lr = getattr(args, "lr", default_lr)
+    args.max_grad_norm = getattr(args, "max_grad_norm", default_norm)
     # Each alone.
     terminal.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",

@@ -1253,8 +1253,6 @@ def add_training_flags(group, weight_decay, save_every):
     """Add the flags of every trainer, which start_training and end_step read."""
     add = group.add_argument
     add("--weight_decay", type=float, default=weight_decay, help="decay of matrices")
-    add("--max_grad_norm", type=float, default=1.0,
-        help="gradients are clipped to this global norm")
     add("--shard_optimizer", action="store_true",
         help="each process keeps gradients, float32 weights and moments of its own shard only")
     add("--gradient_checkpointing", action="store_true",
@@ -1288,6 +1286,8 @@ def parse_args():
         help="the loss is a mean over all tokens, or over each conversation's mean")
     add("--warmup_ratio", type=float, default=0.1,
         help="fraction of steps with rising learning rate")
+    add("--max_grad_norm", type=float, default=1.0,
+        help="gradients are clipped to this global norm")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=None,
         help="do not train the vision tower and its projector (default: frozen, as in the paper, "
              "except with --model tiny)")

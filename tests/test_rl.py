@@ -1348,12 +1348,14 @@ def test_the_default_of_the_baseline(monkeypatch, flags, baseline):
     assert rl.parse_args().baseline == baseline
 
 
-@pytest.mark.parametrize("flags, lr", [
-    ([], 0.2), (["--optimizer", "adamw"], 2.5e-4), (["--optimizer", "adamw", "--lr", "1e-6"], 1e-6),
-    (["--lr", "0.4"], 0.4)], ids=str)
-def test_each_optimizer_has_a_default_rate(monkeypatch, flags, lr):
+@pytest.mark.parametrize("flags, lr, max_grad_norm", [
+    ([], 0.2, 0.1), (["--optimizer", "adamw"], 2.5e-4, 1.0),
+    (["--optimizer", "adamw", "--lr", "1e-6"], 1e-6, 1.0), (["--lr", "0.4"], 0.4, 0.1),
+    (["--max_grad_norm", "0.5"], 0.2, 0.5)], ids=str)
+def test_each_optimizer_has_a_default_rate_and_norm(monkeypatch, flags, lr, max_grad_norm):
     monkeypatch.setattr("sys.argv", ["rl.py", *flags])
-    assert rl.parse_args().lr == lr
+    args = rl.parse_args()
+    assert (args.lr, args.max_grad_norm) == (lr, max_grad_norm)
 
 
 @pytest.mark.parametrize("flags", [["--eval_turns", "4"],
