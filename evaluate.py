@@ -100,6 +100,7 @@ class Rollout(sft.Sequence):
     num_cached_tokens: int = 0      # token_ids[:num_cached_tokens] are in the KV cache
     next_position: int = 0          # M-RoPE position of token_ids[num_cached_tokens]
     pending_image: Future = None    # [(patches, grid)] of an observation that is not fed yet
+    image_step: int = 0             # the engine's step in which it was appended
     random_generator: np.random.Generator = None
     uniforms: list = field(default_factory=list)    # [n]: the number that samples token n
 
@@ -136,7 +137,7 @@ class Rollout(sft.Sequence):
         return replace(self, images=[preprocessed, *policy.preprocess_images(views[1:])])
 
 
-@functools.lru_cache(maxsize=1)     # the conversations of a group share one image
+@functools.lru_cache(maxsize=32)    # the conversations of a group share one image
 def open_and_preprocess(policy, path):
     """Return an image and the copy of it that the model sees: (PIL image, (patches, grid))."""
     image = tools.open_image(path)
@@ -171,16 +172,16 @@ def make_rollouts(rows, num_samples, root, prompt_numbers, prompts):
 # A row (in this section only) is one query: a new token, or padding. There are H query heads and K
 # key heads. H / K query heads share a key head, so a mask has H / K equal lines per row.
 
-MAX_SPAN_SLOTS = 8      # slots that attend in one call
+MAX_SPAN_SLOTS = 8      # slots that attend in one call on a CPU, where padding costs most
 MAX_SPAN_PADDING = 12   # two neighbours in a span differ by at most so many new tokens
 MAX_SHORT_FEED = 64     # a slot with more new tokens (a prompt, an observation) attends alone
 
 
-def plan_spans(num_new):
+def plan_spans(num_new, max_span_slots=MAX_SPAN_SLOTS):
     """Group neighbouring slots into spans: a span attends in one call.
 
     num_new: new tokens of each slot. All slots of a span are padded to its most new tokens. So a
-    new span starts after MAX_SPAN_SLOTS slots, where two neighbours differ by more than
+    new span starts after max_span_slots slots, where two neighbours differ by more than
     MAX_SPAN_PADDING tokens, and before and after a slot with more than MAX_SHORT_FEED tokens.
     Return a list of (first, end). Spans without any new token are left out.
 
@@ -191,7 +192,7 @@ def plan_spans(num_new):
     for slot in range(1, len(num_new)):
         first, _ = spans[-1]
         num_before = num_new[slot - 1]
-        has_room = slot - first < MAX_SPAN_SLOTS
+        has_room = slot - first < max_span_slots
         both_short = max(num_new[slot], num_before) <= MAX_SHORT_FEED
         if has_room and both_short and abs(num_new[slot] - num_before) <= MAX_SPAN_PADDING:
             spans[-1] = (first, slot + 1)
@@ -219,12 +220,12 @@ class RowPlan(NamedTuple):
     last_visible: np.ndarray        # (P,) last column that the query of a row sees: its own
 
 
-def plan_rows(first_slot, num_cached, num_new):
+def plan_rows(first_slot, num_cached, num_new, max_span_slots=MAX_SPAN_SLOTS):
     """Plan the attention of neighbouring slots, of which the first is first_slot.
 
     num_cached, num_new: arrays with the number of cached and of new tokens of each slot. All new
     tokens are given end to end. To attend, they are laid out in rows: every slot is padded to the
-    most new tokens of its span. Return a RowPlan.
+    most new tokens of its span (see plan_spans). Return a RowPlan.
 
     Slots 2 and 3 have 5 and 6 cached tokens and get 1 and 2 new ones. They are one span, and row 1
     is padding. plan_rows(2, np.array([5, 6]), np.array([1, 2])) returns:
@@ -240,7 +241,7 @@ def plan_rows(first_slot, num_cached, num_new):
     column_parts = []
     is_token_parts = []
     num_rows = 0
-    for first, end in plan_spans(num_new):
+    for first, end in plan_spans(num_new, max_span_slots):
         # 1. The rows of a span: w for each of its b slots.
         new = num_new[first:end, None]                                      # (b, 1)
         cached = num_cached[first:end, None]                                # (b, 1)
@@ -288,14 +289,23 @@ class SlotCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads     # H / K
-        # A GPU's allocator would keep what was outgrown, so there all memory is taken at once.
-        length = max_length if self.device.type == "cuda" else 256
+        # On a CPU padding costs most. On a GPU calls do: all slots attend in one, and the number
+        # of columns is a multiple of 8 (PyTorch would pad other masks anew in every layer). A GPU's
+        # allocator would keep what was outgrown, so there all memory is taken at once.
+        on_gpu = self.device.type == "cuda"
+        self.max_span_slots = num_slots if on_gpu else MAX_SPAN_SLOTS
+        self.column_multiple = 8 if on_gpu else 1
+        length = self.round_up(max_length) if on_gpu else 256
         shape = (num_slots, config.num_key_value_heads, length, sft.head_size(config))
         self.layers = []
         for _ in range(config.num_hidden_layers):
             keys = torch.zeros(shape, dtype=dtype, device=device)
             values = torch.zeros(shape, dtype=dtype, device=device)
             self.layers.append([keys, values])
+
+    def round_up(self, num_columns):
+        """Return the next multiple of column_multiple."""
+        return -(-num_columns // self.column_multiple) * self.column_multiple
 
     def reserve(self, num_columns):
         """Make room for conversations of num_columns tokens. Grows by half at least."""
@@ -311,31 +321,29 @@ class SlotCache:
         """Prepare a forward pass over neighbouring slots, see plan_rows. Return a CachePlan."""
         num_columns = int((num_cached + num_new).max())
         self.reserve(num_columns)
-        row_plan = plan_rows(first_slot, num_cached, num_new)
+        row_plan = plan_rows(first_slot, num_cached, num_new, self.max_span_slots)
         # The H / K queries of a row have the same last column, one line of the mask each.
         last_of_mask_row = row_plan.last_visible.repeat(self.queries_per_key)   # (P * H / K,)
         *indices, last_of_mask_row = to_device(
             self.device, row_plan.slot_of_token, row_plan.column_of_token, row_plan.row_of_token,
             row_plan.token_of_row, last_of_mask_row)
-        columns = torch.arange(num_columns, device=self.device)
-        spans = []
-        for span in row_plan.spans:
-            mask = self.make_mask(span, columns, last_of_mask_row)
-            spans.append(span._replace(mask=mask))
+        columns = torch.arange(self.round_up(num_columns), device=self.device)
+        spans = [self.add_mask(span, columns, last_of_mask_row) for span in row_plan.spans]
         return CachePlan(self.layers, spans, *indices)
 
-    def make_mask(self, span, columns, last_of_mask_row):
-        """Return a span's mask (b, 1, w * H / K, S): 0 in columns that a query sees, else -inf.
-        Return None for a slot with many new tokens: in a large model its mask would take
-        gigabytes."""
+    def add_mask(self, span, columns, last_of_mask_row):
+        """Return a span with its mask (b, 1, w * H / K, S): 0 in columns that a query sees, else
+        -inf. A slot with many new tokens gets none: in a large model it would take gigabytes."""
         if span.width > MAX_SHORT_FEED:
-            return None
+            return span
+        span = span._replace(num_columns=self.round_up(span.num_columns))
         first = span.query_rows.start * self.queries_per_key
         end = span.query_rows.stop * self.queries_per_key
         mask_height = span.width * self.queries_per_key
         last_visible = last_of_mask_row[first:end].view(-1, 1, mask_height, 1)
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.where(columns[:span.num_columns] > last_visible, -math.inf, zero)
+        mask = torch.where(columns[:span.num_columns] > last_visible, -math.inf, zero)
+        return span._replace(mask=mask)
 
     def copy_out(self, slot, length):
         """Return copies of the first `length` keys and values of a slot, layer by layer."""
@@ -436,6 +444,11 @@ class Feed(NamedTuple):
         return len(self.draft_ids) + 1 if self.pending_ids else 0
 
 
+# Steps of decoding in which two images of a megapixel are cut and resized. A turn has ten times as
+# many.
+GPU_IMAGE_DELAY = 8
+
+
 def split_list(items, sizes):
     """Cut a list into consecutive lists of these sizes."""
     parts = []
@@ -459,7 +472,11 @@ class Engine:
         self.seed = seed
         self.greedy = greedy
         self.judge = judge
-        self.loader = ThreadPoolExecutor(2)     # crops and resizes images while the model runs
+        # Threads crop and resize images while the model runs.
+        on_gpu = policy.device.type == "cuda"
+        self.loader = ThreadPoolExecutor(4 if on_gpu else 2)
+        self.image_delay = GPU_IMAGE_DELAY if on_gpu else 0
+        self.num_steps = 0
         # Newer versions of transformers call it "cache", and ignore a name that they do not know.
         parameters = inspect.signature(policy.model.model.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -486,9 +503,12 @@ class Engine:
         self.counts = collections.Counter()
 
     def free_cache(self):
-        """Free the memory of keys and values; the next run takes it again."""
+        """Free the memory of keys and values; the next run takes it again. A GPU's allocator would
+        keep it in blocks whose sizes do not fit the update."""
         self.cache = None
         self.encoded_prompt = None
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def run(self, rows, num_samples, root, prompt_numbers=None):
         """Play every row num_samples times. Return Rollouts, ordered by row, then sample. The
@@ -574,6 +594,7 @@ class Engine:
         Conversations that wait for an image are not advanced, see slots_to_feed_images. Return
         those that have ended."""
         # 1. Schedule: the tokens of every slot that are not in the cache yet.
+        self.num_steps += 1
         feeds = self.schedule()
         # 2. Run the model and sample; M = one token per feed and per token of a draft.
         logprobs, next_positions = self.forward(feeds, first_slot=0)        # (M, V)
@@ -623,9 +644,14 @@ class Engine:
     def slots_to_feed_images(self):
         """Return the slots whose pending images are fed in this step. Images wait until a quarter
         of the slots have one: a batch that is worth its overhead. Their tokens together are at most
-        max_model_len, which bounds the memory; the rest waits."""
+        max_model_len, which bounds the memory; the rest waits. An image counts from image_delay
+        steps after its zoom on, when a thread has certainly prepared it, or if nothing else can be
+        fed: asking the threads would make a run depend on their speed."""
         waiting_slots = [slot for slot, rollout in enumerate(self.slots)
                          if rollout.pending_image is not None]
+        if len(waiting_slots) < len(self.slots):
+            waiting_slots = [slot for slot in waiting_slots if
+                             self.num_steps - self.slots[slot].image_step >= self.image_delay]
         if 4 * len(waiting_slots) < len(self.slots):
             return []
         chosen_slots = []
@@ -748,12 +774,13 @@ class Engine:
             if self.limits.blank_crops:
                 view = tools.black_picture(view)
             rollout.pending_image = self.loader.submit(self.policy.preprocess_images, [view])
+            rollout.image_step = self.num_steps
 
     def evict(self, slot):
         """Score a finished conversation, and give its slot to the next one.
 
         Slots are kept roughly sorted, longest first, since a span is as long as its longest
-        conversation. For this the slots are seen as blocks of MAX_SPAN_SLOTS, whatever spans a pass
+        conversation. For this the slots are seen as blocks of max_span_slots, whatever spans a pass
         has. The longest conversation of the next block moves into the free slot, the longest of the
         block after that into the slot that is free now, and so on. The new conversation starts in
         the last block. With blocks of two and these lengths, when the conversation in the second
@@ -769,9 +796,10 @@ class Engine:
         rollout.uniforms = []
         # 2. Hand the free slot on to the last block.
         free_slot = slot
-        first_of_next_block = (slot // MAX_SPAN_SLOTS + 1) * MAX_SPAN_SLOTS
-        for first in range(first_of_next_block, len(self.slots), MAX_SPAN_SLOTS):
-            next_block = range(first, min(first + MAX_SPAN_SLOTS, len(self.slots)))
+        block_size = self.cache.max_span_slots
+        first_of_next_block = (slot // block_size + 1) * block_size
+        for first in range(first_of_next_block, len(self.slots), block_size):
+            next_block = range(first, min(first + block_size, len(self.slots)))
             longest = max(next_block, key=lambda other: self.slots[other].num_cached_tokens)
             self.move(longest, free_slot)
             free_slot = longest
@@ -1133,14 +1161,10 @@ def play_level(engine, question_file, rows, digest, args, process, prompts):
         is_mine = rollout.prompt_number % process.world_size == process.rank
         if is_mine and (rollout.row["id"], rollout.sample_number) not in finished:
             waiting.append(rollout)
-    # 3. Play it, a few slots' worth at a time: a rollout takes more memory than its row.
-    block_size = args.num_samples * max(1, 4 * args.max_num_seqs // args.num_samples)
-    new_rows = []
+    # 3. Play it.
     with terminal.progress_bar(total=len(waiting), desc=question_file.stem,
                                disable=process.rank != 0) as progress:
-        while waiting:
-            new_rows += play_and_save(engine, waiting[:block_size], journal, progress)
-            waiting = waiting[block_size:]
+        new_rows = play_and_save(engine, waiting, journal, progress)
     # 4. Everybody's rows.
     for row in sft.all_gather_objects(new_rows):
         finished[row["id"], row["sample"]] = row
@@ -1153,6 +1177,8 @@ def play_and_save(engine, rollouts, journal, progress):
     without_score = []      # the judge has not replied yet, or a server gave no usable reply
     for rollout in engine.play_all(rollouts):
         progress.update()
+        # Its row is all that is needed; the tokens of all conversations would take gigabytes.
+        rollout.token_ids, rollout.loss_mask, rollout.logprobs = [], [], []
         if engine.judge is not None:
             engine.judge.collect_verdicts()
         without_score.append(rollout)

@@ -73,6 +73,7 @@ Commands:
 
 import argparse
 import collections
+import heapq
 import math
 import time
 from dataclasses import dataclass, replace
@@ -493,21 +494,51 @@ def compute_logprobs(policy, rollouts, batch):
     return logprobs, old_logprobs, mask
 
 
-def balance_by_tokens(rollouts):
-    """Return this rank's share of all ranks' rollouts, of about the same number of tokens on each.
+def deal_micro_batches(rollouts, max_tokens):
+    """Return this rank's micro-batches of the rollouts of all ranks, as lists. Every rank must call
+    this.
 
-    Who played a conversation does not matter. All are put in the order of their groups and cut into
-    one run of neighbours per rank, so most of a group, which shares an image, stays together. Every
-    rank must call this.
+    Ranks work in rounds, one micro-batch each, since gradients are summed over ranks while backward
+    runs. So a round takes as long as its largest micro-batch, and all micro-batches of a round
+    should have about as many tokens. There are as few rounds as max_tokens tokens per micro-batch
+    allow (only a conversation that is longer exceeds them). Who played a conversation does not
+    matter.
 
-    Lengths 4 2 2 on two ranks: their middles 2 5 7 of 8 tokens belong to ranks 0 1 1."""
+    Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches. Longest
+    first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5 and 3 2.
+    """
+    num_ranks = sft.world_size()
     all_rollouts = sft.all_gather_objects(rollouts)
-    all_rollouts.sort(key=lambda rollout: (rollout.group_index, rollout.sample_number))
-    num_tokens = np.array([len(rollout.token_ids) for rollout in all_rollouts])
-    token_middles = num_tokens.cumsum() - num_tokens / 2
-    target_ranks = token_middles * sft.world_size() // max(num_tokens.sum(), 1)
-    return [rollout for rollout, target_rank in zip(all_rollouts, target_ranks)
-            if target_rank == sft.get_rank()]
+    all_rollouts.sort(key=lambda rollout: (-len(rollout.token_ids), rollout.group_index,
+                                           rollout.sample_number))
+    lengths = [len(rollout.token_ids) for rollout in all_rollouts]
+    # 1. One round more, until the fullest micro-batch has room.
+    num_rounds = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
+    micro_batches = fill_evenly(all_rollouts, num_rounds * num_ranks)
+    while sum_of_tokens(micro_batches[0]) > max(max_tokens, *lengths, 0):
+        num_rounds += 1
+        micro_batches = fill_evenly(all_rollouts, num_rounds * num_ranks)
+    # 2. Neighbours in size are one round. Without enough conversations some are empty.
+    return [micro_batch for micro_batch in micro_batches[sft.get_rank()::num_ranks] if micro_batch]
+
+
+def fill_evenly(rollouts, num_parts):
+    """Return num_parts lists of these rollouts, the fullest first: each rollout, in the order that
+    is given, goes into the list with the fewest tokens. In a list they are in the order of their
+    groups, since a group shares an image."""
+    # (tokens, number, rollouts) of each list, as a heap: the emptiest is the first
+    parts = [(0, number, []) for number in range(num_parts)]
+    for rollout in rollouts:
+        num_tokens, number, part = heapq.heappop(parts)
+        part.append(rollout)
+        heapq.heappush(parts, (num_tokens + len(rollout.token_ids), number, part))
+    parts.sort(key=lambda part: (-part[0], part[1]))
+    return [sorted(part, key=lambda rollout: (rollout.group_index, rollout.sample_number))
+            for _, _, part in parts]
+
+
+def sum_of_tokens(rollouts):
+    return sum(len(rollout.token_ids) for rollout in rollouts)
 
 
 def mini_batches(groups_with_signal, args, device):
@@ -566,8 +597,8 @@ def update_policy(policy, optimizer, rollouts, args, lr):
     if denominator == 0:    # the one, empty mini-batch of a step without any signal
         return statistics   # a step would move the weights by momentum alone
     # 2. Share the conversations that have a gradient among the ranks; cut this rank's share.
-    my_rollouts = balance_by_tokens([rollout for rollout in rollouts if rollout.advantage != 0])
-    micro_batches = list(sft.micro_batches(my_rollouts, args.micro_batch_tokens))
+    micro_batches = deal_micro_batches(
+        [rollout for rollout in rollouts if rollout.advantage != 0], args.micro_batch_tokens)
 
     def encode_micro_batch(micro_batch):
         return micro_batch, encode_rollouts(policy, micro_batch)
@@ -588,8 +619,10 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         statistics.add(loss.item(), log_ratio, len(micro_batch), args)
         return loss
 
-    # 3. Backward through every micro-batch; a thread encodes the images of the next one meanwhile.
-    encoded = sft.prefetch(encode_micro_batch, micro_batches)
+    # 3. Backward through every micro-batch; meanwhile threads encode the images of the next ones.
+    #    On a GPU the images of one take longer than its backward pass.
+    num_threads = 3 if policy.device.type == "cuda" else 1
+    encoded = sft.prefetch(encode_micro_batch, micro_batches, num_threads)
     optimizer.backward(encoded, loss_of, num_micro_batches=len(micro_batches))
     # 4. The step. A loss that is not finite on any rank skips it on all.
     total_loss = sft.all_reduce([statistics.sums["loss"]], policy.device)[0]
@@ -721,6 +754,10 @@ def train_step(policy, optimizer, engine, questions, step, args, baseline):
     my_group_indices = range(sft.get_rank(), args.prompts_per_step, sft.world_size())
     groups_with_signal, played_rollouts, num_zero_variance_groups = collect_groups(
         engine, questions.training, step, my_group_indices, args, baseline)
+    # The ranks that are done first wait for the others. Without a barrier that would be logged as
+    # time of the update.
+    wait_start = time.time()
+    sft.barrier()
     update_start = time.time()
     # 2. One optimizer step per mini-batch, on the rollouts of all ranks.
     lr = learning_rate(step, args)
@@ -735,7 +772,8 @@ def train_step(policy, optimizer, engine, questions, step, args, baseline):
     metrics = step_metrics(played_rollouts, updates, num_zero_variance_groups, engine.counts,
                            policy.device)
     metrics = {"step": step + 1, "lr": lr, **metrics,
-               "seconds_rollout": update_start - rollout_start, "seconds_update": seconds_update}
+               "seconds_rollout": wait_start - rollout_start,
+               "seconds_wait": update_start - wait_start, "seconds_update": seconds_update}
     return metrics, groups_with_signal
 
 

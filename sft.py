@@ -458,20 +458,21 @@ def micro_batches(sequences, max_tokens):
         yield micro_batch
 
 
-def prefetch(function, items):
-    """Yield function(item) of each item, in order. While the caller uses one result, a thread
-    computes the next one."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        future = None       # of the item before
+def prefetch(function, items, num_threads=1):
+    """Yield function(item) of each item, in order. While the caller uses one result, num_threads
+    threads compute the next ones, one each."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        futures = collections.deque()
         for item in items:
-            if future is None:
-                future = thread.submit(function, item)
-                continue
-            result = future.result()
-            future = thread.submit(function, item)
-            yield result
-        if future is not None:
-            yield future.result()
+            # As many as there are threads are ahead of the caller.
+            if len(futures) == num_threads:
+                result = futures.popleft().result()
+                futures.append(threads.submit(function, item))
+                yield result
+            else:
+                futures.append(threads.submit(function, item))
+        while futures:
+            yield futures.popleft().result()
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -486,14 +487,19 @@ def vocab_logprobs(policy, hidden_states):
     return logits.index_fill(-1, policy.suppressed_index, -math.inf).log_softmax(-1)
 
 
-def token_logprobs(policy, batch, chunk_size=4096):
+# Logits that are in memory at once: half a gigabyte in float32. Qwen2.5-VL-7B: of 882 positions.
+LOGITS_PER_CHUNK = 2**27
+
+
+def token_logprobs(policy, batch, chunk_size=None):
     """Return the log-probability of every token that the policy wrote, given all tokens before it:
     (N,), in the order of batch["loss_positions"]. If the policy wrote no token, the empty result
     still has a gradient function.
 
-    The vocabulary is computed at those positions only. More than chunk_size of them are computed
-    chunk by chunk, and again in backward: with 152k ids and 32k tokens the logits would otherwise
-    be the largest tensor by far. The model runs with use_cache=False."""
+    The vocabulary is computed at those positions only. More than chunk_size of them (by default as
+    many as have LOGITS_PER_CHUNK logits) are computed chunk by chunk, and again in backward: with
+    152k ids and 32k tokens the logits would otherwise be the largest tensor by far. The model runs
+    with use_cache=False."""
     # 1. The transformer. All entries of batch but one are its keyword arguments.
     inputs = {name: value for name, value in batch.items() if name != "loss_positions"}
     hidden_states = policy.model.model(**inputs, use_cache=False).last_hidden_state[0]  # (T, D)
@@ -504,6 +510,9 @@ def token_logprobs(policy, batch, chunk_size=4096):
     targets = batch["input_ids"][0, loss_positions]                                     # (N,)
 
     # 3. Log-probabilities of the targets, chunk by chunk.
+    if chunk_size is None:
+        chunk_size = positions_per_chunk(policy.model.config.text_config.vocab_size)
+
     def target_logprobs(hidden_chunk, target_chunk):
         logprobs = vocab_logprobs(policy, hidden_chunk)                 # (n, V)
         return logprobs.gather(-1, target_chunk[:, None])[:, 0]         # (n,)
@@ -514,6 +523,11 @@ def token_logprobs(policy, batch, chunk_size=4096):
     for chunk in zip(hidden_states.split(chunk_size), targets.split(chunk_size)):
         logprob_chunks.append(checkpoint(target_logprobs, *chunk, use_reentrant=False))
     return torch.cat(logprob_chunks)
+
+
+def positions_per_chunk(vocab_size):
+    """Return how many positions have LOGITS_PER_CHUNK logits."""
+    return max(1, LOGITS_PER_CHUNK // vocab_size)
 
 
 def sft_loss(policy, sequences, aggregation, denominator):
@@ -552,8 +566,11 @@ def train_step(policy, optimizer, sequences, lr, args):
 # and takes the same step, since gradients are summed over all ranks. A collective is called by
 # every rank, in the same order; one process needs none of them.
 
-# How long a rank waits in a collective: longer than the slowest rank's rollouts may take.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# How long a rank waits for the others to start, and then in a collective: longer than the slowest
+# rank's rollouts may take. Ranks of a 7B run may differ by an hour where most groups have no signal
+# and are played again.
+START_TIMEOUT = timedelta(minutes=60)
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 # Torch 2.13 renamed these two.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -588,11 +605,12 @@ def setup_distributed():
     #    agree_on_attempt, at the end of this file).
     attempt = 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_ranks > 1 and not dist.is_initialized():
-        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         attempt = agree_on_attempt(store, rank, num_ranks)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=num_ranks,
-                                store=dist.PrefixStore(f"attempt_{attempt}", store))
+                                store=dist.PrefixStore(f"attempt_{attempt}", store),
+                                device_id=device if device.type == "cuda" else None)
     return Process(rank, num_ranks, device, attempt)
 
 
@@ -1448,7 +1466,7 @@ def agree_on_attempt(store, rank, num_ranks):
     # Rank 0: count, and answer until nobody is missing.
     attempt = store.add("attempts", 1)
     missing_ranks = set(range(1, num_ranks))
-    deadline = time.time() + COLLECTIVE_TIMEOUT.total_seconds()
+    deadline = time.time() + START_TIMEOUT.total_seconds()
     while missing_ranks and time.time() < deadline:
         for other_rank in list(missing_ranks):
             if store.check([f"hello/{other_rank}"]):

@@ -209,9 +209,9 @@ ASSIGNMENTS = {
                  "test_sft.py::test_few_buckets_are_in_flight_and_all_are_waited_for": 2,
                  "test_sft.py::test_outside_of_the_optimizers_backward_nothing_is_reduced": 1}),
         Task("who trains on which conversations",
-             ["rl.py:balance_by_tokens", "rl.py:mini_batches"], {
+             ["rl.py:deal_micro_batches", "rl.py:fill_evenly", "rl.py:mini_batches"], {
                  "test_rl.py::test_balance_by_hand": 5,
-                 "test_rl.py::test_a_group_that_was_played_again_keeps_its_place": 2,
+                 "test_rl.py::test_who_played_a_conversation_does_not_matter": 2,
                  "test_rl.py::test_conversations_are_balanced_by_tokens": 6,
                  "test_rl.py::test_mini_batches_are_cut_from_the_groups_with_signal": 5,
                  "test_rl.py::test_mini_batches_are_cut_from_the_groups_of_all_ranks": 2})]),

@@ -28,7 +28,7 @@ GPU_BANDWIDTH = 3.35e12
 
 def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model_len,
                 shard_optimizer, gradient_checkpointing=True, freeze_vision=False,
-                rule="adamw", chunk_size=4096):
+                rule="adamw", chunk_size=None):
     """Return {name: bytes} on each of `num_ranks` processes. The model's tensors may be on the meta
     device.
 
@@ -42,7 +42,7 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
                       layers. Those of one layer: w T times 7 D + 3 Q + 2 K + 4 ff, and 2 Q + 2 K
                       more where queries and keys are normalised (Qwen3-VL)
         logits        min(T, chunk_size) V (w + 3 F): projected, in float32, without suppressed ids,
-                      normalised
+                      normalised; chunk_size as in sft.token_logprobs
         vision        what the tower needs beyond that, see vision_memory
         KV cache      2 w L K max_num_seqs max_model_len, freed before the update
         prefill       a forward pass over max_model_len tokens (the engine feeds no more images at
@@ -51,6 +51,7 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     """
     w, F = value_sizes(model)
     vocab_size = model.lm_head.weight.shape[0]
+    chunk_size = chunk_size or sft.positions_per_chunk(vocab_size)
     # 1. an update: the state of training, then the peak of one micro-batch
     gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision, rule)
     activations = text_activations(model, micro_batch_tokens, gradient_checkpointing)

@@ -444,6 +444,63 @@ def test_a_step_feeds_no_more_images_than_a_context(trained_policy, world):
     assert max(lengths) <= 420 < 18 * smallest
 
 
+class CacheOfAGpu(evaluate.SlotCache):
+    """On the CPU what a GPU has: all memory at once, one span, columns in multiples of 8."""
+
+    def __init__(self, config, num_slots, dtype, device, max_length):
+        super().__init__(config, num_slots, dtype, device, max_length)
+        self.max_span_slots = num_slots
+        self.column_multiple = 8
+        self.reserve(self.round_up(max_length))
+
+
+def test_the_cache_of_a_gpu_gives_the_same_conversations(rollouts, trained_policy, world,
+                                                         monkeypatch):
+    """All slots attend in one call, over a number of columns that is a multiple of 8."""
+    monkeypatch.setattr(evaluate, "SlotCache", CacheOfAGpu)
+    spans = []
+
+    class Watched(evaluate.CachePlan):
+        def __init__(self, layers, plan_spans, *indices):
+            super().__init__(layers, plan_spans, *indices)
+            spans.extend(plan_spans)
+
+    monkeypatch.setattr(evaluate, "CachePlan", Watched)
+    again = play(trained_policy, world, num_samples=6, max_num_seqs=16)
+    assert same(again, rollouts) and same_logprobs(again, rollouts)
+    masked = [span for span in spans if span.mask is not None]
+    assert max(len(span.mask) for span in masked) == 16
+    assert all(span.mask.shape[-1] == span.num_columns for span in masked)
+    assert {span.num_columns % 8 for span in masked} == {0}
+
+
+@pytest.mark.parametrize("delay", [8, 10**6])
+def test_an_image_waits_until_it_is_surely_prepared(rollouts, trained_policy, world, delay):
+    """On a GPU at least 8 steps, unless nothing else can be fed. Conversations are the same."""
+    engine = CountingEngine(trained_policy, LIMITS, 16)
+    engine.image_delay = delay
+    waits = []
+    step_of_image = {}
+
+    def schedule():
+        for rollout in engine.slots:
+            if rollout.pending_image is not None:
+                step_of_image.setdefault(id(rollout.pending_image), engine.num_steps - 1)
+        all_wait = all(rollout.pending_image is not None for rollout in engine.slots)
+        feeds = evaluate.Engine.schedule(engine)
+        for rollout, feed in zip(engine.slots, feeds):
+            if feed.image is not None:
+                waits.append((engine.num_steps - step_of_image[id(rollout.pending_image)],
+                              all_wait))
+        return feeds
+
+    engine.schedule = schedule
+    again = engine.run(tools.read_jsonl(world / "train.jsonl")[:3], 6, world)
+    assert same(again, rollouts) and same_logprobs(again, rollouts)
+    assert all(all_wait or steps >= delay for steps, all_wait in waits)
+    assert any(not all_wait for _, all_wait in waits) == (delay == 8)
+
+
 def test_a_decoding_step_moves_four_tensors(trained_policy, world, monkeypatch):
     """Between host and device, each way: what is fed and where, where it attends, random numbers;
     ids with their log-probs. A step without images builds no other tensor from Python numbers."""

@@ -812,14 +812,14 @@ def test_the_response_mask_by_hand():
     assert rl.response_mask([], "cpu").shape == (0, 0)
 
 
-def balanced(monkeypatch, rollouts, world_size):
-    """Return each rank's share of these rollouts."""
+def dealt(monkeypatch, rollouts, world_size, max_tokens):
+    """Return each rank's micro-batches of these rollouts."""
     monkeypatch.setattr(sft, "all_gather_objects", lambda items: list(rollouts))
     monkeypatch.setattr(sft, "world_size", lambda: world_size)
     shares = []
     for rank in range(world_size):
         monkeypatch.setattr(sft, "get_rank", lambda: rank)
-        shares.append(rl.balance_by_tokens([]))
+        shares.append(rl.deal_micro_batches([], max_tokens))
     return shares
 
 
@@ -831,38 +831,51 @@ def rollouts_of_lengths(lengths):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_conversations_are_balanced_by_tokens(monkeypatch, world_size):
-    """Each goes to exactly one rank, in order; a rank's tokens are its share to within the
-    longest."""
-    lengths = np.random.default_rng(0).integers(100, 900, 96).tolist()
+@pytest.mark.parametrize("num_rollouts", [0, 1, 7, 96])
+def test_conversations_are_balanced_by_tokens(monkeypatch, world_size, num_rollouts):
+    """Each goes to exactly one micro-batch, none of which is larger than allowed, unless it is a
+    single one. In a round the fullest has at most the longest conversation more than the emptiest,
+    and no round could be left out."""
+    lengths = np.random.default_rng(num_rollouts).integers(100, 900, num_rollouts).tolist()
     rollouts = rollouts_of_lengths(lengths)
-    shares = balanced(monkeypatch, rollouts, world_size)
-    assert sum(shares, []) == rollouts[::-1]
-    for share in shares:
-        num_tokens = sum(len(r.token_ids) for r in share)
-        assert abs(num_tokens - sum(lengths) / world_size) <= max(lengths)
+    shares = dealt(monkeypatch, rollouts, world_size, 2000)
+    dealt_rollouts = [rollout for share in shares for micro_batch in share
+                      for rollout in micro_batch]
+    assert len(dealt_rollouts) == len(rollouts)
+    assert all(rollout in dealt_rollouts for rollout in rollouts)
+    sizes = [[rl.sum_of_tokens(micro_batch) for micro_batch in share] for share in shares]
+    assert all(0 < size <= 2000 for share in sizes for size in share)
+    num_rounds = max(map(len, sizes))
+    for round_sizes in zip(*sizes):
+        if num_rollouts == 96:
+            assert max(round_sizes) - min(round_sizes) <= 100
+    assert num_rounds <= -(-sum(lengths) // (2000 * world_size)) + 1
 
 
-@pytest.mark.parametrize("lengths, num_per_rank", [
-    # the middles 1.5, 4.5, 9 and 18 of 24
-    pytest.param([3, 3, 6, 12], [3, 1], id="long-one-last"),
-    # the middles 2, 5 and 7 of 8
-    pytest.param([4, 2, 2], [1, 2], id="long-one-first"),
-    pytest.param([], [0, 0], id="none"),
-    pytest.param([5], [0, 1, 0], id="one-for-three"),
-    # a middle at exactly one half belongs to the second rank
-    pytest.param([5, 5, 5], [1, 2], id="exactly-half")])
-def test_balance_by_hand(monkeypatch, lengths, num_per_rank):
-    shares = balanced(monkeypatch, rollouts_of_lengths(lengths), len(num_per_rank))
-    assert [len(share) for share in shares] == num_per_rank
+@pytest.mark.parametrize("lengths, max_tokens, expected", [
+    # two rounds: 6 | 5 | 4 1 | 3 2
+    pytest.param([1, 2, 3, 4, 5, 6], 6, [[[6], [1, 4]], [[5], [2, 3]]], id="two-rounds"),
+    # one round of 15 and 15 tokens; the order is that of groups and samples
+    pytest.param([3, 3, 6, 12, 6], 15, [[[3, 12]], [[3, 6, 6]]], id="one-round"),
+    # 20 tokens would be one round of 10 and 10, but three of 6 do not fit in it: a second round
+    pytest.param([6, 6, 6, 2], 10, [[[6], [6]], [[6], [2]]], id="one-round-more"),
+    pytest.param([], 10, [[], []], id="none"),
+    pytest.param([5], 10, [[[5]], [], []], id="one-for-three"),
+    pytest.param([50, 5], 10, [[[50]], [[5]]], id="longer-than-allowed")])
+def test_balance_by_hand(monkeypatch, lengths, max_tokens, expected):
+    shares = dealt(monkeypatch, rollouts_of_lengths(lengths), len(expected), max_tokens)
+    assert [[[len(rollout.token_ids) for rollout in micro_batch] for micro_batch in share]
+            for share in shares] == expected
 
 
-def test_a_group_that_was_played_again_keeps_its_place(monkeypatch):
-    """Of two groups the first was played again, as question number 2 = 1 * 2 + 0: it is still in
-    front of the second."""
+def test_who_played_a_conversation_does_not_matter(monkeypatch):
+    """Two of the same length, of which the first was played again, as question number 2 = 1 * 2 +
+    0: its group is still in front of the other."""
     again = evaluate.Rollout(token_ids=[0] * 5, group_index=0, prompt_number=2)
     first_time = evaluate.Rollout(token_ids=[0] * 5, group_index=1, prompt_number=1)
-    assert balanced(monkeypatch, [first_time, again], 2) == [[again], [first_time]]
+    for rollouts in ([first_time, again], [again, first_time]):
+        assert dealt(monkeypatch, rollouts, 2, 10) == [[[again]], [[first_time]]]
+        assert dealt(monkeypatch, rollouts, 1, 10) == [[[again, first_time]]]
 
 
 @pytest.mark.parametrize("group_indices, size, expected", [
