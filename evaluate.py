@@ -303,13 +303,18 @@ class SlotCache:
             values = torch.zeros(shape, dtype=dtype, device=device)
             self.layers.append([keys, values])
 
+    @property
+    def length(self):
+        """Return the number of columns."""
+        return self.layers[0][0].shape[2]
+
     def round_up(self, num_columns):
         """Return the next multiple of column_multiple."""
         return -(-num_columns // self.column_multiple) * self.column_multiple
 
     def reserve(self, num_columns):
         """Make room for conversations of num_columns tokens. Grows by half at least."""
-        length = self.layers[0][0].shape[2]
+        length = self.length
         if num_columns <= length:
             return
         growth = max(num_columns - length, min(length // 2, self.max_length - length))
@@ -431,7 +436,7 @@ class Feed(NamedTuple):
     position: int           # M-RoPE position of the first new token
     pending_ids: list       # tokens of the conversation that are not in the cache yet
     draft_ids: list         # proposed tokens after them (without drafts: [])
-    image: tuple            # (patches, grid) of an image among pending_ids, or None
+    images: list            # (patches, grid) of the images among pending_ids
 
     @property
     def token_ids(self):
@@ -444,9 +449,35 @@ class Feed(NamedTuple):
         return len(self.draft_ids) + 1 if self.pending_ids else 0
 
 
+# A graph attends over at least so many columns: fewer would be no faster.
+MIN_GRAPH_COLUMNS = 2048
+
 # Steps of decoding in which two images of a megapixel are cut and resized. A turn has ten times as
 # many.
 GPU_IMAGE_DELAY = 8
+
+
+def cache_argument(model):
+    """Return the name of the argument with the KV cache. Newer versions of transformers call it
+    "cache", and ignore a name that they do not know."""
+    parameters = inspect.signature(model.model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def sample(logprobs, random_numbers, greedy):
+    """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1), (M,)
+    in float64. It is the first whose cumulative probability, summed in float64, exceeds the random
+    number. So a token of probability 0 is never sampled. Return ids and log-probs, (2, M), in
+    float64. `greedy`: take the most likely token instead."""
+    if greedy:
+        token_ids = logprobs.argmax(-1)                                     # (M,)
+    else:
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)         # (M, V)
+        # Rounded probabilities do not add up to exactly 1, so compare with shares of their sum.
+        thresholds = random_numbers[:, None] * cumulative[:, -1:]           # (M, 1)
+        token_ids = (cumulative <= thresholds).sum(-1)                      # (M,)
+    token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]          # (M,)
+    return torch.stack([token_ids.double(), token_logprobs.double()])
 
 
 def split_list(items, sizes):
@@ -459,13 +490,145 @@ def split_list(items, sizes):
     return parts
 
 
+class DecodePass:
+    """A decoding step of fixed shape, so that a GPU can replay it as a CUDA graph.
+
+    For one step of a 7B model Python starts some 1,400 kernels, which takes three times as long as
+    the kernels do. A graph is recorded once and then started at once. But a graph always uses the
+    same memory, and no shape may change. So all S slots of the cache take part, with w rows each,
+    w = 1 + num_speculative_tokens. With w = 3:
+
+        slot 0    a b c     a pending token and a draft of two
+        slot 1    d . .     no draft: the other rows are padding
+        slot 2    . . .     waits for an image, or is empty
+
+    Padding is token 0. It sees at least its own column, so nothing is NaN. Its keys and values are
+    written after those of the slot's tokens, where a token that is kept overwrites them before any
+    query sees the column. What is sampled after it is ignored. The number of columns over which all
+    slots attend is the only size that grows, so there is a graph for each of a few numbers.
+
+    A CPU, which pays for padding and not for starting kernels, uses Engine.forward; tests run the
+    same pass there, eagerly."""
+
+    def __init__(self, policy, cache, cache_argument, width, greedy):
+        self.policy = policy
+        self.cache = cache
+        self.cache_argument = cache_argument
+        self.width = width
+        self.greedy = greedy
+        self.graphs = {}        # of each number of columns
+        device = policy.device
+        num_rows = cache.num_slots * width
+        # What a step reads and writes, at fixed addresses: ids, positions and columns of all rows;
+        # random numbers; ids and log-probs that are sampled. Pinned memory is copied while Python
+        # goes on.
+        on_gpu = device.type == "cuda"
+        self.host_integers = torch.zeros(3, num_rows, dtype=torch.long, pin_memory=on_gpu)
+        self.host_uniforms = torch.zeros(num_rows, dtype=torch.float64, pin_memory=on_gpu)
+        self.integers = self.host_integers.to(device, copy=True)
+        self.uniforms = self.host_uniforms.to(device, copy=True)
+        self.sampled = torch.zeros(2, num_rows, dtype=torch.float64, device=device)
+        # What never changes: no tensor may be copied to the device while a graph is recorded.
+        self.rows = torch.arange(num_rows, device=device)
+        self.slot_of_row = self.rows // width
+        self.any_mask = torch.zeros(1, 1, 1, 1, device=device)
+
+    def fits(self, feeds):
+        """Return whether a step is a decoding step: no images, and at most `width` tokens a slot,
+        as always unless the tool has just answered."""
+        return all(not feed.images and len(feed.token_ids) <= self.width for feed in feeds)
+
+    @torch.inference_mode()
+    def run(self, feeds, uniforms):
+        """Feed every slot, and sample with these random numbers. Return ids and log-probs, (2, M),
+        as sample() does for the rows of forward()."""
+        # 1. Lay the tokens out in rows, padded. A token is sampled after the last num_sampled
+        #    tokens of each feed.
+        shape = (self.cache.num_slots, self.width)
+        token_ids = np.zeros(shape, dtype=np.int64)                         # (S, w)
+        first_position = np.zeros((self.cache.num_slots, 1), dtype=np.int64)
+        first_column = np.zeros((self.cache.num_slots, 1), dtype=np.int64)
+        sampled_rows = []
+        num_columns = 1
+        for slot, feed in enumerate(feeds):
+            num_tokens = len(feed.token_ids)
+            token_ids[slot, :num_tokens] = feed.token_ids
+            first_position[slot] = feed.position
+            first_column[slot] = feed.num_cached_tokens
+            num_columns = max(num_columns, feed.num_cached_tokens + num_tokens)
+            end_row = slot * self.width + num_tokens
+            sampled_rows.extend(range(end_row - feed.num_sampled, end_row))
+        offset = np.arange(self.width)                                      # (w,)
+        rows = np.stack([token_ids, first_position + offset, first_column + offset])
+        self.host_integers.copy_(torch.from_numpy(rows.reshape(3, -1)))     # (3, S * w)
+        self.host_uniforms[sampled_rows] = torch.tensor(uniforms, dtype=torch.float64)
+        # 2. Run. Padding needs columns, too.
+        self.cache.reserve(int(first_column.max()) + self.width)
+        self.integers.copy_(self.host_integers, non_blocking=True)
+        self.uniforms.copy_(self.host_uniforms, non_blocking=True)
+        num_columns = self.round_up(num_columns)
+        if self.policy.device.type == "cuda":
+            self.replay(num_columns)
+        else:
+            self.body(num_columns)
+        return self.sampled.cpu()[:, sampled_rows]                          # (2, M)
+
+    def round_up(self, num_columns):
+        """Return for how many columns the pass is run: 2,048, 3,072, 4,096, 6,144, 8,192 and so on,
+        or all that the cache has."""
+        size = MIN_GRAPH_COLUMNS
+        while size < num_columns:
+            size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        return min(size, self.cache.length)
+
+    def body(self, num_columns):
+        """Go from token ids to sampled ids. Nothing here waits for the device, or depends on what a
+        tensor contains."""
+        token_ids, positions, columns = self.integers                       # (S * w,) each
+        # 1. All slots are one span. A query sees the columns up to its own.
+        last_visible = columns.view(-1, 1, self.width, 1)                   # (S, 1, w, 1)
+        last_visible = last_visible.expand(-1, -1, -1, self.cache.queries_per_key)
+        last_visible = last_visible.flatten(2)[..., None]                   # (S, 1, w * H / K, 1)
+        is_hidden = torch.arange(num_columns, device=columns.device) > last_visible
+        mask = torch.zeros(is_hidden.shape, dtype=self.cache.dtype, device=columns.device)
+        mask.masked_fill_(is_hidden, -math.inf)                             # (S, 1, w * H / K, C)
+        span = Span(slice(0, len(self.rows)), slice(0, self.cache.num_slots), self.width,
+                    num_columns, mask)
+        plan = CachePlan(self.cache.layers, [span], self.slot_of_row, columns, self.rows, self.rows)
+        # 2. The language model alone: with images, its wrapper would wait for the device.
+        model = self.policy.model
+        hidden = model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(token_ids[None]),    # (1, S * w, D)
+            position_ids=positions.expand(3, 1, -1), attention_mask=self.any_mask, use_cache=True,
+            attend=plan.attend, **{self.cache_argument: plan}).last_hidden_state[0]
+        logprobs = sft.vocab_logprobs(self.policy, hidden)                  # (S * w, V)
+        self.sampled.copy_(sample(logprobs, self.uniforms, self.greedy))
+
+    def replay(self, num_columns):
+        """Replay the graph of body(num_columns). Record it when it is needed for the first time."""
+        if num_columns not in self.graphs:
+            # A first run outside of a graph: libraries take their memory in it.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.body(num_columns)
+            torch.cuda.current_stream().wait_stream(stream)
+            # Graphs run one after the other, so they share their memory.
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self.body(num_columns)
+            self.graphs[num_columns] = graph
+        self.graphs[num_columns].replay()
+
+
 class Engine:
     """Play conversations: fill the slots, then step until all are finished. A step: schedule ->
     forward -> sample -> accept -> let the tool answer complete turns -> evict finished
     conversations. `greedy`: take the most likely token instead of a sample."""
 
     def __init__(self, policy, limits, max_num_seqs=64, seed=0, step=0, greedy=False, judge=None,
-                 num_speculative_tokens=4):
+                 num_speculative_tokens=4, short_model_len=None):
         self.policy = policy
         self.limits = limits
         self.max_num_seqs = max_num_seqs
@@ -477,14 +640,17 @@ class Engine:
         self.loader = ThreadPoolExecutor(4 if on_gpu else 2)
         self.image_delay = GPU_IMAGE_DELAY if on_gpu else 0
         self.num_steps = 0
-        # Newer versions of transformers call it "cache", and ignore a name that they do not know.
-        parameters = inspect.signature(policy.model.model.forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = cache_argument(policy.model)
         self.cache = None
+        self.slot_length = 0                    # tokens for which a slot of the cache has room
+        self.short_length = min(short_model_len or limits.max_model_len, limits.max_model_len)
+        self.has_fixed_shape = on_gpu           # decode with a DecodePass
+        self.decode_pass = None
         # Of a run.
         self.waiting = collections.deque()      # Rollouts that have no slot yet
+        self.set_aside = []                     # Rollouts that have outgrown their slot
         self.slots = []                         # the Rollout in each slot of the cache
-        self.prompt_images = iter(())           # (image, (patches, grid)) of every question
+        self.next_image = (None, None)          # the row of a question, and a Future of its image
         self.encoded_prompt = None              # of the question that was begun last
         # Of drafts.
         self.num_speculative_tokens = num_speculative_tokens
@@ -506,6 +672,7 @@ class Engine:
         """Free the memory of keys and values; the next run takes it again. A GPU's allocator would
         keep it in blocks whose sizes do not fit the update."""
         self.cache = None
+        self.decode_pass = None
         self.encoded_prompt = None
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -525,43 +692,64 @@ class Engine:
     def play_all(self, rollouts):
         """Play these conversations, in which those about one question follow one another. Yield
         each as soon as it has ended; if it needs the judge, its reward is None until judge.wait().
-        Raise InputError if a prompt does not fit in max_model_len."""
-        # 1. A cache with a slot for each of them, up to max_num_seqs.
+        Meanwhile the caller may append others to self.waiting. Raise InputError if a prompt does
+        not fit.
+
+        Most conversations are short. So they are played in max_num_seqs slots of short_length
+        tokens. Those that outgrow their slot are set aside, and played to the end in the same
+        memory, in fewer slots of max_model_len tokens: their tokens are fed again."""
         model = self.policy.model
-        num_slots = min(self.max_num_seqs, len(rollouts))
-        if self.cache is None or self.cache.num_slots < num_slots:
-            self.cache = SlotCache(model.config.text_config, num_slots, model.dtype,
-                                   self.policy.device, self.limits.max_model_len)
-        # 2. The images of their questions, read ahead: one for all conversations about a question.
-        first_of_question = []
-        for rollout in rollouts:
-            if not first_of_question or first_of_question[-1].row is not rollout.row:
-                first_of_question.append(rollout)
-        self.prompt_images = sft.prefetch(self.load_image, first_of_question)
-        self.encoded_prompt = None
-        # 3. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
-        self.waiting = collections.deque(rollouts)
-        self.slots = []
         was_training = model.training
         model.eval()
-        while len(self.slots) < num_slots:
-            self.slots.append(self.start_next(len(self.slots)))
-        while self.slots:
-            yield from self.step()
+        self.waiting = collections.deque(rollouts)
+        self.encoded_prompt = None
+        yield from self.play_waiting(self.max_num_seqs, self.short_length)
+        if self.set_aside:
+            self.waiting = collections.deque(self.set_aside)
+            self.set_aside = []
+            num_slots = self.max_num_seqs * self.short_length // self.limits.max_model_len
+            yield from self.play_waiting(max(1, num_slots), self.limits.max_model_len)
         model.train(was_training)
 
+    def play_waiting(self, max_slots, slot_length):
+        """Play until no conversation is waiting or in a slot, in slots of slot_length tokens."""
+        # 1. A cache with a slot for each of them, up to max_slots. A draft may be longer than the
+        #    conversation.
+        num_slots = min(max_slots, len(self.waiting))
+        has_room = self.cache is not None and self.cache.num_slots >= num_slots
+        if not has_room or self.slot_length != slot_length:
+            self.free_cache()       # before the new one takes memory
+            model = self.policy.model
+            self.cache = SlotCache(model.config.text_config, num_slots, model.dtype,
+                                   self.policy.device, slot_length + self.num_speculative_tokens)
+            self.slot_length = slot_length
+            if self.has_fixed_shape:
+                self.decode_pass = DecodePass(self.policy, self.cache, self.cache_argument,
+                                              1 + self.num_speculative_tokens, self.greedy)
+        # 2. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
+        self.slots = []
+        while self.waiting or self.slots:
+            while self.waiting and len(self.slots) < num_slots:
+                self.slots.append(self.start_next(len(self.slots)))
+            yield from self.step()
+
     def load_image(self, rollout):
-        """Return the image of a rollout's question and the copy of it that the model sees."""
-        return open_and_preprocess(self.policy, Path(rollout.root) / rollout.row["image"])
+        """Return a Future of the image of a rollout's question and of the copy that the model
+        sees."""
+        path = Path(rollout.root) / rollout.row["image"]
+        return self.loader.submit(open_and_preprocess, self.policy, path)
 
     def start_next(self, slot):
         """Start the next waiting conversation in a free slot, and return it. The prompt's last
         token is not fed yet: the first token is sampled after it in step(), like every other
         token."""
         rollout = self.waiting.popleft()
+        if rollout.token_ids:   # it has outgrown a shorter slot
+            self.feed_again(slot, rollout)
+            return rollout
         # 1. The first sample of a question encodes the prompt; all samples copy its cache.
         if self.encoded_prompt is None or self.encoded_prompt.row is not rollout.row:
-            self.encoded_prompt = self.prefill(slot, rollout.row)
+            self.encoded_prompt = self.prefill(slot, rollout)
         prompt = self.encoded_prompt
         self.cache.copy_in(slot, prompt.keys_values)
         # 2. The conversation so far is the prompt; none of it is trained on.
@@ -574,39 +762,72 @@ class Engine:
             [*self.random_key, rollout.prompt_number, rollout.sample_number])
         return rollout
 
-    def prefill(self, slot, row):
-        """Run the model on a question's prompt, in a slot that is free. Return an EncodedPrompt."""
-        image, preprocessed = next(self.prompt_images)
+    def prefill(self, slot, rollout):
+        """Run the model on the prompt of a rollout's question, in a slot that is free. Return an
+        EncodedPrompt."""
+        # 1. Its image. That of the next question is read meanwhile.
+        row, future = self.next_image
+        if row is not rollout.row:
+            row, future = rollout.row, self.load_image(rollout)
+        image, preprocessed = future.result()
+        self.next_image = (None, None)
+        for other in self.waiting:
+            if other.row is not row and not other.token_ids:
+                self.next_image = (other.row, self.load_image(other))
+                break
+        # 2. Its prompt.
         _, image_grid = preprocessed
         token_ids = self.policy.prompt_ids(row, image_grid)
-        limits = self.limits
-        tools.check(len(token_ids) + limits.max_new_tokens <= limits.max_model_len,
+        max_new_tokens = self.limits.max_new_tokens
+        tools.check(len(token_ids) + max_new_tokens <= self.short_length,
                     f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
-                    f"({limits.max_new_tokens}) do not fit in --max_model_len "
-                    f"{limits.max_model_len}: raise it, or lower --max_new_tokens or --max_pixels")
-        feed = Feed(0, 0, token_ids[:-1], [], preprocessed)
+                    f"({max_new_tokens}) do not fit in the {self.short_length} tokens of "
+                    "--max_model_len and --short_model_len: raise them, or lower --max_new_tokens "
+                    "or --max_pixels")
+        feed = Feed(0, 0, token_ids[:-1], [], [preprocessed])
         _, next_positions = self.forward([feed], first_slot=slot)
         keys_values = self.cache.copy_out(slot, len(token_ids) - 1)
         return EncodedPrompt(row, image, token_ids, keys_values, next_positions[0])
 
+    def feed_again(self, slot, rollout):
+        """Continue a conversation that was set aside, in a free slot: feed its tokens but the
+        last, and all its images, in one pass."""
+        original, *crops = rollout.views
+        images = self.policy.preprocess_images([original, *map(self.shown, crops)])
+        feed = Feed(0, 0, rollout.token_ids[:-1], [], images)
+        _, next_positions = self.forward([feed], first_slot=slot)
+        rollout.num_cached_tokens = len(rollout.token_ids) - 1
+        rollout.next_position = next_positions[0]
+        rollout.pending_image = None
+
+    def shown(self, crop):
+        """Return what the model sees of a crop: the crop, or a black picture."""
+        return tools.black_picture(crop) if self.limits.blank_crops else crop
+
     def step(self):
         """Advance every conversation by one token, or by several if a draft was right.
         Conversations that wait for an image are not advanced, see slots_to_feed_images. Return
-        those that have ended."""
+        those that have ended. Those that have outgrown their slot are set aside."""
         # 1. Schedule: the tokens of every slot that are not in the cache yet.
         self.num_steps += 1
         feeds = self.schedule()
         # 2. Run the model and sample; M = one token per feed and per token of a draft.
-        logprobs, next_positions = self.forward(feeds, first_slot=0)        # (M, V)
         uniforms = []
         for rollout, feed in zip(self.slots, feeds):
             uniforms += rollout.next_uniforms(feed.num_sampled)
-        sampled_ids, sampled_logprobs = self.sample_tokens(logprobs, uniforms)
+        if self.decode_pass is not None and self.decode_pass.fits(feeds):
+            sampled = self.decode_pass.run(feeds, uniforms)                 # (2, M)
+            sampled_ids, sampled_logprobs = self.to_lists(sampled)
+            next_positions = [feed.position + len(feed.token_ids) for feed in feeds]
+        else:
+            logprobs, next_positions = self.forward(feeds, first_slot=0)    # (M, V)
+            sampled_ids, sampled_logprobs = self.sample_tokens(logprobs, uniforms)
         # 3. Append what was sampled. The tool answers turns that are complete.
         sizes = [feed.num_sampled for feed in feeds]
         ids_of_slot = split_list(sampled_ids, sizes)
         logprobs_of_slot = split_list(sampled_logprobs, sizes)
-        finished_slots = []
+        free_slots = []
+        finished = []
         for slot, feed in enumerate(feeds):
             if feed.num_sampled == 0:
                 continue
@@ -614,13 +835,22 @@ class Engine:
             rollout.pending_image = None
             turn_is_over = self.accept(rollout, feed.draft_ids, ids_of_slot[slot],
                                        logprobs_of_slot[slot], next_positions[slot])
-            if turn_is_over:
-                self.finish_turn(rollout)
+            if not turn_is_over:
+                continue
+            self.finish_turn(rollout)
+            next_turn_end = len(rollout.token_ids) + self.limits.max_new_tokens
             if rollout.finish_reason is not None:
-                finished_slots.append(slot)
+                finished.append(rollout)
+                free_slots.append(slot)
+            elif next_turn_end > self.slot_length:
+                self.set_aside.append(rollout)
+                free_slots.append(slot)
         # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.
-        finished = [self.slots[slot] for slot in finished_slots]
-        for slot in reversed(finished_slots):
+        for rollout in finished:
+            rollout.compute_reward(self.judge)
+            rollout.views = []      # what only the engine needs
+            rollout.uniforms = []
+        for slot in reversed(free_slots):
             self.evict(slot)
         return finished
 
@@ -631,14 +861,14 @@ class Engine:
         for slot, rollout in enumerate(self.slots):
             pending_ids = []
             draft_ids = []
-            image = None
+            images = []
             if slot in image_slots:
-                image = rollout.pending_image.result()[0]
+                images = rollout.pending_image.result()
             if rollout.pending_image is None or slot in image_slots:
                 pending_ids = rollout.token_ids[rollout.num_cached_tokens:]
                 draft_ids = self.draft_for(rollout)
             feeds.append(Feed(rollout.num_cached_tokens, rollout.next_position, pending_ids,
-                              draft_ids, image))
+                              draft_ids, images))
         return feeds
 
     def slots_to_feed_images(self):
@@ -685,7 +915,7 @@ class Engine:
             np.array(sampled_after))
         # 2. Images.
         image_inputs = {}
-        images = [feed.image for feed in feeds if feed.image is not None]
+        images = [image for feed in feeds for image in feed.images]
         if images:
             patches, image_grids = zip(*images)
             image_inputs["pixel_values"] = torch.cat(patches).to(device)    # (all patches, C)
@@ -704,30 +934,25 @@ class Engine:
 
     def feed_positions(self, feed):
         """Return the M-RoPE positions of a feed's tokens, (3, n), and the position after them."""
-        if feed.image is None:  # as mrope_positions does, but without tensors: faster
+        if not feed.images:     # as mrope_positions does, but without tensors: faster
             next_position = feed.position + len(feed.token_ids)
             return np.tile(np.arange(feed.position, next_position), (3, 1)), next_position
-        _, image_grid = feed.image
+        image_grids = [image_grid for _, image_grid in feed.images]
         positions, next_position = sft.mrope_positions(
-            feed.token_ids, [image_grid], self.policy.image_token_id, self.policy.merge_size,
+            feed.token_ids, image_grids, self.policy.image_token_id, self.policy.merge_size,
             feed.position)
         return positions.numpy(), next_position
 
     def sample_tokens(self, logprobs, uniforms):
-        """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1). It
-        is the first whose cumulative probability, summed in float64, exceeds the random number. So
-        a token of probability 0 is never sampled. Return two lists of length M: ids, log-probs."""
-        if self.greedy:
-            token_ids = logprobs.argmax(-1)                                 # (M,)
-        else:
-            random_numbers = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device)
-            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)     # (M, V)
-            # Rounded probabilities do not add up to exactly 1, so compare with shares of their sum.
-            thresholds = random_numbers[:, None] * cumulative[:, -1:]       # (M, 1)
-            token_ids = (cumulative <= thresholds).sum(-1)                  # (M,)
-        token_logprobs = logprobs.gather(-1, token_ids[:, None])[:, 0]      # (M,)
-        # One transfer from the device for both.
-        id_list, logprob_list = torch.stack([token_ids.double(), token_logprobs.double()]).tolist()
+        """Sample a token from each row of log-probs (M, V) with its own random number in [0, 1).
+        Return two lists of length M: ids, log-probs."""
+        random_numbers = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device)
+        return self.to_lists(sample(logprobs, random_numbers, self.greedy))
+
+    def to_lists(self, sampled):
+        """Return the ids and the log-probs of sampled tokens, (2, M), as two lists: one transfer
+        from the device for both. Raise InputError if a log-prob is not finite."""
+        id_list, logprob_list = sampled.tolist()
         tools.check(all(map(math.isfinite, logprob_list)), "the model's logits are not finite (NaN "
                     f"or infinite) in {self.policy.model.dtype}: its weights are damaged, or too "
                     "large for it; try --dtype float32")
@@ -770,14 +995,12 @@ class Engine:
         rollout.append(message_ids, False)
         rollout.turn_start = len(rollout.token_ids)
         if "zoom" in turn:
-            view = rollout.views[-1]
-            if self.limits.blank_crops:
-                view = tools.black_picture(view)
+            view = self.shown(rollout.views[-1])
             rollout.pending_image = self.loader.submit(self.policy.preprocess_images, [view])
             rollout.image_step = self.num_steps
 
     def evict(self, slot):
-        """Score a finished conversation, and give its slot to the next one.
+        """Give the slot of a conversation that has ended or is set aside to the next one.
 
         Slots are kept roughly sorted, longest first, since a span is as long as its longest
         conversation. For this the slots are seen as blocks of max_span_slots, whatever spans a pass
@@ -789,12 +1012,7 @@ class Engine:
             9 _ | 5 7 | 1 3    ->    9 7 | 5 3 | 1 _
 
         If no conversation is waiting, the last slot moves into the free one."""
-        # 1. Score it, and drop what only the engine needs.
-        rollout = self.slots[slot]
-        rollout.compute_reward(self.judge)
-        rollout.views = []
-        rollout.uniforms = []
-        # 2. Hand the free slot on to the last block.
+        # 1. Hand the free slot on to the last block.
         free_slot = slot
         block_size = self.cache.max_span_slots
         first_of_next_block = (slot // block_size + 1) * block_size
@@ -803,7 +1021,7 @@ class Engine:
             longest = max(next_block, key=lambda other: self.slots[other].num_cached_tokens)
             self.move(longest, free_slot)
             free_slot = longest
-        # 3. Fill it.
+        # 2. Fill it.
         if self.waiting:
             self.slots[free_slot] = self.start_next(free_slot)
         else:

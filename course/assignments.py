@@ -118,7 +118,7 @@ ASSIGNMENTS = {
     3: Assignment("The rollout engine: a cache over turns, samples, and drafts that change nothing",
                   7, [
         Task("a sample is a function of its own number",
-             ["evaluate.py:Engine.sample_tokens", "evaluate.py:Rollout.next_uniforms"], {
+             ["evaluate.py:sample", "evaluate.py:Rollout.next_uniforms"], {
                  "test_evaluate.py::test_sampling_follows_the_distribution": 6,
                  "test_evaluate.py::"
                  "test_a_suppressed_id_is_not_sampled_when_rounding_took_some_of_the_mass": 2,

@@ -388,7 +388,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      'row["reward"] == 1.0 and len(row["turns"]) <= turn_budget for row in samples',
      'row["reward"] == 1.0 for row in samples'),
     (3, 1, "evaluate.py", "greedy is forgotten",
-     "        if self.greedy:\n            token_ids", "        if False:\n            token_ids"),
+     "    if greedy:\n        token_ids", "    if False:\n        token_ids"),
     (3, 1, "evaluate.py", "the probability that rounding took goes to a suppressed id",
      "token_ids = (cumulative <= thresholds).sum(-1)",
      "token_ids = (cumulative <= random_numbers[:, None]).sum(-1).clamp(\n"

@@ -7,6 +7,7 @@ the same ids.
 
 import argparse
 import collections
+import copy
 import itertools
 import math
 import os
@@ -17,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import evaluate
 import sft
@@ -24,7 +28,7 @@ import tools
 from extras import crash, results_folder
 from support.launch import Forked, run_script
 from support.memory import LiveBytes
-from support.models import library_attention
+from support.models import RELEASED, library_attention
 
 LIMITS = evaluate.Limits(max_turns=6, max_images=6, max_new_tokens=48, max_model_len=1200)
 
@@ -438,7 +442,7 @@ def test_a_step_feeds_no_more_images_than_a_context(trained_policy, world):
     engine = CountingEngine(trained_policy, limits, 16)
     again = engine.run(tools.read_jsonl(world / "train.jsonl")[:3], 6, world)
     assert same(again, expected)
-    lengths = [sum(len(feed.token_ids) for feed in feeds if feed.image is not None)
+    lengths = [sum(len(feed.token_ids) for feed in feeds if feed.images)
                for feeds in engine.passes]
     smallest = min(length for length in lengths if length > 0)
     assert max(lengths) <= 420 < 18 * smallest
@@ -489,7 +493,7 @@ def test_an_image_waits_until_it_is_surely_prepared(rollouts, trained_policy, wo
         all_wait = all(rollout.pending_image is not None for rollout in engine.slots)
         feeds = evaluate.Engine.schedule(engine)
         for rollout, feed in zip(engine.slots, feeds):
-            if feed.image is not None:
+            if feed.images:
                 waits.append((engine.num_steps - step_of_image[id(rollout.pending_image)],
                               all_wait))
         return feeds
@@ -519,7 +523,7 @@ def test_a_decoding_step_moves_four_tensors(trained_policy, world, monkeypatch):
 
         def schedule(self):
             feeds = super().schedule()
-            moved.extend("image" for feed in feeds if feed.image is not None)
+            moved.extend("image" for feed in feeds if feed.images)
             return feeds
 
     def watch(owner, name):
@@ -703,6 +707,122 @@ def test_token_cap_ends_a_turn_as_void(trained_policy, world):
         assert len(rollout.turns) == 1
         assert sum(rollout.loss_mask) == 5
         assert rollout.turn_ends == [len(rollout.token_ids)]
+
+
+# ---- The engine: a decoding step of fixed shape -------------------------------------------------
+
+
+class FixedShape(evaluate.Engine):
+    """On the CPU, as on a GPU: decoding steps have a fixed shape, which is run eagerly. Counts the
+    other passes: prompts and steps that feed an image or a long message."""
+
+    def __init__(self, *args, **flags):
+        super().__init__(*args, **flags)
+        self.has_fixed_shape = True
+        self.num_other_passes = 0
+
+    def forward(self, feeds, first_slot):
+        self.num_other_passes += 1
+        return super().forward(feeds, first_slot)
+
+
+@pytest.mark.parametrize("max_num_seqs, flags", [
+    (16, {}), (5, {}), (16, {"num_speculative_tokens": 0}), (3, {"greedy": True}),
+    (18, {"num_speculative_tokens": 7})], ids=str)
+def test_a_fixed_shape_gives_the_same_conversations(trained_policy, world, monkeypatch,
+                                                    max_num_seqs, flags):
+    """Whatever the number of slots, with drafts and without. Nearly all steps have the shape, and
+    there are columns to grow into."""
+    monkeypatch.setattr(evaluate, "MIN_GRAPH_COLUMNS", 64)
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    expected = play(trained_policy, world, 6, 16, **flags)
+    engine = FixedShape(trained_policy, LIMITS, max_num_seqs, **flags)
+    again = engine.run(rows, 6, world)
+    assert same(again, expected) and same_logprobs(again, expected)
+    assert engine.num_steps > 2 * engine.num_other_passes
+
+
+def test_a_fixed_shape_fits_every_family(each_family, world):
+    rows = tools.read_jsonl(world / "train.jsonl")[:2]
+    expected = evaluate.Engine(each_family, LIMITS, 3).run(rows, 2, world)
+    engine = FixedShape(each_family, LIMITS, 3)
+    again = engine.run(rows, 2, world)
+    assert same(again, expected) and same_logprobs(again, expected)
+    assert engine.num_steps > engine.num_other_passes
+
+
+@pytest.mark.parametrize("num_columns, expected", [
+    (1, 2048), (2048, 2048), (2049, 3072), (3073, 4096), (4097, 6144), (9000, 12288),
+    (20_000, 20_004)])
+def test_columns_of_a_graph_by_hand(num_columns, expected):
+    decode_pass = evaluate.DecodePass.__new__(evaluate.DecodePass)
+    decode_pass.cache = argparse.Namespace(length=20_004)
+    assert decode_pass.round_up(num_columns) == expected
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_recorded_step_never_waits_for_the_device(name):
+    """The released models without weights: on the meta device an operation that needs a value (item,
+    nonzero, a data-dependent shape) raises an error. Every tensor is on that device: one of the CPU
+    would be copied while the graph is recorded."""
+    config = AutoConfig.for_model(**copy.deepcopy(RELEASED[name]))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    model.set_attn_implementation({"text_config": "per_conversation"})
+    policy = argparse.Namespace(model=model, device=torch.device("meta"),
+                                suppressed_index=torch.tensor([7], device="meta"))
+    cache = evaluate.SlotCache(config.text_config, 16, torch.bfloat16, "meta", 4096)
+    cache.reserve(4096)
+    decode_pass = evaluate.DecodePass(policy, cache, evaluate.cache_argument(model), 5, False)
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+            devices.update(tensor.device.type for tensor in tensors)
+            return result
+
+    with torch.inference_mode(), Watch():
+        decode_pass.body(2048)
+    assert devices == {"meta"}
+
+
+# ---- The engine: short slots first --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("short_model_len, num_set_aside", [(400, range(1, 6)),
+                                                            (250, range(6, 19))], ids=str)
+@pytest.mark.parametrize("engine_class", [evaluate.Engine, FixedShape])
+def test_what_outgrows_its_slot_is_played_again_in_a_longer_one(
+        rollouts, trained_policy, world, short_model_len, num_set_aside, engine_class):
+    """Some or most conversations: they are the same, draws included, and every one ends once."""
+    rows = tools.read_jsonl(world / "train.jsonl")[:3]
+    engine = engine_class(trained_policy, LIMITS, 16, short_model_len=short_model_len)
+    lengths = []
+    feed_again = engine.feed_again
+
+    def watch(slot, rollout):
+        lengths.append(len(rollout.token_ids))
+        assert engine.slot_length == 1200 and len(engine.slots) <= 16 * short_model_len // 1200
+        feed_again(slot, rollout)
+
+    engine.feed_again = watch
+    again = engine.run(rows, 6, world)
+    assert same(again, rollouts) and same_logprobs(again, rollouts)
+    assert len(lengths) in num_set_aside
+    assert all(short_model_len - 48 < length for length in lengths)
+    # the same engine begins with short slots again
+    again = engine.run(rows, 6, world)
+    assert same(again, rollouts) and not engine.set_aside
+
+
+def test_set_aside_with_black_crops(trained_policy, world):
+    """A conversation is fed the same pictures again."""
+    limits = replace(LIMITS, blank_crops=True)
+    expected = play(trained_policy, world, 6, 16, limits=limits)
+    again = play(trained_policy, world, 6, 16, limits=limits, short_model_len=250)
+    assert same(again, expected) and same_logprobs(again, expected)
 
 
 # ---- The engine: which slot a conversation is in ------------------------------------------------
