@@ -306,40 +306,83 @@ def assign_advantages(groups, args, baseline):
     return assigned_groups
 
 
+class GroupsOfStep:
+    """The groups of one step that this rank plays. A group without signal is asked another
+    question, at most --resample times. Which one depends on the group and the attempt only."""
+
+    def __init__(self, training_questions, step, args, baseline, prompts):
+        self.training_questions = training_questions
+        self.step = step
+        self.args = args
+        self.baseline = baseline        # of group_advantages
+        self.prompts = prompts
+        self.num_attempts = collections.Counter()
+        self.undecided = {}             # group_index: its rollouts, which may still be played
+        self.with_signal = {}           # group_index: its rollouts with their A'
+        self.played_rollouts = []
+
+    def ask(self, group_index):
+        """Return new conversations of a group, about its next question."""
+        args = self.args
+        # The question's number in the order of this step. It also enters the random streams.
+        prompt_number = self.num_attempts[group_index] * args.prompts_per_step + group_index
+        self.num_attempts[group_index] += 1
+        question_index, = pick_questions(len(self.training_questions), [prompt_number], args.seed,
+                                         self.step)
+        row, image_folder = self.training_questions[question_index]
+        rollouts = evaluate.make_rollouts([row], args.group_size, image_folder, [prompt_number],
+                                          self.prompts)
+        self.undecided[group_index] = rollouts
+        self.played_rollouts += rollouts
+        return rollouts
+
+    def decide(self, judge_is_done):
+        """Assign advantages in the groups that have ended. Return new conversations of those
+        without signal. judge_is_done: False while a reward of None may still become a number."""
+        new_rollouts = []
+        for group_index, group in list(self.undecided.items()):
+            has_ended = all(rollout.finish_reason is not None for rollout in group)
+            is_scored = all(rollout.reward is not None for rollout in group)
+            if not has_ended or not (is_scored or judge_is_done):
+                continue
+            del self.undecided[group_index]
+            group, = assign_advantages([group], self.args, self.baseline)
+            if any(rollout.advantage != 0 for rollout in group):
+                self.with_signal[group_index] = group
+                for rollout in group:
+                    rollout.group_index = group_index
+            elif self.num_attempts[group_index] <= self.args.resample:
+                new_rollouts += self.ask(group_index)
+        return new_rollouts
+
+
 def collect_groups(engine, training_questions, step, group_indices, args, baseline):
     """Play this rank's groups of one step, and again with other questions those without signal.
+
+    A group that ends without signal gets its next question at once, while others are still played:
+    a rank that waited for all of them would have empty slots behind the longest conversation.
 
     group_indices: which of the step's groups 0 ... prompts_per_step - 1 are this rank's. baseline:
     of group_advantages. Returns (the groups with signal as {group_index: rollouts with their A'},
     all rollouts that were played, the number of groups that are still without signal)."""
-    groups_with_signal = {}
-    played_rollouts = []
-    open_indices = list(group_indices)      # of the groups that are still without signal
     engine.begin_step(step)
-    for attempt in range(args.resample + 1):
-        if not open_indices:
-            break
-        # 1. A question for each group. Its number in the order of this step also enters the random
-        #    streams.
-        prompt_numbers = [attempt * args.prompts_per_step + group_index
-                          for group_index in open_indices]
-        question_indices = pick_questions(len(training_questions), prompt_numbers, args.seed, step)
-        rows, image_folders = zip(*[training_questions[index] for index in question_indices])
-        # 2. Play group_size conversations about each. They come back question by question.
-        rollouts = engine.run(rows, args.group_size, image_folders, prompt_numbers)
-        played_rollouts += rollouts
-        groups = [rollouts[start:start + args.group_size]
-                  for start in range(0, len(rollouts), args.group_size)]                # P of G
-        # 3. Groups with signal are trained on, the others get another question.
-        for group_index, group in zip(open_indices, assign_advantages(groups, args, baseline)):
-            if any(rollout.advantage != 0 for rollout in group):
-                groups_with_signal[group_index] = group
-                for rollout in group:
-                    rollout.group_index = group_index
-        open_indices = [index for index in open_indices if index not in groups_with_signal]
+    groups = GroupsOfStep(training_questions, step, args, baseline, engine.policy.prompts)
+    rollouts = [rollout for group_index in group_indices for rollout in groups.ask(group_index)]
+    while rollouts:
+        # 1. What has a new question joins the conversations that are waiting for a slot ...
+        for _ in engine.play_all(rollouts):
+            if engine.judge is not None:
+                engine.judge.collect_verdicts()
+            engine.waiting += groups.decide(judge_is_done=False)
+        # 2. ... or is played after them, if that depends on the judge's last verdicts.
+        if engine.judge is not None:
+            engine.judge.wait()
+        rollouts = groups.decide(judge_is_done=True)
     engine.free_cache()     # the update needs the memory
-    num_zero_variance_groups = len(open_indices)
-    return groups_with_signal, played_rollouts, num_zero_variance_groups
+    groups.played_rollouts.sort(
+        key=lambda rollout: (rollout.prompt_number, rollout.sample_number))
+    num_zero_variance_groups = len(groups.num_attempts) - len(groups.with_signal)
+    return groups.with_signal, groups.played_rollouts, num_zero_variance_groups
 
 
 VALIDATION_STEP = 2**31     # training never gets here: validation has random streams of its own

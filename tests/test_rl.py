@@ -2,6 +2,7 @@
 float64 autograd, and real runs on one and two processes."""
 
 import argparse
+import collections
 import copy
 import doctest
 import json
@@ -646,11 +647,26 @@ def test_what_has_no_value_is_left_out_of_the_log():
 class ScriptedEngine:
     """Plays conversations whose rewards are given in advance, and notes what it was asked."""
 
-    def __init__(self, *runs, finish_reasons=None):
+    def __init__(self, *runs, finish_reasons=None, judge=None):
         self.runs = iter(runs)      # for each run(): (reward, number of turns) per conversation
         self.finish_reasons = finish_reasons    # of each conversation; "answer" if left out
-        self.policy = argparse.Namespace(device="cpu")
+        self.policy = argparse.Namespace(device="cpu", prompts=tools.PROMPTS)
+        self.judge = judge
         self.calls = []
+
+    def play_all(self, rollouts):
+        """Play one conversation after the other. The results are {(prompt number, sample): (reward,
+        number of turns)}."""
+        results = next(self.runs)
+        self.waiting = collections.deque(rollouts)
+        while self.waiting:
+            rollout = self.waiting.popleft()
+            self.calls.append((rollout.prompt_number, rollout.sample_number, rollout.row["id"],
+                               rollout.root))
+            rollout.reward, num_turns = results[rollout.prompt_number, rollout.sample_number]
+            rollout.turns = [{}] * num_turns
+            rollout.finish_reason = "answer"
+            yield rollout
 
     def begin_step(self, step):
         self.calls.append(("begin_step", step))
@@ -674,18 +690,120 @@ def test_groups_without_signal_are_played_again_by_hand():
     args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=2,
                               overturn_mask=True, mask_void=False, overturn_penalty=0.0,
                               baseline="group", max_turns=6)
-    engine = ScriptedEngine([(1.0, 1), (0.0, 1), (0.0, 2), (0.0, 3)], [(1.0, 4), (1.0, 5)])
+    engine = ScriptedEngine({(0, 0): (1.0, 1), (0, 1): (0.0, 1), (2, 0): (0.0, 2),
+                             (2, 1): (0.0, 3), (6, 0): (1.0, 4), (6, 1): (1.0, 5)})
     questions = [({"id": number}, f"folder{number}") for number in range(5)]
     groups_with_signal, played_rollouts, num_zero_variance_groups = rl.collect_groups(
         engine, questions, 0, range(0, 4, 2), args, "group")
     assert engine.calls == [
-        ("begin_step", 0), ("run", [2, 3], ("folder2", "folder3"), [0, 2]),
-        ("run", [4], ("folder4",), [6]), "free_cache"]
+        ("begin_step", 0), (0, 0, 2, "folder2"), (0, 1, 2, "folder2"), (2, 0, 3, "folder3"),
+        (2, 1, 3, "folder3"), (6, 0, 4, "folder4"), (6, 1, 4, "folder4"), "free_cache"]
     assert list(groups_with_signal) == [0] and num_zero_variance_groups == 1
     group = groups_with_signal[0]
     assert [r.advantage for r in group] == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
     assert [r.group_index for r in group] == [0, 0]
     assert [len(r.turns) for r in played_rollouts] == [1, 1, 2, 3, 4, 5]
+
+
+def test_a_group_without_signal_gets_its_next_question_at_once():
+    """Group 0 ends without signal before group 1 is played: its second question is queued then. The
+    same with group 1, behind it. The log's order is that of questions."""
+    args = argparse.Namespace(seed=0, prompts_per_step=2, resample=2, group_size=2,
+                              overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              baseline="group", max_turns=6)
+    wrong, right = (0.0, 1), (1.0, 1)
+    engine = ScriptedEngine({(0, 0): wrong, (0, 1): wrong, (1, 0): right, (1, 1): right,
+                             (2, 0): right, (2, 1): wrong, (3, 0): right, (3, 1): right,
+                             (5, 0): wrong, (5, 1): wrong})
+    queued = []
+    inner = engine.play_all
+
+    def play_all(rollouts):
+        for rollout in inner(rollouts):
+            yield rollout
+            queued.append([other.prompt_number for other in engine.waiting])
+
+    engine.play_all = play_all
+    questions = [({"id": number}, "folder") for number in range(9)]
+    groups_with_signal, played_rollouts, num_zero_variance_groups = rl.collect_groups(
+        engine, questions, 0, [0, 1], args, "group")
+    assert queued == [[0, 1, 1], [1, 1, 2, 2], [1, 2, 2], [2, 2, 3, 3], [2, 3, 3], [3, 3], [3],
+                      [5, 5], [5], []]
+    assert list(groups_with_signal) == [0] and num_zero_variance_groups == 1
+    assert {r.prompt_number for r in groups_with_signal[0]} == {2}
+    assert [r.prompt_number for r in played_rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 5, 5]
+
+
+@pytest.mark.parametrize("verdict, expected", [(1.0, [0]), (None, [])], ids=str)
+def test_a_group_waits_for_the_judge(verdict, expected):
+    """A verdict that comes after all has been played decides whether the group has signal. Without
+    one it has none, and gets another question."""
+    args = argparse.Namespace(seed=0, prompts_per_step=1, resample=1, group_size=2,
+                              overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              baseline="group", max_turns=6)
+
+    class Judge:
+        def collect_verdicts(self):
+            pass
+
+        def wait(self):
+            for rollout in judged:
+                rollout.reward = verdict
+
+    judged = []
+    first = {(0, 0): (None, 1), (0, 1): (0.0, 1)}
+    engine = ScriptedEngine(first, {(1, 0): (0.0, 1), (1, 1): (0.0, 1)}, judge=Judge())
+    inner = engine.play_all
+
+    def play_all(rollouts):
+        for rollout in inner(rollouts):
+            if rollout.reward is None:
+                judged.append(rollout)
+            yield rollout
+
+    engine.play_all = play_all
+    groups_with_signal, played_rollouts, num_zero_variance_groups = rl.collect_groups(
+        engine, [({"id": 0}, "folder")], 0, [0], args, "group")
+    assert list(groups_with_signal) == expected
+    assert num_zero_variance_groups == 1 - len(expected)
+    assert len(played_rollouts) == 4 - 2 * len(expected)
+
+
+def in_rounds(engine, questions, step, group_indices, args, baseline):
+    """Return {group_index: (prompt number, what each conversation wrote)} of the groups with
+    signal, found in rounds: a group is asked again after all have ended."""
+    engine.begin_step(step)
+    found = {}
+    for attempt in range(args.resample + 1):
+        left = [index for index in group_indices if index not in found]
+        numbers = [attempt * args.prompts_per_step + index for index in left]
+        for index, number in zip(left, numbers):
+            question_index = rl.pick_questions(len(questions), [number], args.seed, step)[0]
+            row, folder = questions[question_index]
+            group = engine.run([row], args.group_size, folder, [number])
+            rewards = torch.tensor([[r.reward for r in group]], dtype=torch.float64)
+            kept = torch.tensor([[rl.is_kept(r, args) for r in group]])
+            if rl.group_advantages(rewards, kept, baseline).any():
+                found[index] = (number, [r.token_ids for r in group])
+    return found
+
+
+@pytest.mark.parametrize("max_num_seqs, short_model_len", [(16, None), (3, None), (16, 250)])
+def test_asking_at_once_gives_the_groups_of_rounds(trained_policy, world, max_num_seqs,
+                                                   short_model_len):
+    questions = [(row, world) for row in tools.read_jsonl(world / "train.jsonl")]
+    args = argparse.Namespace(seed=0, prompts_per_step=5, resample=2, group_size=3,
+                              overturn_mask=True, mask_void=False, overturn_penalty=0.0,
+                              baseline=0.5, max_turns=6)
+    limits = evaluate.Limits(6, 6, 48, 1200)
+    reference = in_rounds(evaluate.Engine(trained_policy, limits, 16), questions, 3,
+                          [0, 2, 3, 4], args, 0.5)
+    engine = evaluate.Engine(trained_policy, limits, max_num_seqs, short_model_len=short_model_len)
+    groups_with_signal, played_rollouts, _ = rl.collect_groups(
+        engine, questions, 3, [0, 2, 3, 4], args, 0.5)
+    assert {index: (group[0].prompt_number, [r.token_ids for r in group])
+            for index, group in groups_with_signal.items()} == reference
+    assert len(played_rollouts) > 12 and reference
 
 
 def test_a_group_that_the_judge_could_not_score_is_resampled(trained_policy, world, tmp_path):
