@@ -1034,7 +1034,7 @@ def check_args(args):
     terminal.check_number_flags(
         args, may_be_zero=["seed", "num_speculative_tokens", "resample", "clip_low", "clip_high",
                            "warmup_ratio", "weight_decay", "eval_every", "eval_size",
-                           "overturn_penalty"],
+                           "overturn_penalty", "lora"],
         any_number=["baseline"])
     run_folder.check_warmup(args.warmup_ratio)
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "

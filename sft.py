@@ -99,6 +99,7 @@ class Policy:
     prompts: dict
     min_pixels: int
     max_pixels: int
+    has_adapters: bool = False      # of extras/lora.py
 
     def __post_init__(self):
         config = self.model.config
@@ -1063,7 +1064,11 @@ def export(policy, out):
     """Write a plain Hugging Face folder (rank 0). Raise InputError if it cannot be written."""
     if get_rank() != 0:
         return
-    temporary = write_model(policy, out)
+    weights = None      # all of the policy's
+    if policy.has_adapters:
+        from extras import lora
+        weights = lora.merged_weights(policy.model)
+    temporary = write_model(policy, out, weights)
     model_folder.replace_model(temporary, Path(out))
 
 
@@ -1163,8 +1168,13 @@ def start_training(stage, policy, args, process, freeze_vision, total_steps, rul
     an earlier run. stage: "sft" or "rl"; rule: of Optimizer. Return a TrainingRun."""
     stop_signal = StopSignal(args.out)
     check_export(policy, args.out)
-    broadcast_weights(policy.model)
     params = trainable_parameters(policy, freeze_vision)
+    if args.lora:
+        from extras import lora
+        tools.check(freeze_vision, "--lora trains adapters of the language model only: leave out "
+                    "--no-freeze_vision")
+        params = lora.add_adapters(policy, args.lora, args.lora_alpha, args.seed)
+    broadcast_weights(policy.model)
     optimizer = Optimizer(params, args.lr, args.weight_decay, args.shard_optimizer, rule=rule)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
@@ -1275,6 +1285,10 @@ def add_training_flags(group, weight_decay, save_every):
         help="each process keeps gradients, float32 weights and moments of its own shard only")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward to save memory")
+    add("--lora", type=int, default=0, metavar="RANK",
+        help="train adapters of this rank in the language model instead of its weights "
+             "(extras/lora.py; default: 0, all weights)")
+    add("--lora_alpha", type=float, default=32.0, help="adapters are multiplied by this / RANK")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
     add("--resume", action="store_true",
@@ -1312,7 +1326,7 @@ def parse_args():
     add_training_flags(group, weight_decay=0.01, save_every=200)
     add("--seed", type=int, default=0, help="order of the data and the tiny model's first weights")
     args = parser.parse_args()
-    terminal.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio"])
+    terminal.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio", "lora"])
     run_folder.check_warmup(args.warmup_ratio)
     return args
 
