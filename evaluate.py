@@ -26,8 +26,7 @@ Commands:
     2 CPU cores    torchrun --nproc_per_node=2 evaluate.py
     1 GPU          python evaluate.py --model checkpoints/rl --max_num_seqs 64
     8 GPUs         torchrun --nproc_per_node=8 evaluate.py --data data/visualprobe/hard.jsonl \\
-                       --num_samples 32 --max_new_tokens 2048 --max_model_len 32768 \\
-                       --max_num_seqs 16
+                       --num_samples 32 --max_new_tokens 2048 --max_model_len 32768
     2 nodes        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                        --rdzv_endpoint=HOST:29500 evaluate.py ...
     a server       python evaluate.py --model http://localhost:8000/v1 --model_name NAME \\
@@ -1418,6 +1417,10 @@ def add_rollout_flags(group):
         help="tokens per conversation (paper: 32768; of no effect on a server)")
     add("--max_num_seqs", type=int, default=64,
         help="conversations that one process plays at the same time (or requests to a server)")
+    add("--short_model_len", type=int, default=8192,
+        help="tokens for which each of them has room at first, if --max_model_len is more; what "
+             "outgrows them is played to its end after the others, in fewer, longer caches; "
+             "conversations do not depend on it")
     add("--num_speculative_tokens", type=int, default=4,
         help="most tokens of a draft, which one forward pass verifies (0: no drafts); "
              "conversations do not depend on it")
@@ -1462,7 +1465,8 @@ def make_limits(args, max_turns):
 def make_engine(policy, args, max_turns, judge, greedy=False):
     """Return an Engine whose conversations have at most max_turns turns."""
     return Engine(policy, make_limits(args, max_turns), args.max_num_seqs, seed=args.seed,
-                  greedy=greedy, judge=judge, num_speculative_tokens=args.num_speculative_tokens)
+                  greedy=greedy, judge=judge, num_speculative_tokens=args.num_speculative_tokens,
+                  short_model_len=args.short_model_len)
 
 
 def make_player(args, prompts, process):

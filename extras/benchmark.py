@@ -24,6 +24,8 @@ timings depend on the machine.
     growth      cost of our rollouts as turns, conversations and pixels grow
     paper       FLOPs, bytes and seconds of one RL step of Qwen2.5-VL-7B on 8 H100, counted and not
                 run
+    step        seconds of that step for the slowest GPU, with few slots and many, with graphs and
+                without; passes and waiting are simulated
     large       the same for one question on one GPU, run: a model of that size with random weights
                 whose turns are scripted
 
@@ -42,8 +44,11 @@ Commands:
 """
 
 import argparse
+import collections
 import contextlib
 import copy
+import heapq
+import itertools
 import json
 import math
 import resource
@@ -55,6 +60,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -67,9 +73,9 @@ import evaluate
 import rl
 import sft
 import tools
-from extras import terminal
+from extras import lora, terminal
 from extras.images import check_images
-from extras.plan import GPU_BANDWIDTH, GPU_FLOPS
+from extras.plan import GPU_BANDWIDTH, GPU_FLOPS, SMALL_KERNELS
 from support.memory import LiveBytes
 from support.models import wide
 
@@ -908,6 +914,110 @@ def count_stages(num_gpus, num_prompts, group_size, num_turns, turn_tokens, view
     return stages, num_params, T
 
 
+def passes_of_rank(rng, num_slots, asks_at_once, num_groups=32, group_size=16, mean_tokens=1000,
+                   spread=0.5, silent=0.5, resample=3):
+    """Return the decoding passes of one rank in a step of RL, simulated: a pass gives every slot a
+    token. The lengths of conversations are log-normal. A share `silent` of the groups ends without
+    signal, and is asked again at most `resample` times: at once, or in rounds that end with their
+    longest conversation."""
+    waiting = collections.deque()       # conversations that have no slot: (group, attempt)
+    playing = []                        # (pass of its end, group, attempt), as a heap
+    num_left = collections.Counter()    # of each group and attempt
+    next_round = []
+    now = 0.0
+
+    def ask(group, attempt):
+        waiting.extend([(group, attempt)] * group_size)
+        num_left[group, attempt] = group_size
+
+    for group in range(num_groups):
+        ask(group, 0)
+    while waiting or playing or next_round:
+        # 1. A round is over.
+        if not waiting and not playing:
+            for group, attempt in next_round:
+                ask(group, attempt)
+            next_round = []
+        # 2. Fill the slots, and go on to the next end of a conversation.
+        while waiting and len(playing) < num_slots:
+            length = rng.lognormal(math.log(mean_tokens) - spread**2 / 2, spread)
+            heapq.heappush(playing, (now + length, *waiting.popleft()))
+        now, group, attempt = heapq.heappop(playing)
+        # 3. Was it the last one of its group?
+        num_left[group, attempt] -= 1
+        is_silent = num_left[group, attempt] == 0 and rng.random() < silent
+        if is_silent and attempt < resample:
+            if asks_at_once:
+                ask(group, attempt + 1)
+            else:
+                next_round.append((group, attempt + 1))
+    return now
+
+
+def update_rounds(rng, balanced, num_gpus=8, num_rollouts=512, mean_tokens=7250, spread=0.5,
+                  max_tokens=32768):
+    """Return the time of an update in which all ranks wait for the longest micro-batch of each
+    round, relative to one without waiting, simulated. balanced: with rl.fill_evenly; otherwise each
+    rank fills its micro-batches one after the other."""
+    lengths = rng.lognormal(math.log(mean_tokens) - spread**2 / 2, spread, num_rollouts).astype(int)
+    rollouts = [evaluate.Rollout(token_ids=range(min(length, max_tokens))) for length in lengths]
+    if balanced:
+        rollouts.sort(key=lambda rollout: -len(rollout.token_ids))
+        num_rounds = math.ceil(rl.sum_of_tokens(rollouts) / (max_tokens * num_gpus))
+        parts = rl.fill_evenly(rollouts, num_rounds * num_gpus)
+        while rl.sum_of_tokens(parts[0]) > max_tokens:
+            num_rounds += 1
+            parts = rl.fill_evenly(rollouts, num_rounds * num_gpus)
+        micro_batches = [parts[rank::num_gpus] for rank in range(num_gpus)]
+    else:
+        micro_batches = [list(sft.micro_batches(rollouts[rank::num_gpus], max_tokens))
+                         for rank in range(num_gpus)]
+    sizes = [[rl.sum_of_tokens(micro_batch) for micro_batch in part] for part in micro_batches]
+    longest = [max(round_sizes) for round_sizes in itertools.zip_longest(*sizes, fillvalue=0)]
+    return sum(longest) * num_gpus / rl.sum_of_tokens(rollouts)
+
+
+def case_step(args, process, num_gpus=8, num_trials=20):
+    """Print the seconds of one step of RL with Qwen2.5-VL-7B on 8 H100, 256 prompts x 16, for the
+    slowest of them, as Markdown tables. Nothing is run: passes and rounds are simulated, half of
+    the groups are asked again. The seconds of a pass are measured (without graphs) or counted as in
+    extras/plan.py, those of the other parts are counted as in `paper`."""
+    rng = np.random.default_rng(0)
+    eager_ms = 40.3     # measured with 16 slots, docs/speed.md
+    graph_ms = {}
+    for num_slots in (16, 64):
+        num_bytes = 16.58e9 + num_slots * 8192 * 57_344     # weights, and 8,192 columns a slot
+        graph_ms[num_slots] = 1000 * (SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH))
+    rows = [("16 slots, no graphs", 16, False, eager_ms),
+            ("64 short slots first, no graphs", 64, False, eager_ms),
+            ("16 slots, graphs", 16, False, graph_ms[16]),
+            ("64 short slots first, graphs", 64, False, graph_ms[64]),
+            ("the same, groups are asked again at once", 64, True, graph_ms[64])]
+    say("| decoding | passes | ms each | seconds |\n|---|---|---|---|")
+    for name, num_slots, asks_at_once, milliseconds in rows:
+        passes = statistics.fmean(
+            max(passes_of_rank(rng, num_slots, asks_at_once) for _ in range(num_gpus))
+            for _ in range(num_trials))
+        say(f"| {name} | {passes:,.0f} | {milliseconds:.1f} | "
+            f"{passes * milliseconds / 1000:,.0f} |")
+
+    stages, _, _ = count_stages(num_gpus, 256, 16, 4, 250, 1500, 250, 64)
+
+    def seconds(part):
+        return sum(flops for name, (flops, _, _) in stages.items()
+                   if name.startswith(part)) / (0.4 * GPU_FLOPS)
+
+    num_attempts = 1 + 1 / 2 + 1 / 4 + 1 / 8
+    prefill = num_attempts * (seconds("rollout: images") + seconds("rollout: prefill"))
+    update = seconds("update")
+    say("\n| other parts | seconds |\n|---|---|\n"
+        f"| images and prefill of all attempts | {prefill:,.0f} |")
+    for name, balanced in (("each rank fills its micro-batches alone", False),
+                           ("rounds of equal tokens", True)):
+        factor = statistics.fmean(update_rounds(rng, balanced) for _ in range(num_trials))
+        say(f"| update, {name} (x {factor:.2f}) | {update * factor:,.0f} |")
+
+
 def case_paper(args, process, num_gpus=8, num_prompts=32, group_size=16, num_turns=4,
                turn_tokens=250, view_tokens=1500, text_tokens=250, num_slots=16):
     """Print FLOPs, bytes and seconds of one RL step per GPU, stage by stage, as a Markdown table.
@@ -998,14 +1108,18 @@ def peak_gigabytes():
     return peak
 
 
-def play_scripted(policy, row, folder, script, filler_id, limits, num_rollouts, num_draft_tokens):
-    """Play one question with scripted turns, print the times, and return the rollouts."""
+def play_scripted(policy, row, folder, script, filler_id, limits, num_rollouts, num_draft_tokens,
+                  fixed_shape):
+    """Play one question with scripted turns, print the times, and return the rollouts. fixed_shape:
+    decode with evaluate.DecodePass, on a GPU as CUDA graphs."""
     engine = ScriptedEngine(policy, limits, num_rollouts, script,
                             num_speculative_tokens=num_draft_tokens)
     engine.proposer = RepeatingProposer(filler_id)
+    engine.has_fixed_shape = fixed_shape
     rollouts = engine.run([row], num_rollouts, folder)
     drafted = engine.counts["draft_tokens"] / engine.counts["sequence_passes"]
-    say(f"large: {num_rollouts} conversations of {limits.max_turns} turns and "
+    say(f"large: {'graphs' if fixed_shape else 'no graphs'}, {num_rollouts} conversations of "
+        f"{limits.max_turns} turns and "
         f"{len(rollouts[0].token_ids)} tokens, {drafted:.1f} draft tokens a pass: "
         f"{len(engine.decoding_steps)} steps that only decode, "
         f"{1000 * statistics.median(engine.decoding_steps):.1f} ms each; "
@@ -1033,16 +1147,18 @@ def case_large(args, process, group_size=16, num_turns=4, turn_tokens=250):
 
         # 1. rollouts; the first run is the warm-up
         longest = []
-        for num_rollouts, num_draft_tokens, max_turns in (
-                (group_size, 4, 1), (group_size, 0, num_turns), (group_size, 4, num_turns),
-                (4 * group_size, 0, 1), (4 * group_size, 4, 1)):
+        for num_rollouts, num_draft_tokens, max_turns, fixed_shape in (
+                (group_size, 4, 1, False), (group_size, 4, 1, True),
+                (group_size, 0, num_turns, True), (group_size, 4, num_turns, True),
+                (group_size, 0, 1, False), (4 * group_size, 0, 1, True),
+                (4 * group_size, 4, 1, True), (4 * group_size, 4, 1, False)):
             limits = evaluate.Limits(max_turns, num_turns, turn_tokens, 8192)
             rollouts = play_scripted(policy, row, folder, script, filler_ids[0], limits,
-                                     num_rollouts, num_draft_tokens)
+                                     num_rollouts, num_draft_tokens, fixed_shape)
             if max_turns == num_turns:
                 longest = rollouts
 
-        # 2. forward and backward
+        # 2. forward and backward, of all weights and then of adapters
         sft.enable_gradient_checkpointing(policy.model)
         policy.model.train()
 
@@ -1051,10 +1167,14 @@ def case_large(args, process, group_size=16, num_turns=4, turn_tokens=250):
             logprobs, _, mask = rl.compute_logprobs(policy, [rollout], batch)
             logprobs[mask].sum().backward()
 
-        seconds = statistics.median(clock(lambda: update(rollout)) for rollout in longest[:4])
-        say(f"large: forward and backward of one conversation after the other {seconds:.2f} s "
-            f"each, including the reading of images; {group_size * seconds:.1f} s for all; at most "
-            f"{peak_gigabytes():.1f} GB")
+        for trained in ("all weights", "adapters of rank 32"):
+            seconds = statistics.median(clock(lambda: update(rollout)) for rollout in longest[:4])
+            say(f"large: forward and backward of {trained}, one conversation after the other: "
+                f"{seconds:.2f} s each, including the reading of images; "
+                f"{group_size * seconds:.1f} s for all; at most {peak_gigabytes():.1f} GB")
+            policy.model.zero_grad()
+            if not policy.has_adapters:
+                lora.add_adapters(policy, 32, 32.0, seed=0)
     say("\ncounted:")
     case_paper(args, process, 1, 1, group_size, num_turns, turn_tokens)
 
@@ -1064,7 +1184,7 @@ def case_large(args, process, group_size=16, num_turns=4, turn_tokens=250):
 CASES = {"rollout": case_rollout, "drafts": case_drafts, "cached": case_cached,
          "prompt": case_prompt, "sft": case_sft, "grpo": case_grpo, "images": case_images,
          "ddp": case_ddp, "fsdp": case_fsdp, "rate": case_rate, "growth": case_growth,
-         "paper": case_paper, "large": case_large}
+         "paper": case_paper, "step": case_step, "large": case_large}
 
 
 def parse_args():

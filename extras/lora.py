@@ -6,8 +6,8 @@ matrices beside each linear layer of the language model, and nothing else:
 A begins random and B with zeros, so the model is unchanged at first. Gradients and optimizer states
 are needed for A and B only: 7B fits on one GPU of 80 GB, 3B on one of 24 GB (docs/large.md).
 
-1. A and B are float32 even if W is bfloat16, and are not added to W while the policy plays:
-   bfloat16 has 8 bits, so W + B A would be W again as long as B A is small.
+1. A and B are float32 even if W is bfloat16: steps are small. They are not added to W while the
+   policy plays: bfloat16 has 8 bits, so W + B A would be W again as long as B A is small.
 2. An exported model is a plain one, with W + B A in float32 in the place of W. Nothing is lost in
    the file; who loads it in bfloat16 rounds the sum. (Adapters beside the base would be exact, but
    servers that do not know them would silently serve the base.)
@@ -36,9 +36,10 @@ class AdaptedLinear(torch.nn.Module):
                                                 device=weight.device))          # (out, rank)
 
     def forward(self, x):
-        """(..., in) -> (..., out), in the dtype of x."""
-        correction = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)     # (..., out)
-        return self.linear(x) + (self.scale * correction).to(x.dtype)
+        """(..., in) -> (..., out). Computed in the dtype of x: copies of x in float32 would take
+        gigabytes."""
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return self.linear(x) + self.scale * F.linear(F.linear(x, A), B)
 
     def merged_weight(self):
         """Return W + (alpha / rank) B A, (out, in), in float32 at least."""
@@ -76,8 +77,12 @@ def merged_weights(model):
     return weights
 
 
+def linear_layers(model):
+    """Return the layers of a model without adapters that would get some."""
+    return [module for module in model.model.language_model.modules()
+            if isinstance(module, torch.nn.Linear)]
+
+
 def num_adapter_parameters(model, rank):
     """Return how many numbers A and B of all layers would have."""
-    layers = [module for module in model.model.language_model.modules()
-              if isinstance(module, torch.nn.Linear)]
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(rank * (layer.in_features + layer.out_features) for layer in linear_layers(model))

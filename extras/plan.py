@@ -5,7 +5,7 @@ Only the model's configuration is read, no weights. The flags are those of rl.py
 command of a run works here, too:
 
     python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --micro_batch_tokens 32768 \\
-        --max_model_len 32768 --max_num_seqs 16 --gradient_checkpointing --shard_optimizer
+        --max_model_len 32768 --optimizer adamw --gradient_checkpointing --shard_optimizer
 """
 
 from typing import NamedTuple
@@ -19,22 +19,27 @@ import rl
 import sft
 import tools
 from extras import model_folder, terminal
+from extras.lora import linear_layers, num_adapter_parameters
 
 # an H100: bytes of memory, FLOP/s in bfloat16, bytes per second of memory
 GPU_MEMORY = 80e9
 GPU_FLOPS = 989e12
 GPU_BANDWIDTH = 3.35e12
+# seconds of a decoding pass in kernels that are too small to be limited by either: some 1,500 of 2.5
+# microseconds (counted; not measured)
+SMALL_KERNELS = 0.004
 
 
 def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model_len,
                 shard_optimizer, gradient_checkpointing=True, freeze_vision=False,
-                rule="adamw", chunk_size=None):
+                rule="adamw", short_model_len=8192, lora_rank=0, chunk_size=None):
     """Return {name: bytes} on each of `num_ranks` processes. The model's tensors may be on the meta
     device.
 
     With N parameters of w bytes (N' of them trained), W ranks, T tokens per micro-batch, L layers
-    (width D, queries Q, keys K, MLP ff), V ids in the vocabulary and F = 4 bytes (8 in float64):
-        weights       w N
+    (width D, queries Q, keys K, MLP ff), V ids in the vocabulary and F = 4 bytes (8 in float64).
+    With adapters (lora_rank) these are trained instead: N' numbers, w = F from gradients on.
+        weights       w N, and F N' for adapters
         gradients     F N' / W and three buckets in flight; not sharded: w N' + F N'
         optimizer     2 F N' (with rule "sgd" nothing) and, if w < F, F N' for master weights; / W
                       if sharded
@@ -44,7 +49,8 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
         logits        min(T, chunk_size) V (w + 3 F): projected, in float32, without suppressed ids,
                       normalised; chunk_size as in sft.token_logprobs
         vision        what the tower needs beyond that, see vision_memory
-        KV cache      2 w L K max_num_seqs max_model_len, freed before the update
+        KV cache      2 w L K max_num_seqs short_model_len (or max_model_len, if that is less),
+                      freed before the update
         prefill       a forward pass over max_model_len tokens (the engine feeds no more images at
                       once), w times max(3 D + 3 Q + 4 K, 5 D + 3 ff) each, or the tower's if that
                       is more
@@ -53,17 +59,21 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     vocab_size = model.lm_head.weight.shape[0]
     chunk_size = chunk_size or sft.positions_per_chunk(vocab_size)
     # 1. an update: the state of training, then the peak of one micro-batch
-    gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision, rule)
+    gradients, optimizer = training_state(model, num_ranks, shard_optimizer, freeze_vision, rule,
+                                          lora_rank)
     activations = text_activations(model, micro_batch_tokens, gradient_checkpointing)
     logits = min(micro_batch_tokens, chunk_size) * vocab_size * (w + 3 * F)
     vision_kept, vision_peak = vision_memory(model, micro_batch_tokens, gradient_checkpointing,
                                              freeze_vision)
     # 2. rollouts: the cache, and the peak of one forward pass; nothing is kept for a backward pass
-    cache = cache_memory(model, max_num_seqs * max_model_len)
+    cache = cache_memory(model, max_num_seqs * min(short_model_len, max_model_len))
     _, vision_prefill = vision_memory(model, max_model_len, gradient_checkpointing, frozen=True)
     prefill = max(text_prefill(model, max_model_len), vision_prefill)
 
-    return {"weights": w * sum(p.numel() for p in model.parameters()),
+    weights = w * sum(p.numel() for p in model.parameters())
+    if lora_rank:
+        weights += F * num_adapter_parameters(model, lora_rank)
+    return {"weights": weights,
             "gradients": gradients,
             "optimizer": optimizer,
             "activations": activations,
@@ -101,19 +111,22 @@ def text_sizes(model):
                      ff=config.intermediate_size)
 
 
-def training_state(model, num_ranks, shard_optimizer, freeze_vision, rule):
+def training_state(model, num_ranks, shard_optimizer, freeze_vision, rule, lora_rank):
     """Return the bytes of gradients, and of the optimizer."""
     frozen = set(model.model.visual.parameters()) if freeze_vision else set()
     trained = [p for p in model.parameters() if p not in frozen]
     num_trained = sum(p.numel() for p in trained)       # N'
     num_shards = num_ranks if shard_optimizer else 1
     w, F = value_sizes(model)
+    if lora_rank:
+        num_trained = num_adapter_parameters(model, lora_rank)
+        w = F
 
     # 1. gradients: those that are summed over micro-batches, and those of the last backward pass
     if shard_optimizer and num_ranks > 1:
         buckets = sft.make_buckets(trained[::-1])
         largest_bucket = max(sum(p.numel() for p in bucket) for bucket in buckets)
-        model_gradients = 3 * F * largest_bucket
+        model_gradients = 3 * F * min(largest_bucket, num_trained)
     else:
         model_gradients = w * num_trained
     gradients = F * num_trained // num_shards + model_gradients
@@ -206,29 +219,31 @@ def plan_seconds(model, args, num_ranks):
     """Return the seconds of one RL step on H100s, counted: matrix products at 40% of the GPU's
     FLOP/s, memory at 60% of its bandwidth.
 
-    Conversations have half of --max_model_len tokens, and an eighth of them is sampled. Every token
-    (an image: 4 patches a token) goes through the model once during rollouts. The update costs 4
-    forward passes, 3 without --gradient_checkpointing, and no more of a frozen tower than 1. A
-    decoding pass reads the weights and the cache of all conversations.
+    Conversations have a quarter of --max_model_len tokens, and an eighth of them is sampled. Every
+    token (an image: 4 patches a token) goes through the model once during rollouts. The update
+    costs 4 forward passes, one less without --gradient_checkpointing and one less with --lora
+    (which needs no gradients of weights), and no more of a frozen tower than 1. A decoding pass
+    (evaluate.DecodePass) reads the weights and the whole cache; its small kernels take as long
+    however few bytes there are. Not counted: --resample, and ranks that wait for the slowest.
     """
-    num_tokens = args.max_model_len / 2
+    num_tokens = args.max_model_len / 4
     tower_params = sum(p.numel() for p in model.model.visual.parameters())
     text_params = sum(p.numel() for p in model.parameters()) - tower_params
 
     # 1. matrix products of one conversation: a forward pass in the rollout, the rest in the update
-    text_passes = 1 + (4 if args.gradient_checkpointing else 3)
+    text_passes = 1 + 4 - (not args.gradient_checkpointing) - (args.lora > 0)
     tower_passes = 2 if args.freeze_vision else text_passes
     flops = 2 * num_tokens * (text_passes * text_params + 4 * tower_passes * tower_params)
 
-    # 2. bytes that one decoding pass reads; a conversation is half as long on average
-    bytes_per_pass = (2 * (text_params + tower_params)
-                      + args.max_num_seqs * cache_memory(model, 1) * num_tokens / 2)
+    # 2. bytes that one decoding pass reads
+    num_columns = args.max_num_seqs * min(args.short_model_len, args.max_model_len)
+    bytes_per_pass = 2 * (text_params + tower_params) + cache_memory(model, num_columns)
 
     # 3. seconds of this rank's conversations
     num_rollouts = args.prompts_per_step * args.group_size / num_ranks
     num_passes = num_rollouts / args.max_num_seqs * num_tokens / 8
     return (num_rollouts * flops / (0.4 * GPU_FLOPS)
-            + num_passes * bytes_per_pass / (0.6 * GPU_BANDWIDTH))
+            + num_passes * (SMALL_KERNELS + bytes_per_pass / (0.6 * GPU_BANDWIDTH)))
 
 
 def read_model(path):
@@ -274,9 +289,10 @@ def print_plan(args):
     where that is too much; then disk and time."""
     model = read_model(args.model)
     flags = {name: getattr(args, name) for name in (
-        "micro_batch_tokens", "max_num_seqs", "max_model_len", "shard_optimizer",
-        "gradient_checkpointing", "freeze_vision")}
+        "micro_batch_tokens", "max_num_seqs", "max_model_len", "short_model_len",
+        "shard_optimizer", "gradient_checkpointing", "freeze_vision")}
     flags["rule"] = args.optimizer
+    flags["lora_rank"] = args.lora
 
     # 1. memory
     rows = []
@@ -287,30 +303,37 @@ def print_plan(args):
         rows.append([str(num_ranks), *sizes, "yes" if fits(plan) else "no"])
         advice.append(advise(model, num_ranks, flags))
     print(f"GB per GPU (1e9 bytes), bfloat16, {args.micro_batch_tokens} tokens per micro-batch, "
-          f"{args.max_num_seqs} conversations of {args.max_model_len} at once")
+          f"{args.max_num_seqs} conversations of "
+          f"{min(args.short_model_len, args.max_model_len)} at once")
     evaluate.print_rows(["GPUs", *plan, "rollout", "update", "fits 80 GB"], rows)
     for line in filter(None, advice):
         print(line)
 
     # 2. disk: unsharded, that is on one GPU
     plan = plan_memory(model, 1, **flags)
-    print(f"disk: {in_gb(plan['optimizer'])} GB a checkpoint, {args.keep_checkpoints + 1} of them "
+    exported = sum(p.nbytes for p in model.parameters())
+    saved = plan["optimizer"]
+    if args.lora:       # the master weights are the adapters; export merges them in float32
+        saved += 4 * num_adapter_parameters(model, args.lora)
+        exported += sum(2 * layer.weight.numel() for layer in linear_layers(model))
+    print(f"disk: {in_gb(saved)} GB a checkpoint, {args.keep_checkpoints + 1} of them "
           f"during a save (--keep_checkpoints {args.keep_checkpoints}); "
-          f"{in_gb(plan['weights'])} GB for the model in --out")
+          f"{in_gb(exported)} GB for the model in --out")
 
     # 3. time
     seconds = plan_seconds(model, args, 8)
     print(f"time on 8 H100: about {seconds / 60:.0f} minutes a step, "
           f"{seconds * args.steps * 8 / 3600:.0f} GPU-hours for --steps {args.steps}, if a "
-          f"conversation has {args.max_model_len // 2} tokens (half of --max_model_len) and an "
-          "eighth of them is sampled")
+          f"conversation has {args.max_model_len // 4} tokens (a quarter of --max_model_len), an "
+          "eighth of them is sampled, and no group is played again")
 
 
 DESCRIPTION = (
     "Calculate what a run of rl.py needs: memory per GPU, disk, hours. Every flag of rl.py is "
     "accepted, so that its command works here. What counts: --model, --micro_batch_tokens, "
-    "--max_num_seqs, --max_model_len, --shard_optimizer, --gradient_checkpointing, "
-    "--freeze_vision, --optimizer, --keep_checkpoints, --steps, --prompts_per_step, --group_size.")
+    "--max_num_seqs, --max_model_len, --short_model_len, --shard_optimizer, "
+    "--gradient_checkpointing, --freeze_vision, --optimizer, --lora, --keep_checkpoints, --steps, "
+    "--prompts_per_step, --group_size.")
 
 if __name__ == "__main__":
     terminal.run(lambda: print_plan(rl.parse_args(DESCRIPTION)))

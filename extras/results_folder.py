@@ -23,7 +23,7 @@ def is_served(args):
 def settings_of(args):
     """Return the flags that results depend on, as {name: text}. Served models are known by their
     name: a server may move to another address, and a URL may hold a password."""
-    no_influence = ["max_num_seqs", "num_speculative_tokens", "out", "judge"]
+    no_influence = ["max_num_seqs", "short_model_len", "num_speculative_tokens", "out", "judge"]
     if is_served(args):
         no_influence.append("model")
     settings = {name: str(value) for name, value in vars(args).items() if name not in no_influence}

@@ -50,6 +50,22 @@ def test_sampler_and_trainer_agree(trained_folder, prompts, world, dtype, mean, 
     assert differences.max() < largest
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_replay_what_the_pass_computes(trained_folder, prompts, world, monkeypatch, dtype):
+    """Decoding steps as CUDA graphs and run eagerly: the same conversations and log-probs, bit for
+    bit, since the kernels are the same. Two sizes of graphs are recorded."""
+    policy = sft.load_policy(str(trained_folder), DEVICE, dtype, prompts)
+    rows = tools.read_jsonl(world / "train.jsonl")[:4]
+    monkeypatch.setattr(evaluate, "MIN_GRAPH_COLUMNS", 256)
+    engine = evaluate.Engine(policy, LIMITS, 16)
+    replayed = engine.run(rows, 8, world)
+    assert len(engine.decode_pass.graphs) >= 2
+    monkeypatch.setattr(evaluate.DecodePass, "replay", evaluate.DecodePass.body)
+    eager = evaluate.Engine(policy, LIMITS, 16).run(rows, 8, world)
+    assert [r.token_ids for r in replayed] == [r.token_ids for r in eager]
+    assert [r.logprobs for r in replayed] == [r.logprobs for r in eager]
+
+
 def test_conversations_do_not_depend_on_slots(trained_folder, prompts, world):
     """In float32 almost every conversation is the same in 3 slots and in 16. Rounding changes a
     sampled token now and then; a wrong mask would change nearly all."""
