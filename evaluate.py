@@ -701,6 +701,7 @@ class Engine:
         was_training = model.training
         model.eval()
         self.waiting = collections.deque(rollouts)
+        self.set_aside = []
         self.encoded_prompt = None
         yield from self.play_waiting(self.max_num_seqs, self.short_length)
         if self.set_aside:
