@@ -4,8 +4,9 @@ has too little memory, print which flags would help.
 Only the model's configuration is read, no weights. The flags are those of rl.py, so that the
 command of a run works here, too:
 
-    python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --micro_batch_tokens 32768 \\
-        --max_model_len 32768 --max_num_seqs 16 --gradient_checkpointing --shard_optimizer
+    python extras/plan.py --model Qwen/Qwen2.5-VL-7B-Instruct --optimizer adamw \\
+        --micro_batch_tokens 32768 --max_model_len 32768 --max_num_seqs 16 \\
+        --gradient_checkpointing --shard_optimizer
 """
 
 from typing import NamedTuple
