@@ -15,7 +15,7 @@ to that under the sampling policy:
 
 So running out of turns is not punished. Without the mask (--no-overturn_mask) it counts as a wrong
 answer, and the policy learns to answer early instead of searching. With the mask, a policy that was
-trained with 6 turns keeps searching at 32.
+trained with few turns keeps searching at 32.
 
 The mask is not neutral. A masked conversation has A' = 0, as one with the reward b would have. So
 masking acts like the rewards 1 for a right answer, 0 for a wrong one and b for an unfinished
@@ -53,9 +53,9 @@ What differs from textbook GRPO and from the paper:
    step by the size of its gradients, so what has no signal moves as fast as what has. After some
    steps it makes the policy sure of whatever it does most often, and what lies beyond the training
    cap, where no reward pulls back, decays (docs/worse.md). SGD takes rare large gradients at their
-   full size instead, so they are clipped to a norm that is usual in the beginning.
-10. At most 4 turns on questions of all levels, for the tiny policy. The paper has 6: a real model
-   sees more in each view.
+   full size instead, so they are clipped to about the norm of the first steps.
+10. At most 4 turns on questions of all levels (paper: 6). Before RL one conversation in five is
+   right within them, so what the mask does can be seen.
 
 Commands:
     1 CPU          python rl.py
@@ -136,7 +136,8 @@ def count_denominator(mask, kept, *, divisor="kept", aggregation="response",
     """Return what the summed loss is divided by, a float64 scalar tensor.
 
     mask (B, T) bool: sampled tokens; kept (B,) bool. divisor: count the kept responses only
-    ("kept", the paper) or all ("all"). aggregation: count responses ("response"), their sampled
+    ("kept", the paper; the default of these functions) or all ("all", the default of --divisor).
+    aggregation: count responses ("response"), their sampled
     tokens ("token"), or max_response_tokens for each response ("constant")."""
     is_counted = kept if divisor == "kept" else torch.ones_like(kept)                       # (B,)
     if aggregation == "token":
@@ -638,7 +639,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         max_response_tokens=max_response_tokens)
     denominator = sft.all_reduce([my_denominator.item()], policy.device)[0]
     if denominator == 0:    # the one, empty mini-batch of a step without any signal
-        return statistics   # a step would move the weights by momentum alone
+        return statistics   # AdamW would move the weights by its moments alone
     # 2. Share the conversations that have a gradient among the ranks; cut this rank's share.
     micro_batches = deal_micro_batches(
         [rollout for rollout in rollouts if rollout.advantage != 0], args.micro_batch_tokens)
@@ -652,7 +653,7 @@ def update_policy(policy, optimizer, rollouts, args, lr):
         logprobs, old_logprobs, mask = compute_logprobs(policy, micro_batch, batch)         # (B, T)
         advantages = logprobs.new_tensor([rollout.advantage for rollout in micro_batch])    # (B,)
         # The mask has acted already: a masked conversation has A' = 0 and was left out above, and
-        # M is in the denominator. So all of these are kept.
+        # the denominator was counted before. So all of these are kept.
         all_kept = torch.ones_like(advantages, dtype=torch.bool)                            # (B,)
         loss = grpo_loss(logprobs, old_logprobs, advantages, mask, all_kept,
                          clip_low=args.clip_low, clip_high=args.clip_high,

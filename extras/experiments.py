@@ -84,17 +84,18 @@ def format_seeds(values, scale=100):
 
 
 def print_tables(runs):
-    """Print accuracy by level over turns, and shares at 32 turns. runs: {name: its rows, one for
-    each seed}."""
+    """Print the mean accuracy of the levels over turns, and that on hard questions at 32; then
+    shares at 32 turns. runs: {name: its rows, one for each seed}."""
     # 1. accuracy
-    for level in ("mean", "hard"):
-        table = []
-        for name, rows in runs.items():
-            cells = [format_seeds([row["accuracy"][level][budget] for row in rows])
-                     for budget in BUDGETS]
-            table.append([f"`{name}`", str(len(rows)), *cells])
-        evaluate.print_rows([level, "seeds", *(f"T={budget}" for budget in BUDGETS)], table)
-        print()
+    table = []
+    for name, rows in runs.items():
+        cells = [format_seeds([row["accuracy"]["mean"][budget] for row in rows])
+                 for budget in BUDGETS]
+        hard = format_seeds([row["accuracy"]["hard"]["32"] for row in rows])
+        table.append([f"`{name}`", str(len(rows)), *cells, hard])
+    evaluate.print_rows(["mean of levels", "seeds", *(f"T={budget}" for budget in BUDGETS),
+                         "hard, T=32"], table)
+    print()
     # 2. shares, turns and tokens
     table = []
     for name, rows in runs.items():

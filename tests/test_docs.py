@@ -386,7 +386,8 @@ def test_the_readmes_results_are_those_of_the_findings():
 
 
 def test_rows_of_the_readme_are_rows():
-    question, instruction, trajectory = (json.loads(block) for block in fenced("README.md", "json"))
+    question, trajectory = (json.loads(block) for block in fenced("README.md", "json"))
+    instruction = json.loads(fenced("docs/data.md", "json")[0])
     tools.check_question(question)
     for row in (instruction, trajectory):
         tools.check_trajectory(row)
