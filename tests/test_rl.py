@@ -740,7 +740,7 @@ def test_validation_by_hand(results, expected, tmp_path):
     args = argparse.Namespace(max_turns=6, out=tmp_path)
     metrics = rl.validate(engine, held_out, args, step=50)
     assert metrics == {
-        "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
+        "step": 50, "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
         "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
     assert engine.calls == [("begin_step", 2**31),
                             ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
@@ -1172,12 +1172,7 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     one if equal."""
     results = iter(evaluated((0.99, 0), *((score, 0) for score in scores)))
 
-    def validate(*_):
-        metrics = next(results)
-        del metrics["step"]
-        return metrics
-
-    monkeypatch.setattr(rl, "validate", validate)
+    monkeypatch.setattr(rl, "validate", lambda *args: {**next(results), "step": args[-1]})
     run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
     metrics = read_metrics(tmp_path)
     assert [m["val_accuracy"] for m in metrics] == list(scores)
@@ -1199,12 +1194,7 @@ def test_a_run_that_gets_worse_is_told_and_ended(runs, tmp_path, monkeypatch):
     def run(*flags):
         results = iter(evaluated(*[(accuracy, 0) for accuracy in (0.9, 0.99, 0.1, 0.1, 0.1)]))
 
-        def validate(*_):
-            metrics = next(results)
-            del metrics["step"]
-            return metrics
-
-        monkeypatch.setattr(rl, "validate", validate)
+        monkeypatch.setattr(rl, "validate", lambda *args: {**next(results), "step": args[-1]})
         done = run_script(*runs[1], "--steps", 4, "--eval_every", 1, "--out", tmp_path, *flags)
         return done.stdout, read_metrics(tmp_path)
 
