@@ -607,11 +607,7 @@ class DecodePass:
         """Replay the graph of body(num_columns). Record it when it is needed for the first time."""
         if num_columns not in self.graphs:
             # A first run outside of a graph: libraries take their memory in it.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.body(num_columns)
-            torch.cuda.current_stream().wait_stream(stream)
+            self.body(num_columns)
             # Graphs run one after the other, so they share their memory.
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
             graph = torch.cuda.CUDAGraph()
@@ -647,9 +643,10 @@ class Engine:
         self.decode_pass = None
         # Of a run.
         self.waiting = collections.deque()      # Rollouts that have no slot yet
-        self.set_aside = []                     # Rollouts that have outgrown their slot
+        self.set_aside = collections.deque()    # those that do not fit in a short slot
+        self.queue = self.waiting               # the one of the two that is played now
         self.slots = []                         # the Rollout in each slot of the cache
-        self.next_image = (None, None)          # the row of a question, and a Future of its image
+        self.next_images = (None, None)         # a Rollout, and what load_images returned for it
         self.encoded_prompt = None              # of the question that was begun last
         # Of drafts.
         self.num_speculative_tokens = num_speculative_tokens
@@ -696,26 +693,32 @@ class Engine:
 
         Most conversations are short. So they are played in max_num_seqs slots of short_length
         tokens. Those that outgrow their slot are set aside, and played to the end in the same
-        memory, in fewer slots of max_model_len tokens: their tokens are fed again."""
+        memory, in fewer slots of max_model_len tokens: their tokens are fed again. What was
+        appended in the meantime is short again."""
         model = self.policy.model
         was_training = model.training
         model.eval()
         self.waiting = collections.deque(rollouts)
-        self.set_aside = []
+        self.set_aside = collections.deque()
         self.encoded_prompt = None
-        yield from self.play_waiting(self.max_num_seqs, self.short_length)
-        if self.set_aside:
-            self.waiting = collections.deque(self.set_aside)
-            self.set_aside = []
-            num_slots = self.max_num_seqs * self.short_length // self.limits.max_model_len
-            yield from self.play_waiting(max(1, num_slots), self.limits.max_model_len)
-        model.train(was_training)
+        num_long_slots = self.max_num_seqs * self.short_length // self.limits.max_model_len
+        try:
+            while self.waiting or self.set_aside:
+                yield from self.play_queue(self.waiting, self.max_num_seqs, self.short_length)
+                yield from self.play_queue(self.set_aside, max(1, num_long_slots),
+                                           self.limits.max_model_len)
+        finally:
+            model.train(was_training)
 
-    def play_waiting(self, max_slots, slot_length):
-        """Play until no conversation is waiting or in a slot, in slots of slot_length tokens."""
+    def play_queue(self, queue, max_slots, slot_length):
+        """Play until no conversation is in this queue or in a slot, in slots of slot_length
+        tokens."""
         # 1. A cache with a slot for each of them, up to max_slots. A draft may be longer than the
         #    conversation.
-        num_slots = min(max_slots, len(self.waiting))
+        self.queue = queue
+        num_slots = min(max_slots, len(queue))
+        if num_slots == 0:
+            return
         has_room = self.cache is not None and self.cache.num_slots >= num_slots
         if not has_room or self.slot_length != slot_length:
             self.free_cache()       # before the new one takes memory
@@ -728,28 +731,51 @@ class Engine:
                                               1 + self.num_speculative_tokens, self.greedy)
         # 2. Fill the slots and play; evict() refills a slot as long as there are rollouts waiting.
         self.slots = []
-        while self.waiting or self.slots:
-            while self.waiting and len(self.slots) < num_slots:
-                self.slots.append(self.start_next(len(self.slots)))
-            yield from self.step()
+        while queue or self.slots:
+            while queue and len(self.slots) < num_slots:
+                started = self.start_next(len(self.slots))
+                if started is not None:
+                    self.slots.append(started)
+            if self.slots:
+                yield from self.step()
 
-    def load_image(self, rollout):
-        """Return a Future of the image of a rollout's question and of the copy that the model
-        sees."""
+    def load_images(self, rollout):
+        """Return a Future of the images with which a conversation starts. One that was set aside:
+        all its images as the model sees them. A new one: its question's image and that copy."""
+        if rollout.token_ids:
+            original, *crops = rollout.views
+            views = [original, *map(self.shown, crops)]
+            return self.loader.submit(self.policy.preprocess_images, views)
         path = Path(rollout.root) / rollout.row["image"]
         return self.loader.submit(open_and_preprocess, self.policy, path)
 
+    def take_images(self, rollout):
+        """Return what load_images promised for a conversation that starts now. Those of the next
+        conversation that needs any are prepared meanwhile."""
+        prepared, images = self.next_images
+        if prepared is not rollout:
+            images = self.load_images(rollout)
+        self.next_images = (None, None)
+        for other in self.queue:
+            if other.token_ids or other.row is not rollout.row:
+                self.next_images = (other, self.load_images(other))
+                break
+        return images.result()
+
     def start_next(self, slot):
-        """Start the next waiting conversation in a free slot, and return it. The prompt's last
-        token is not fed yet: the first token is sampled after it in step(), like every other
-        token."""
-        rollout = self.waiting.popleft()
+        """Start the next conversation of the queue in a free slot, and return it. Return None if
+        its prompt needs a longer slot: it is set aside. The prompt's last token is not fed yet: the
+        first token is sampled after it in step(), like every other token."""
+        rollout = self.queue.popleft()
         if rollout.token_ids:   # it has outgrown a shorter slot
             self.feed_again(slot, rollout)
             return rollout
         # 1. The first sample of a question encodes the prompt; all samples copy its cache.
         if self.encoded_prompt is None or self.encoded_prompt.row is not rollout.row:
             self.encoded_prompt = self.prefill(slot, rollout)
+        if self.encoded_prompt is None:
+            self.set_aside.append(rollout)
+            return None
         prompt = self.encoded_prompt
         self.cache.copy_in(slot, prompt.keys_values)
         # 2. The conversation so far is the prompt; none of it is trained on.
@@ -764,26 +790,18 @@ class Engine:
 
     def prefill(self, slot, rollout):
         """Run the model on the prompt of a rollout's question, in a slot that is free. Return an
-        EncodedPrompt."""
-        # 1. Its image. That of the next question is read meanwhile.
-        row, future = self.next_image
-        if row is not rollout.row:
-            row, future = rollout.row, self.load_image(rollout)
-        image, preprocessed = future.result()
-        self.next_image = (None, None)
-        for other in self.waiting:
-            if other.row is not row and not other.token_ids:
-                self.next_image = (other.row, self.load_image(other))
-                break
-        # 2. Its prompt.
+        EncodedPrompt, or None if the slot is too short for it."""
+        row = rollout.row
+        image, preprocessed = self.take_images(rollout)
         _, image_grid = preprocessed
         token_ids = self.policy.prompt_ids(row, image_grid)
-        max_new_tokens = self.limits.max_new_tokens
-        tools.check(len(token_ids) + max_new_tokens <= self.short_length,
+        limits = self.limits
+        tools.check(len(token_ids) + limits.max_new_tokens <= limits.max_model_len,
                     f"question {row['id']}: prompt ({len(token_ids)} tokens) and one turn "
-                    f"({max_new_tokens}) do not fit in the {self.short_length} tokens of "
-                    "--max_model_len and --short_model_len: raise them, or lower --max_new_tokens "
-                    "or --max_pixels")
+                    f"({limits.max_new_tokens}) do not fit in --max_model_len "
+                    f"{limits.max_model_len}: raise it, or lower --max_new_tokens or --max_pixels")
+        if len(token_ids) > self.slot_length:
+            return None
         feed = Feed(0, 0, token_ids[:-1], [], [preprocessed])
         _, next_positions = self.forward([feed], first_slot=slot)
         keys_values = self.cache.copy_out(slot, len(token_ids) - 1)
@@ -792,9 +810,7 @@ class Engine:
     def feed_again(self, slot, rollout):
         """Continue a conversation that was set aside, in a free slot: feed its tokens but the
         last, and all its images, in one pass."""
-        original, *crops = rollout.views
-        images = self.policy.preprocess_images([original, *map(self.shown, crops)])
-        feed = Feed(0, 0, rollout.token_ids[:-1], [], images)
+        feed = Feed(0, 0, rollout.token_ids[:-1], [], self.take_images(rollout))
         _, next_positions = self.forward([feed], first_slot=slot)
         rollout.num_cached_tokens = len(rollout.token_ids) - 1
         rollout.next_position = next_positions[0]
@@ -835,14 +851,13 @@ class Engine:
             rollout.pending_image = None
             turn_is_over = self.accept(rollout, feed.draft_ids, ids_of_slot[slot],
                                        logprobs_of_slot[slot], next_positions[slot])
-            if not turn_is_over:
-                continue
-            self.finish_turn(rollout)
-            next_turn_end = len(rollout.token_ids) + self.limits.max_new_tokens
+            if turn_is_over:
+                self.finish_turn(rollout)
             if rollout.finish_reason is not None:
                 finished.append(rollout)
                 free_slots.append(slot)
-            elif next_turn_end > self.slot_length:
+            elif len(rollout.token_ids) > self.slot_length:     # in the middle of a turn or not
+                rollout.pending_image = None
                 self.set_aside.append(rollout)
                 free_slots.append(slot)
         # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.
@@ -1021,9 +1036,12 @@ class Engine:
             longest = max(next_block, key=lambda other: self.slots[other].num_cached_tokens)
             self.move(longest, free_slot)
             free_slot = longest
-        # 2. Fill it.
-        if self.waiting:
-            self.slots[free_slot] = self.start_next(free_slot)
+        # 2. Fill it, or close the gap.
+        started = None
+        while self.queue and started is None:
+            started = self.start_next(free_slot)
+        if started is not None:
+            self.slots[free_slot] = started
         else:
             self.move(len(self.slots) - 1, free_slot)
             self.slots.pop()
@@ -1554,7 +1572,8 @@ def parse_args():
     tools.check(args.num_samples == 1 or not args.greedy, "--greedy plays every sample of a "
                 "question alike: add --num_samples 1")
     if results_folder.is_served(args):
-        terminal.check_unused(args, parser, ["dtype", "max_model_len", "num_speculative_tokens"],
+        terminal.check_unused(args, parser, ["dtype", "max_model_len", "short_model_len",
+                                             "num_speculative_tokens"],
                               "with a server as --model")
     else:
         terminal.check_unused(args, parser, ["model_name", "max_image_bytes"],

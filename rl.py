@@ -398,6 +398,7 @@ def validate(engine, held_out, args, step):
         val_over_turn, val_over_context, val_void     shares of these finish reasons
         unfinished_accuracy     accuracy of the conversations that took more than --max_turns turns:
                                 training would have left them unfinished
+        step                    as given: after how many steps of training
 
     An accuracy is None if there is no such conversation, or if the judge failed on one: the
     remaining scores would be mostly exact matches and overestimate the accuracy. The random numbers
@@ -430,7 +431,8 @@ def validate(engine, held_out, args, step):
     unfinished_accuracy = None
     if total["beyond_cap"] > 0:
         unfinished_accuracy = sft.finite_or_none(total["beyond_cap_correct"] / total["beyond_cap"])
-    return {"val_accuracy": sft.finite_or_none(num_correct / num_questions),
+    return {"step": step,
+            "val_accuracy": sft.finite_or_none(num_correct / num_questions),
             "val_accuracy_in_cap": sft.finite_or_none(total["in_cap_correct"] / num_questions),
             "val_over_turn": total["over_turn"] / num_questions,
             "val_over_context": total["over_context"] / num_questions,
@@ -559,7 +561,7 @@ def deal_micro_batches(rollouts, max_tokens):
     # 1. One round more, until the fullest micro-batch has room.
     num_rounds = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
     micro_batches = fill_evenly(all_rollouts, num_rounds * num_ranks)
-    while sum_of_tokens(micro_batches[0]) > max(max_tokens, *lengths, 0):
+    while any(len(part) > 1 and sum_of_tokens(part) > max_tokens for part in micro_batches):
         num_rounds += 1
         micro_batches = fill_evenly(all_rollouts, num_rounds * num_ranks)
     # 2. Neighbours in size are one round. Without enough conversations some are empty.
@@ -864,8 +866,7 @@ def train(policy, questions, args, process, judge=None):
     for step in progress_bar:
         steps_done = step + 1
         if questions.held_out and step == 0:
-            evaluations.append({
-                "step": 0, **validate(validation_engine, questions.held_out, args, 0)})
+            evaluations.append(validate(validation_engine, questions.held_out, args, step))
         # 3. Rollouts, advantages, updates.
         baseline = step_baseline(args, last_estimate(evaluations))
         metrics, groups_with_signal = train_step(policy, run.optimizer, training_engine,
@@ -873,9 +874,7 @@ def train(policy, questions, args, process, judge=None):
         # 4. Evaluate, keep the best model. Is the policy getting worse?
         last_step = args.steps
         if questions.held_out and (steps_done % args.eval_every == 0 or steps_done == args.steps):
-            evaluations.append({"step": steps_done,
-                                **validate(validation_engine, questions.held_out, args,
-                                           steps_done)})
+            evaluations.append(validate(validation_engine, questions.held_out, args, steps_done))
             if best_evaluation(evaluations) is evaluations[-1]:
                 sft.export(policy, args.out)
             if args.stop_when_worse and gets_worse(evaluations, len(questions.held_out)):
@@ -1042,8 +1041,9 @@ def check_args(args):
                 "conversations about one question")
     evaluate.check_rollout_flags(args)
     # Two that contradict each other.
-    tools.check(args.optimizer == "adamw" or args.lr >= 1e-4, f"--lr {args.lr} is a rate for AdamW: "
-                "with sgd it would leave the weights as they are; add --optimizer adamw")
+    tools.check(args.optimizer == "adamw" or args.lr >= 1e-4,
+                f"--lr {args.lr} is a rate for AdamW: with sgd it would leave the weights as they "
+                "are; add --optimizer adamw")
     tools.check((args.eval_every and args.eval_size) or args.baseline != "estimate",
                 "--baseline estimate comes from the evaluations: set --eval_every and --eval_size "
                 "above 0")

@@ -965,7 +965,7 @@ def update_rounds(rng, balanced, num_gpus=8, num_rollouts=512, mean_tokens=7250,
         rollouts.sort(key=lambda rollout: -len(rollout.token_ids))
         num_rounds = math.ceil(rl.sum_of_tokens(rollouts) / (max_tokens * num_gpus))
         parts = rl.fill_evenly(rollouts, num_rounds * num_gpus)
-        while rl.sum_of_tokens(parts[0]) > max_tokens:
+        while any(len(part) > 1 and rl.sum_of_tokens(part) > max_tokens for part in parts):
             num_rounds += 1
             parts = rl.fill_evenly(rollouts, num_rounds * num_gpus)
         micro_batches = [parts[rank::num_gpus] for rank in range(num_gpus)]

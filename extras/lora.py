@@ -69,7 +69,8 @@ def merged_weights(model):
     weights = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            weights[f"{name}.weight"] = module.merged_weight()
+            # one layer after the other: all of them would not fit beside the model on its GPU
+            weights[f"{name}.weight"] = module.merged_weight().cpu()
             for inner_name in ("A", "B", "linear.weight"):
                 del weights[f"{name}.{inner_name}"]
             if module.linear.bias is not None:

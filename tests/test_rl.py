@@ -858,7 +858,7 @@ def test_validation_by_hand(results, expected, tmp_path):
     args = argparse.Namespace(max_turns=6, out=tmp_path)
     metrics = rl.validate(engine, held_out, args, step=50)
     assert metrics == {
-        "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
+        "step": 50, "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
         "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
     assert engine.calls == [("begin_step", 2**31),
                             ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
@@ -979,7 +979,9 @@ def test_conversations_are_balanced_by_tokens(monkeypatch, world_size, num_rollo
     pytest.param([6, 6, 6, 2], 10, [[[6], [6]], [[6], [2]]], id="one-round-more"),
     pytest.param([], 10, [[], []], id="none"),
     pytest.param([5], 10, [[[5]], [], []], id="one-for-three"),
-    pytest.param([50, 5], 10, [[[50]], [[5]]], id="longer-than-allowed")])
+    pytest.param([50, 5], 10, [[[50]], [[5]]], id="longer-than-allowed"),
+    # two of 6 must not share a micro-batch, whatever else is longer: a round more than 30 / 10
+    pytest.param([12, 6, 6, 6], 10, [[[12], [6], [6], [6]]], id="one-longer-than-allowed")])
 def test_balance_by_hand(monkeypatch, lengths, max_tokens, expected):
     shares = dealt(monkeypatch, rollouts_of_lengths(lengths), len(expected), max_tokens)
     assert [[[len(rollout.token_ids) for rollout in micro_batch] for micro_batch in share]
@@ -1303,12 +1305,7 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path, monkeypatch, scores, kept):
     one if equal."""
     results = iter(evaluated((0.99, 0), *((score, 0) for score in scores)))
 
-    def validate(*_):
-        metrics = next(results)
-        del metrics["step"]
-        return metrics
-
-    monkeypatch.setattr(rl, "validate", validate)
+    monkeypatch.setattr(rl, "validate", lambda *args: {**next(results), "step": args[-1]})
     run_script(*runs[1], "--steps", 2, "--eval_every", 1, "--out", tmp_path)
     metrics = read_metrics(tmp_path)
     assert [m["val_accuracy"] for m in metrics] == list(scores)
@@ -1330,12 +1327,7 @@ def test_a_run_that_gets_worse_is_told_and_ended(runs, tmp_path, monkeypatch):
     def run(*flags):
         results = iter(evaluated(*[(accuracy, 0) for accuracy in (0.9, 0.99, 0.1, 0.1, 0.1)]))
 
-        def validate(*_):
-            metrics = next(results)
-            del metrics["step"]
-            return metrics
-
-        monkeypatch.setattr(rl, "validate", validate)
+        monkeypatch.setattr(rl, "validate", lambda *args: {**next(results), "step": args[-1]})
         done = run_script(*runs[1], "--steps", 4, "--eval_every", 1, "--out", tmp_path, *flags)
         return done.stdout, read_metrics(tmp_path)
 
