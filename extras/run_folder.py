@@ -157,7 +157,7 @@ def check_same_run(folder, saved, current):
     tools.check(saved["num_parameters"] == current["num_parameters"],
                 f"{folder} trains {saved['num_parameters']} parameters, and this run "
                 f"{current['num_parameters']}: it belongs to another --model, or --freeze_vision "
-                "was different")
+                "or --lora was different")
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------

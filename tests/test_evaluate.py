@@ -791,8 +791,8 @@ def test_a_recorded_step_never_waits_for_the_device(name):
 # ---- The engine: short slots first --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("short_model_len, num_set_aside", [(400, range(1, 6)),
-                                                            (250, range(6, 19))], ids=str)
+@pytest.mark.parametrize("short_model_len, num_set_aside", [(300, range(1, 6)),
+                                                            (200, range(6, 19))], ids=str)
 @pytest.mark.parametrize("engine_class", [evaluate.Engine, FixedShape])
 def test_what_outgrows_its_slot_is_played_again_in_a_longer_one(
         rollouts, trained_policy, world, short_model_len, num_set_aside, engine_class):
