@@ -914,36 +914,27 @@ def count_stages(num_gpus, num_prompts, group_size, num_turns, turn_tokens, view
     return stages, num_params, T
 
 
-def passes_of_rank(rng, num_slots, asks_at_once, num_groups=32, group_size=16, mean_tokens=1000,
-                   spread=0.5, silent=0.5, resample=3):
-    """Return the decoding passes of one rank in a step of RL, simulated: a pass gives every slot a
-    token. The lengths of conversations are log-normal. A share `silent` of the groups ends without
-    signal, and is asked again at most `resample` times: at once, or in rounds that end with their
-    longest conversation."""
-    waiting = collections.deque()       # conversations that have no slot: (group, attempt)
-    playing = []                        # (pass of its end, group, attempt), as a heap
-    num_left = collections.Counter()    # of each group and attempt
+def passes_of_rank(rng, num_slots, slot_length, asks_at_once, num_groups=32, group_size=16,
+                   mean_length=7250, spread=0.5, max_length=30_720, tokens_per_pass=7.25,
+                   silent=0.5, resample=3):
+    """Return the decoding passes of one rank in a step of RL, simulated: in short slots, in long
+    ones, and how many conversations outgrow a short slot. A pass gives every slot a sampled token;
+    with prompt and views a conversation grows by tokens_per_pass. Lengths are log-normal. A share
+    `silent` of the groups ends without signal, and is asked again at most `resample` times: at
+    once, or in rounds."""
+    waiting = collections.deque()       # (tokens so far, tokens at its end, group, attempt)
+    set_aside = collections.deque()
+    num_left = {}                       # conversations of each group and attempt
     next_round = []
-    now = 0.0
+    num_outgrown = 0
+    passes = [0, 0]
 
     def ask(group, attempt):
-        waiting.extend([(group, attempt)] * group_size)
+        lengths = rng.lognormal(math.log(mean_length) - spread**2 / 2, spread, group_size)
+        waiting.extend((0, min(length, max_length), group, attempt) for length in lengths)
         num_left[group, attempt] = group_size
 
-    for group in range(num_groups):
-        ask(group, 0)
-    while waiting or playing or next_round:
-        # 1. A round is over.
-        if not waiting and not playing:
-            for group, attempt in next_round:
-                ask(group, attempt)
-            next_round = []
-        # 2. Fill the slots, and go on to the next end of a conversation.
-        while waiting and len(playing) < num_slots:
-            length = rng.lognormal(math.log(mean_tokens) - spread**2 / 2, spread)
-            heapq.heappush(playing, (now + length, *waiting.popleft()))
-        now, group, attempt = heapq.heappop(playing)
-        # 3. Was it the last one of its group?
+    def end(group, attempt):
         num_left[group, attempt] -= 1
         is_silent = num_left[group, attempt] == 0 and rng.random() < silent
         if is_silent and attempt < resample:
@@ -951,7 +942,34 @@ def passes_of_rank(rng, num_slots, asks_at_once, num_groups=32, group_size=16, m
                 ask(group, attempt + 1)
             else:
                 next_round.append((group, attempt + 1))
-    return now
+
+    def play(queue, num_slots, slot_length):
+        now = 0
+        playing = []                    # (pass of its end in this slot, ...), as a heap
+        while queue or playing:
+            # 1. Fill the slots.
+            while queue and len(playing) < num_slots:
+                start, length, group, attempt = queue.popleft()
+                num_passes = (min(length, slot_length) - start) / tokens_per_pass
+                heapq.heappush(playing, (now + num_passes, length, group, attempt))
+            # 2. Go on to the next conversation that leaves its slot.
+            now, length, group, attempt = heapq.heappop(playing)
+            if length > slot_length:
+                set_aside.append((slot_length, length, group, attempt))
+            else:
+                end(group, attempt)
+        return now
+
+    for group in range(num_groups):
+        ask(group, 0)
+    while waiting:
+        passes[0] += play(waiting, num_slots, slot_length)
+        num_outgrown += len(set_aside)
+        passes[1] += play(set_aside, num_slots * slot_length // 32_768, 32_768)
+        for group, attempt in next_round:
+            ask(group, attempt)
+        next_round.clear()
+    return *passes, num_outgrown
 
 
 def update_rounds(rng, balanced, num_gpus=8, num_rollouts=512, mean_tokens=7250, spread=0.5,
@@ -983,37 +1001,52 @@ def case_step(args, process, num_gpus=8, num_trials=20):
     the groups are asked again. The seconds of a pass are measured (without graphs) or counted as in
     extras/plan.py, those of the other parts are counted as in `paper`."""
     rng = np.random.default_rng(0)
-    eager_ms = 40.3     # measured with 16 slots, docs/speed.md
-    graph_ms = {}
-    for num_slots in (16, 64):
-        num_bytes = 16.58e9 + num_slots * 8192 * 57_344     # weights, and 8,192 columns a slot
-        graph_ms[num_slots] = 1000 * (SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH))
-    rows = [("16 slots, no graphs", 16, False, eager_ms),
-            ("64 short slots first, no graphs", 64, False, eager_ms),
-            ("16 slots, graphs", 16, False, graph_ms[16]),
-            ("64 short slots first, graphs", 64, False, graph_ms[64]),
-            ("the same, groups are asked again at once", 64, True, graph_ms[64])]
-    say("| decoding | passes | ms each | seconds |\n|---|---|---|---|")
-    for name, num_slots, asks_at_once, milliseconds in rows:
-        passes = statistics.fmean(
-            max(passes_of_rank(rng, num_slots, asks_at_once) for _ in range(num_gpus))
-            for _ in range(num_trials))
-        say(f"| {name} | {passes:,.0f} | {milliseconds:.1f} | "
-            f"{passes * milliseconds / 1000:,.0f} |")
 
-    stages, _, _ = count_stages(num_gpus, 256, 16, 4, 250, 1500, 250, 64)
+    def pass_seconds(num_slots, num_columns, graphs):
+        if not graphs:
+            return 0.0403           # measured with 16 slots, docs/speed.md
+        num_bytes = 16.58e9 + num_slots * num_columns * 57_344      # weights, keys and values
+        return SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH)
 
-    def seconds(part):
+    stages, _, num_tokens = count_stages(num_gpus, 256, 16, 4, 250, 1500, 250, 64)
+
+    def stage_seconds(part):
         return sum(flops for name, (flops, _, _) in stages.items()
                    if name.startswith(part)) / (0.4 * GPU_FLOPS)
 
+    # 1. Decoding. The longest conversation in a long slot takes about 16,384 columns. What has
+    #    outgrown its slot is fed again: one forward pass, of which an update has four.
+    forward = stage_seconds("update: images") + stage_seconds("update: text") / 4
+    token_seconds = forward / (256 * 16 / num_gpus * num_tokens)
+    rows = [("16 slots, no graphs", 16, 32_768, False, False),
+            ("64 short slots first, no graphs", 64, 8192, False, False),
+            ("16 slots, graphs", 16, 32_768, False, True),
+            ("64 short slots first, graphs", 64, 8192, False, True),
+            ("the same, groups are asked again at once", 64, 8192, True, True),
+            ("96 slots of 6,144 tokens first", 96, 6144, True, True),
+            ("42 slots of 12,288 tokens first", 42, 12_288, True, True)]
+    say("| decoding | passes | in long slots | fed again | seconds | of feeding again |\n"
+        "|---|---|---|---|---|---|")
+    for name, num_slots, slot_length, asks_at_once, graphs in rows:
+        short_seconds = pass_seconds(num_slots, min(slot_length, 16_384), graphs)
+        long_seconds = pass_seconds(16, 16_384, graphs)
+        ranks = np.array([passes_of_rank(rng, num_slots, slot_length, asks_at_once)
+                          for _ in range(num_trials * num_gpus)])          # (ranks, 3)
+        seconds_of_rank = ranks[:, 0] * short_seconds + ranks[:, 1] * long_seconds
+        slowest = seconds_of_rank.reshape(num_trials, num_gpus).max(axis=1)
+        short_passes, long_passes, num_outgrown = ranks.mean(axis=0)
+        say(f"| {name} | {short_passes:,.0f} | {long_passes:,.0f} | {num_outgrown:,.0f} | "
+            f"{slowest.mean():,.0f} | {num_outgrown * slot_length * token_seconds:,.0f} |")
+
+    # 2. The other parts.
     num_attempts = 1 + 1 / 2 + 1 / 4 + 1 / 8
-    prefill = num_attempts * (seconds("rollout: images") + seconds("rollout: prefill"))
-    update = seconds("update")
+    prefill = num_attempts * (stage_seconds("rollout: images") + stage_seconds("rollout: prefill"))
+    update = stage_seconds("update")
     say("\n| other parts | seconds |\n|---|---|\n"
         f"| images and prefill of all attempts | {prefill:,.0f} |")
     for name, balanced in (("each rank fills its micro-batches alone", False),
                            ("rounds of equal tokens", True)):
+        rng = np.random.default_rng(0)
         factor = statistics.fmean(update_rounds(rng, balanced) for _ in range(num_trials))
         say(f"| update, {name} (x {factor:.2f}) | {update * factor:,.0f} |")
 
