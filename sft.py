@@ -188,6 +188,13 @@ class Policy:
         return self.encode_text("\n") + message + self.generation_prompt()
 
 
+def cast_parameters(model, dtype):
+    """Change the type of a new model's parameters. Rotary frequencies, which are buffers, stay
+    float32, as in a model that is loaded."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+
+
 def make_policy(model, tokenizer, image_processor, device, prompts=None, min_pixels=None,
                 max_pixels=None):
     """Return a Policy of these parts. Pixel limits default to the image processor's own. Raise
@@ -1346,7 +1353,7 @@ def main():
     prompts = tools.load_prompts(args.prompts)
     if args.model == "tiny":
         model, tokenizer, image_processor = build_tiny(project_texts(rows), args.seed)
-        model.to(pick_dtype(args.dtype, process.device))
+        cast_parameters(model, pick_dtype(args.dtype, process.device))
         policy = make_policy(model, tokenizer, image_processor, process.device, prompts,
                              args.min_pixels, args.max_pixels)
     else:

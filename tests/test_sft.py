@@ -435,6 +435,17 @@ def test_suppressed_ids_have_no_probability(policy):
     assert torch.allclose(logprobs.exp().sum(-1), torch.ones(5, dtype=torch.float64))
 
 
+def test_a_new_model_in_bfloat16_has_the_positions_of_a_loaded_one(make_tiny, tmp_path):
+    """Frequencies in bfloat16 would be 0.4 rad off at position 500."""
+    policy = make_tiny(torch.float32)
+    sft.cast_parameters(policy.model, torch.bfloat16)
+    sft.export(policy, tmp_path)
+    loaded = sft.load_policy(str(tmp_path), "cpu", "bfloat16")
+    for one, other in zip(policy.model.buffers(), loaded.model.buffers(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert policy.model.dtype == loaded.model.dtype == torch.bfloat16
+
+
 def test_the_softmax_of_a_bfloat16_model_is_in_float32():
     """A sum over 152,000 ids in bfloat16 would be off by percents."""
     lm_head = torch.nn.Linear(8, 20, bias=False, dtype=torch.bfloat16)
