@@ -85,7 +85,7 @@ import torch
 import evaluate
 import sft
 import tools
-from extras import run_folder, terminal
+from extras import run_folder, terminal, track
 from extras.images import check_images
 
 # ---- The algorithm ------------------------------------------------------------------------------
@@ -550,8 +550,9 @@ def deal_micro_batches(rollouts, max_tokens):
     allow (only a conversation that is longer exceeds them). Who played a conversation does not
     matter.
 
-    Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches. Longest
-    first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5 and 3 2.
+    Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches.
+    Longest first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5
+    and 3 2.
     """
     num_ranks = sft.world_size()
     all_rollouts = sft.all_gather_objects(rollouts)
@@ -881,7 +882,7 @@ def train(policy, questions, args, process, judge=None):
                 last_step = steps_done
         # 5. Log, save rollouts, checkpoint.
         if is_main:
-            write_metrics(log_file, progress_bar, {
+            write_metrics(log_file, progress_bar, run.tracker, {
                 **metrics, **evaluation_metrics(evaluations, steps_done, len(questions.held_out))})
             if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
@@ -899,9 +900,9 @@ def train(policy, questions, args, process, judge=None):
         judge.report_cost(policy.device, process.rank)
 
 
-def write_metrics(log_file, progress_bar, metrics):
+def write_metrics(log_file, progress_bar, tracker, metrics):
     """Append a line to metrics.jsonl and show the most important numbers next to the bar."""
-    sft.log_line(log_file, metrics)
+    sft.log_line(log_file, metrics, tracker)
     shown_metrics = []
     for name in ("reward", "over_turn", "incorrect", "val_accuracy"):
         if metrics.get(name) is not None:
@@ -1037,6 +1038,8 @@ def check_args(args):
                            "overturn_penalty", "lora"],
         any_number=["baseline"])
     run_folder.check_warmup(args.warmup_ratio)
+    if args.track:
+        track.find_library()
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
     evaluate.check_rollout_flags(args)

@@ -67,7 +67,7 @@ from transformers.utils import logging as hf_logging
 
 import tools
 from build_data import SPECIAL_TOKENS, build_tiny, project_texts
-from extras import model_folder, run_folder, terminal
+from extras import model_folder, run_folder, terminal, track
 from extras.images import check_images
 
 hf_logging.disable_progress_bar()
@@ -1057,14 +1057,17 @@ def open_log(out, step):
     return log_path.open("a", encoding="utf-8")
 
 
-def log_line(log_file, metrics):
-    """Append the metrics of a step, a dict, as a line of JSON."""
+def log_line(log_file, metrics, tracker=None):
+    """Append the metrics of a step, a dict, as a line of JSON. tracker: mirrors them, see
+    extras/track.py."""
     try:
         log_file.write(tools.json_line(metrics))
         log_file.flush()        # a kill loses no finished step
     except OSError as error:    # the disk is full; this error does not know where
         error.filename = log_file.name
         raise
+    if tracker is not None:
+        tracker.log(metrics)
 
 
 def export(policy, out):
@@ -1168,6 +1171,7 @@ class TrainingRun:
     info: dict
     stop_signal: "StopSignal"
     first_step: int = 0
+    tracker: object = None      # of rank 0, with --track
 
 
 def start_training(stage, policy, args, process, freeze_vision, total_steps, rule="adamw"):
@@ -1193,6 +1197,8 @@ def start_training(stage, policy, args, process, freeze_vision, total_steps, rul
     # A worker that torchrun has restarted continues, whatever the flag.
     resume = args.resume or process.attempt > 1
     run.first_step = load_state(args.out, run, resume, total_steps)
+    if args.track and process.rank == 0:
+        run.tracker = track.Tracker(args)
     return run
 
 
@@ -1259,7 +1265,7 @@ def train(policy, rows, root, args, process):
         if is_main:
             metrics = {"step": step + 1, "loss": finite_or_none(loss),
                        "grad_norm": finite_or_none(grad_norm), "lr": lr, "tokens": num_tokens}
-            log_line(log_file, metrics)
+            log_line(log_file, metrics, run.tracker)
             progress_bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
         end_step(run, args, step + 1, total_steps, policy.device)
     export(policy, args.out)
@@ -1298,6 +1304,8 @@ def add_training_flags(group, weight_decay, save_every):
     add("--lora_alpha", type=float, default=32.0, help="adapters are multiplied by this / RANK")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
+    add("--track", metavar="PROJECT",
+        help="mirror metrics.jsonl to trackio or wandb (default: to neither)")
     add("--resume", action="store_true",
         help="continue from the newest whole checkpoint in --out/state, if there is one")
 
@@ -1335,6 +1343,8 @@ def parse_args():
     args = parser.parse_args()
     terminal.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio", "lora"])
     run_folder.check_warmup(args.warmup_ratio)
+    if args.track:
+        track.find_library()
     return args
 
 

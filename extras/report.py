@@ -1,12 +1,15 @@
-"""Look at evaluations: tables over seeds, one page, a chart, a picture.
+"""Look at evaluations: tables over seeds, one page, charts, one conversation as a picture.
 
     python extras/report.py results/rl results/sft --curves checkpoints/rl/metrics.jsonl
     python extras/report.py results/sft results/rl --chart docs/turns.png     # needs matplotlib
-    python extras/report.py results/rl --picture docs/trajectory.png
+    python extras/report.py results/rl --picture docs/trajectory.png --animation docs/search.gif
+    python extras/report.py --curves checkpoints/rl/metrics.jsonl     # also while it is trained
     python extras/report.py --curves checkpoints/*/metrics.jsonl --curves_chart curves.png
 
 The page, results/report.html, needs no network. It has tables, accuracy over turns, training
-curves, and every trajectory with its numbered zooms, crops and thoughts. Runs called NAME.seed0,
+curves, and trajectories with their numbered zooms, crops and thoughts. With an image each, those of
+all questions would make it slow to open, so it has those of a few questions of each level, half of
+them the ones that went wrong most often; --questions says how many. Runs called NAME.seed0,
 NAME.seed1, ... are one experiment. They are shown as one line with its 95% interval over seeds.
 """
 
@@ -16,15 +19,12 @@ import json
 import math
 import re
 import statistics
-import textwrap
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import root
 import evaluate
 import tools
-from extras import terminal
+from extras import pictures, terminal
 from extras.images import check_images
 from extras.chat_client import data_url
 
@@ -259,13 +259,37 @@ def read_trajectories(folders, tables, data):
     return runs
 
 
+def pick_questions(runs, num_questions):
+    """Return the trajectories about at most num_questions questions of each level, {run: [row]}.
+
+    Half of the questions are those that went wrong most often over all runs, the others the first
+    ones besides. A question is known by its level and id."""
+    # 1. How often did each one go wrong? In the order in which they come first.
+    num_wrong = collections.Counter()
+    for rows in runs.values():
+        for row in rows:
+            num_wrong[row["level"], row["id"]] += row["reward"] != 1
+    # 2. Pick. A sort keeps the order of what is equal.
+    picked = set()
+    for level in {level for level, _ in num_wrong}:
+        questions = [question for question in num_wrong if question[0] == level]
+        hardest = sorted(questions, key=lambda question: -num_wrong[question])
+        hardest = hardest[:num_questions // 2]
+        others = [question for question in questions if question not in hardest]
+        picked.update(hardest, others[:num_questions - len(hardest)])
+    return {run: [row for row in rows if (row["level"], row["id"]) in picked]
+            for run, rows in runs.items()}
+
+
 SHOWN_FIELDS = ("question", "answer", "prediction", "finish_reason", "reward", "turns", "level",
                 "image_path")
 
 
-def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
-    """Write one page that holds everything, its images in at most image_bytes each."""
+def write_page(path, levels, tables, curves, all_runs, num_questions, image_bytes=60_000):
+    """Write one page that holds everything, its images in at most image_bytes each. Of the
+    trajectories it has those of num_questions questions of each level."""
     # 1. every image once, however many trajectories are about it
+    runs = pick_questions(all_runs, num_questions)
     image_paths = {}
     for rows in runs.values():
         image_paths.update(dict.fromkeys(row["image_path"] for row in rows))
@@ -276,17 +300,23 @@ def write_page(path, levels, tables, curves, runs, image_bytes=60_000):
     for run, rows in runs.items():
         shown_rows = [{field: row.get(field) for field in SHOWN_FIELDS} for row in rows]
         shown_runs.append({"name": run, "rows": shown_rows})
+    num_shown, num_trajectories = (sum(map(len, rows.values())) for rows in (runs, all_runs))
+    note = "" if num_shown == num_trajectories else (
+        f"{num_shown} of {num_trajectories} trajectories are here: those of {num_questions} "
+        "questions of each level, half of them the ones that went wrong most often. "
+        "--questions N shows more.")
     data = json.dumps({"levels": levels, "tables": tables, "curves": curves, "runs": shown_runs,
-                       "images": images})
+                       "images": images, "note": note})
     page = (root.ROOT / "docs" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))
     tools.write_atomic(path, lambda file: file.write(page.encode()))
-    num_trajectories = sum(len(rows) for rows in runs.values())
-    print(f"\n{path}: {len(runs)} runs, {num_trajectories} trajectories, "
-          f"{len(images)} images, {len(page) / 1e6:.1f} MB")
+    print(f"\n{path}: {len(runs)} runs, {num_shown} trajectories, {len(images)} images, "
+          f"{len(page) / 1e6:.1f} MB")
+    if note:
+        print(note)
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
+# ---- Charts -------------------------------------------------------------------------------------
 
 
 def check_chart(path, flag="--chart"):
@@ -376,72 +406,6 @@ def draw_curves(curves, path):
     save_chart(figure, path)
 
 
-def draw_box(draw, box, number, scene_size, font):
-    """Draw a zoom's box and its number into the scene."""
-    # boxes of neighbouring numbers have other insets, so that equal boxes can be told apart
-    inset = 2 + 2 * ((number + 1) % 3)
-    left, top, right, bottom = (round(value * side) for value, side in zip(box, scene_size * 2))
-    draw.rectangle((left + inset, top + inset, right - inset, bottom - inset),
-                   outline=(255, 0, 120), width=2)
-    draw.text((left + inset + 4, top + inset + 2), str(number), "white", font, stroke_width=2,
-              stroke_fill="black")
-
-
-def draw_trajectory(row, path, side=560, size=110, pad=10):
-    """Draw one trajectory as PNG: on the left the image with numbered boxes, on the right each
-    turn's view with its text. Boxes of nested zooms are drawn where they are in the original."""
-    image = tools.open_image(row["image_path"])
-    views = tools.replay(row, image)
-    font = ImageFont.load_default(size=15)
-
-    # 1. the scene with the boxes; a tile (view or None, text) for every turn
-    scene = image.resize((side, round(side * image.height / image.width)))
-    draw = ImageDraw.Draw(scene)
-    boxes = tools.view_boxes(row)
-    num_zooms = 0
-    tiles = []
-    view = image
-    for turn_number, turn in enumerate(row["turns"], 1):
-        text = f"turn {turn_number}  {turn['text']}"
-        tiles.append((view, textwrap.fill(text, 78, break_on_hyphens=False)))
-        view = None
-        if "zoom" in turn and turn_number < len(row["turns"]):
-            num_zooms += 1
-            draw_box(draw, boxes[num_zooms], num_zooms, scene.size, font)
-            view = views[num_zooms]
-
-    # 2. how much room they need
-    caption = "\n".join(textwrap.wrap(row["question"], 75) + [
-        f"answer: {row['answer']}   prediction: {row['prediction']}   "
-        f"finish: {row['finish_reason']}"])
-    caption_height = draw.textbbox((0, 0), caption, font)[3]
-    tile_heights = [max(size, draw.textbbox((0, 0), text, font)[3]) + pad for _, text in tiles]
-    height = max(scene.height + caption_height + pad, sum(tile_heights))
-
-    # 3. put them onto one sheet
-    sheet = Image.new("RGB", (2 * side + size + 4 * pad, height + 2 * pad), "white")
-    draw = ImageDraw.Draw(sheet)
-    sheet.paste(scene, (pad, pad))
-    draw.text((pad, scene.height + 2 * pad), caption, "black", font)
-    y = pad
-    for (view, text), tile_height in zip(tiles, tile_heights):
-        if view is not None:
-            sheet.paste(ImageOps.contain(view, (size, size)), (side + 2 * pad, y))
-        draw.text((side + size + 3 * pad, y), text, "black", font)
-        y += tile_height
-    tools.write_atomic(path, lambda file: sheet.save(file, "PNG"))
-
-
-def draw_correct_trajectory(rows, path):
-    """Draw a correct trajectory of five to seven turns, if there is one."""
-    candidates = [row for row in rows if row["reward"] == 1 and 5 <= len(row["turns"]) <= 7]
-    if candidates:
-        draw_trajectory(candidates[len(candidates) // 2], path)
-        print(f"drew {path}")
-    else:
-        print("no correct trajectory of five to seven turns to draw")
-
-
 # ---- The command --------------------------------------------------------------------------------
 
 
@@ -450,7 +414,7 @@ def parse_args():
     parser = terminal.make_parser("Tables, a page and pictures of evaluations.")
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="folders written by evaluate.py; NAME.seed0, "
-        "NAME.seed1, ... are one experiment (default: none, for --curves_chart alone)")
+        "NAME.seed1, ... are one experiment (default: none, for training curves alone)")
     add("--data", type=Path, nargs="+", help="their question files, next to which the images are",
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     add("--curves", type=Path, nargs="+", default=(), metavar="METRICS",
@@ -460,15 +424,42 @@ def parse_args():
         "(default: not drawn)")
     add("--curves_chart", type=Path, help="draw the held-out accuracy of --curves over the steps "
         "into this PNG or SVG, with matplotlib (default: not drawn)")
+    add("--questions", type=int, default=20, help="questions of each level whose trajectories are "
+        "on the page")
     add("--picture", type=Path, help="draw a correct trajectory of the first run into this PNG "
         "(default: not drawn)")
+    add("--animation", type=Path, help="draw it turn by turn into this GIF (default: not drawn)")
+    add("--conversation", action="store_true", help="print it turn by turn")
     args = parser.parse_args()
+    terminal.check_number_flags(args, [])
     check_chart(args.chart)
     check_chart(args.curves_chart, "--curves_chart")
     tools.check(args.curves or not args.curves_chart, "--curves_chart needs --curves METRICS")
-    tools.check(args.runs or args.curves_chart, "name the folders of evaluations, such as "
-                "results/rl")
+    tools.check(args.runs or args.curves, "name the folders of evaluations, such as results/rl, or "
+                "--curves")
+    tools.check(args.runs or not (args.chart or args.picture or args.animation
+                                  or args.conversation),
+                "--chart, --picture, --animation and --conversation need the folder of an "
+                "evaluation, such as results/rl")
     return args
+
+
+def show_example(args, rows):
+    """Draw and print a correct trajectory of five to seven turns, as the flags ask for."""
+    if not (args.picture or args.animation or args.conversation):
+        return
+    row = pictures.example(rows)
+    if row is None:
+        print("no correct trajectory of five to seven turns to show")
+        return
+    if args.picture:
+        pictures.draw_trajectory(row, args.picture)
+        print(f"drew {args.picture}")
+    if args.animation:
+        pictures.draw_animation(row, args.animation)
+        print(f"drew {args.animation}")
+    if args.conversation:
+        pictures.print_trajectory(row)
 
 
 def main():
@@ -481,17 +472,18 @@ def main():
                      for file in args.curves)
     if args.curves_chart:
         draw_curves(curves, args.curves_chart)
-    if not args.runs:
-        return
+        if not args.runs:
+            return
     levels = compare(tables)
     comparisons = {level: comparison(level, experiments) for level, experiments in levels.items()}
     # 2. write and draw
     runs = read_trajectories(folders, tables, args.data)
-    write_page(args.out, levels, comparisons, curves, runs)
+    write_page(args.out, levels, comparisons, curves, runs, args.questions)
     if args.chart:
         draw_accuracy(levels, args.chart)
-    if args.picture:
-        draw_correct_trajectory(next(iter(runs.values())), args.picture)
+    if not args.runs:
+        return
+    show_example(args, next(iter(runs.values())))
     # 3. print
     print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
     for head, *rows in comparisons.values():

@@ -40,7 +40,7 @@ FILE_FLAGS = ["data", "eval_data", "prompts"]
 # Flags that do not change what a run learns: a resumed run may have others without a word.
 WITHOUT_EFFECT = ["out", "resume", "save_every", "keep_checkpoints", "save_rollouts_every",
                   "micro_batch_tokens", "max_seq_len", "shard_optimizer", "gradient_checkpointing",
-                  "max_num_seqs", "short_model_len", "num_speculative_tokens"]
+                  "max_num_seqs", "short_model_len", "num_speculative_tokens", "track"]
 
 
 # ---- Before a run starts ------------------------------------------------------------------------

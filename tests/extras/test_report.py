@@ -9,9 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import evaluate
 import tools
@@ -143,7 +141,8 @@ def test_a_chart_of_training_curves(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--curves_chart", "c.png"], "--curves_chart needs --curves"), ([], "name the folders")])
+    (["--curves_chart", "c.png"], "--curves_chart needs --curves"), ([], "name the folders"),
+    (["--curves", "m.jsonl", "--conversation"], "--conversation need the folder")])
 def test_nothing_to_report_is_one_line(monkeypatch, flags, words):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(tools.InputError, match=words):
@@ -203,6 +202,44 @@ def test_the_report_holds_everything_and_escapes_what_models_write(page, world):
     assert data["images"][shown["image_path"]].startswith("data:image/")
     first_row = tools.read_jsonl(world / "coldstart.jsonl")[0]
     assert shown["image_path"] == str(world / first_row["image"])
+
+
+def test_the_page_has_the_questions_that_went_wrong_most_often_and_others():
+    """By hand: c is wrong three times over both runs, b once. Two of three questions: c as the
+    hardest, and a as the first of the others."""
+    def row(name, reward, level="easy"):
+        return {"id": name, "level": level, "reward": reward}
+
+    runs = {"one": [row("a", 1), row("b", 0), row("c", 0), row("c", None)],
+            "two": [row("a", 1), row("b", 1), row("c", 0), row("a", 0, "hard")]}
+    picked = report.pick_questions(runs, 2)
+    assert picked == {"one": [row("a", 1), row("c", 0), row("c", None)],
+                      "two": [row("a", 1), row("c", 0), row("a", 0, "hard")]}
+    assert report.pick_questions(runs, 1)["one"] == [row("a", 1)]
+    assert report.pick_questions(runs, 3) == runs
+
+
+def test_the_page_says_what_is_not_on_it(world, tmp_path, monkeypatch, capsys):
+    rows = [dict(row, reward=1.0) for row in tools.read_jsonl(world / "coldstart.jsonl")[:30]]
+    num_questions = len({row["id"] for row in rows})
+    assert num_questions > 2
+    tools.write_jsonl(tmp_path / "one" / "train.jsonl", rows)
+    table = evaluate.summarise({"train": rows}, [2, 32])
+    (tmp_path / "one" / "table.json").write_text(json.dumps(table))
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "report.html", "--questions"]
+    run_report(monkeypatch, tmp_path / "one", *flags, 2)
+    note = f"of {len(rows)} trajectories are here: those of 2 questions of each level"
+    assert note in (tmp_path / "report.html").read_text() and note in capsys.readouterr().out
+    run_report(monkeypatch, tmp_path / "one", *flags, num_questions)
+    assert "trajectories are here" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_about_a_run_that_is_still_going(tmp_path, monkeypatch):
+    """Curves without any evaluation."""
+    tools.write_jsonl(tmp_path / "rl" / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
+    run_report(monkeypatch, "--curves", tmp_path / "rl/metrics.jsonl", "--out",
+               tmp_path / "report.html")
+    assert '{"step": 1, "reward": 0.5}' in (tmp_path / "report.html").read_text()
 
 
 QUESTION = '"id": "a", "question": "q", "answer": "a"'
@@ -311,30 +348,3 @@ def test_the_report_in_a_browser(page, world):
     assert seen["answered"][:2] == ["2 of 153 trajectories", 2]
     assert seen["lines"] == 2 and seen["curves"] == 1 and seen["evil"] is None
     assert "<title>Mini-o3 report</title>" in dom
-
-
-# ---- The picture --------------------------------------------------------------------------------
-
-
-def test_picture_of_a_trajectory(world, tmp_path):
-    """The first zoom's box is drawn where it is in the original, which is 560 pixels wide and
-    begins at (10, 10). Next to it, 110 pixels wide from 580 on, is what each turn has seen."""
-    solved = next(row for row in tools.read_jsonl(world / "coldstart.jsonl")
-                  if len(row["turns"]) > 1)
-    report.draw_trajectory({**solved, "image_path": str(world / solved["image"])},
-                           tmp_path / "t.png")
-    drawn = tools.open_image(tmp_path / "t.png")
-    image = tools.open_image(world / solved["image"])
-    x0, y0, x1, y1 = solved["turns"][0]["zoom"]["bbox_2d"]
-    inset = 2 + 2 * 2
-    edges = [(x0, (y0 + y1) / 2, inset, 0), ((x0 + x1) / 2, y0, 0, inset),
-             (x1, (y0 + y1) / 2, -inset, 0), ((x0 + x1) / 2, y1, 0, -inset)]
-    for x, y, dx, dy in edges:
-        pixel_x = 10 + round(x * 560) + dx
-        pixel_y = 10 + round(y * 560 * image.height / image.width) + dy
-        assert drawn.getpixel((pixel_x, pixel_y)) == (255, 0, 120)
-    first = drawn.crop((580, 10, 690, 10 + round(110 * image.height / image.width)))
-    shown = image.resize(first.size, Image.Resampling.BICUBIC)
-    assert np.abs(np.asarray(first, float) - np.asarray(shown, float)).mean() < 2
-    column = [drawn.getpixel((582, y)) for y in range(first.height + 20, drawn.height - 10)]
-    assert any(pixel != (255, 255, 255) for pixel in column)    # another view below the first
