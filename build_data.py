@@ -670,7 +670,8 @@ def parse_args():
     add("--train", type=int, default=4600, help="training questions, levels mixed")
     add("--test", type=int, default=200, help="questions in each of easy, medium and hard")
     add("--val", type=int, default=240, help="questions by which rl.py chooses its checkpoint")
-    add("--scenes", type=int, default=1000, help="scenes for instruction data, about 39 rows each")
+    add("--scenes", type=int, default=1000, help="scenes for instruction data, about 39 rows each "
+        "(0: none is written; only the base model needs it)")
     add("--min_pixels", type=int, default=6000, help="smallest stored instruction view, in pixels")
     add("--max_pixels", type=int, default=8000, help="largest stored instruction view, in pixels")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
@@ -700,7 +701,7 @@ def parse_args():
 def check_args(args, parser):
     """Raise InputError for flags that make no sense, alone or together."""
     # 1. Values that make no sense.
-    terminal.check_number_flags(args, ["seed"])
+    terminal.check_number_flags(args, ["seed", "scenes"])
     check(args.min_pixels <= args.max_pixels, "--max_pixels must be at least --min_pixels")
     lowest, highest = args.pass_rate_range
     check(0 <= lowest <= highest <= 1,
@@ -747,6 +748,8 @@ def draw_world(args):
                 level_rows = [row for row in rows if row["level"] == level]
                 write_rows(args.out / f"train_{level}.jsonl", level_rows, "questions")
     # 2. Instruction data.
+    if args.scenes == 0:
+        return
     make_rows = partial(make_instructions, out=args.out, seed=args.seed,
                         min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     instruction_rows = []

@@ -769,6 +769,7 @@ def step_metrics(played_rollouts, updates, num_zero_variance_groups, engine_coun
         "approx_kl": sft.finite_or_none(total["approx_kl"] / num_trained_tokens),
         "num_zero_variance_groups": int(total["num_zero_variance_groups"]),
         "num_trained_responses": int(total["num_trained_responses"]),
+        "num_trained_tokens": int(total["num_trained_tokens"]),
         "loss": sft.finite_or_none(total["loss"]),
         "logprob_diff": sft.finite_or_none(total["logprob_diff"] / num_trained_tokens),
         "max_log_ratio": sft.finite_or_none(max_log_ratio),

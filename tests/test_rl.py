@@ -1116,7 +1116,7 @@ def test_statistics_of_the_ratio_by_hand():
     assert metrics["logprob_diff"] == pytest.approx(4 * log_2 / 4)
     assert metrics["max_log_ratio"] == pytest.approx(2 * log_2)
     assert metrics["clip_fraction"] == 3 / 4 and metrics["loss"] == -0.75
-    assert metrics["num_trained_responses"] == 3
+    assert metrics["num_trained_responses"] == 3 and metrics["num_trained_tokens"] == 4
     assert metrics["grad_norm"] == 2.0
 
 
