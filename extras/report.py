@@ -483,13 +483,13 @@ def main():
         draw_accuracy(levels, args.chart)
     if not args.runs:
         return
-    show_example(args, next(iter(runs.values())))
     # 3. print
     print("accuracy in %, mean over seeds where there are several, ± half of its 95% interval")
     for head, *rows in comparisons.values():
         print()
         evaluate.print_rows(head, rows)
     print_published(tables)
+    show_example(args, next(iter(runs.values())))
 
 
 if __name__ == "__main__":
