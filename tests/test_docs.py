@@ -29,7 +29,8 @@ def relative_paths(*patterns):
 
 STAGES = ["tools.py", "build_data.py", "collect_coldstart.py", "sft.py", "evaluate.py", "rl.py"]
 SCRIPTS = [*STAGES, *relative_paths("extras/*.py", "course/*.py", "tests/support/*.py")]
-PAGES = ["README.md", *relative_paths("docs/**/*.md", "course/*.md", "extras/*.md")]
+PAGES = ["README.md", *relative_paths("docs/**/*.md", "course/*.md", "extras/*.md",
+                                      "checkpoints/README.md", "checkpoints/*/README.md")]
 # flags of every parser, and those of torchrun and hf, which are named next to ours
 FOREIGN_FLAGS = {"--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
                  "--local_addr", "--max_restarts", "--repo-type", "--local-dir"}
@@ -161,13 +162,13 @@ def test_line_counts_are_true():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_has_at_most_200_lines(page):
-    assert num_lines(page) <= 200
+    assert num_lines(page) <= (160 if page == "README.md" else 200)
 
 
 def test_the_readme_is_at_most_100_columns_wide():
-    """Tables and rows of JSON may be wider."""
-    text = re.sub(r"^```json\n.*?^```$", "", read("README.md"), flags=re.MULTILINE | re.DOTALL)
-    assert not [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")]
+    """Tables may be wider."""
+    lines = read("README.md").splitlines()
+    assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
 
 
 # ---- Links --------------------------------------------------------------------------------------
@@ -201,10 +202,11 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_leads_to_every_page_and_every_image_is_shown():
     linked = {page: {path for path, _ in links(page)} for page in PAGES}
-    unreachable = {ROOT / page for page in PAGES[1:]} - linked["README.md"]
+    pages = {ROOT / page for page in PAGES[1:] if not page.startswith("checkpoints/")}
+    unreachable = pages - linked["README.md"]
     assert not unreachable, f"README.md does not link to {sorted(map(str, unreachable))}"
     shown = set().union(*linked.values())
-    assert set((ROOT / "docs").glob("*.png")) <= shown
+    assert {*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.gif")} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -343,8 +345,8 @@ def test_flags_that_a_page_mentions_exist(page):
 
 
 def test_commands_are_found():
-    """The README's main job, in order: the tests above are not about nothing."""
-    found = commands(shell_of_page("README.md"))
+    """The stages, in order: the tests above are not about nothing."""
+    found = commands(shell_of_page("docs/stages.md"))
     assert [script for script, _ in found][:6] == [
         "build_data.py", "sft.py", "collect_coldstart.py", "sft.py", "rl.py", "evaluate.py"]
     assert found[1][1] == ["--model", "--data", "--out", "--batch_size", "--epochs",
@@ -364,7 +366,7 @@ def test_ci_finds_its_command():
     text = read("README.md")
     under_heading = text[text.index("\n## Run the tests\n"):]
     block = re.search(r"^```bash\n(.*?)^```$", under_heading, re.MULTILINE | re.DOTALL)[1]
-    assert block.endswith("python -m pytest -q tests\n")
+    assert block == "bash run.sh test\n"
     assert "## Run the tests" in read(".ci/run")
 
 
@@ -385,8 +387,8 @@ def test_the_readmes_results_are_those_of_the_findings():
         assert row.rstrip(" |") in read("docs/findings.md"), f"README.md: {row}"
 
 
-def test_rows_of_the_readme_are_rows():
-    question, trajectory = (json.loads(block) for block in fenced("README.md", "json"))
+def test_rows_that_are_shown_are_rows():
+    question, trajectory = (json.loads(block) for block in fenced("docs/stages.md", "json"))
     instruction = json.loads(fenced("docs/data.md", "json")[0])
     tools.check_question(question)
     for row in (instruction, trajectory):
