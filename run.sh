@@ -68,7 +68,7 @@ main_job() {    # $1: flags of build_data.py
     local run
     for run in sft rl rl-no-mask; do
         stage "evaluate-$run" "accuracy over turn budgets" "See results/$run/table.json." \
-            parallel evaluate.py --model "checkpoints/$run" --out "results/$run"
+            parallel evaluate.py --model "checkpoints/$run" --num_samples 2 --out "results/$run"
     done
     python extras/report.py results/sft results/rl results/rl-no-mask \
         --curves checkpoints/rl/metrics.jsonl checkpoints/rl-no-mask/metrics.jsonl

@@ -21,7 +21,7 @@ TRAIN = "torchrun --nproc_per_node=2"
 MAIN_JOB = [
     "python collect_coldstart.py", f"{TRAIN} sft.py --resume", f"{TRAIN} rl.py --resume",
     f"{TRAIN} rl.py --no-overturn_mask --out checkpoints/rl-no-mask --resume",
-    *(f"{TRAIN} evaluate.py --model checkpoints/{run} --out results/{run}"
+    *(f"{TRAIN} evaluate.py --model checkpoints/{run} --num_samples 2 --out results/{run}"
       for run in ("sft", "rl", "rl-no-mask"))]
 REPORT = ("python extras/report.py results/sft results/rl results/rl-no-mask --curves "
           "checkpoints/rl/metrics.jsonl checkpoints/rl-no-mask/metrics.jsonl")
