@@ -550,8 +550,9 @@ def deal_micro_batches(rollouts, max_tokens):
     allow (only a conversation that is longer exceeds them). Who played a conversation does not
     matter.
 
-    Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches. Longest
-    first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5 and 3 2.
+    Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches.
+    Longest first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5
+    and 3 2.
     """
     num_ranks = sft.world_size()
     all_rollouts = sft.all_gather_objects(rollouts)

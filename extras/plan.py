@@ -25,8 +25,8 @@ from extras.lora import linear_layers, num_adapter_parameters
 GPU_MEMORY = 80e9
 GPU_FLOPS = 989e12
 GPU_BANDWIDTH = 3.35e12
-# seconds of a decoding pass in kernels that are too small to be limited by either: some 1,500 of 2.5
-# microseconds (counted; not measured)
+# seconds of a decoding pass in kernels that are too small to be limited by either: some 1,500 of
+# 2.5 microseconds (counted; not measured)
 SMALL_KERNELS = 0.004
 
 
