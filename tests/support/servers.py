@@ -120,10 +120,10 @@ def continue_greedily(policy, messages, max_tokens):
     num_cached_tokens = 0
     position = 0
 
-    def feed(token_ids, image=None):
+    def feed(token_ids, images=()):
         """Return log-probs (1, V) after these tokens."""
         nonlocal num_cached_tokens, position
-        feeds = [evaluate.Feed(num_cached_tokens, position, token_ids, [], image)]
+        feeds = [evaluate.Feed(num_cached_tokens, position, token_ids, [], images)]
         logprobs, next_positions = engine.forward(feeds, first_slot=0)
         num_cached_tokens += len(token_ids)
         position = next_positions[0]
@@ -136,10 +136,10 @@ def continue_greedily(policy, messages, max_tokens):
             feed(policy.encode_message(message["role"], text))
         else:
             before_image, after_image = text
-            image = policy.preprocess_images([view])[0]
-            _, grid = image
+            images = policy.preprocess_images([view])
+            _, grid = images[0]
             feed(policy.encode_message(message["role"], before_image, after_image,
-                                       policy.num_image_tokens(grid)), image)
+                                       policy.num_image_tokens(grid)), images)
 
     # 2. the reply, token by token
     logprobs = feed(policy.generation_prompt())
