@@ -4,91 +4,117 @@
 #     bash run.sh play       a minute: the policy in checkpoints/rl plays a few questions
 #     bash run.sh scratch    the main job, with the base model before it
 #     bash run.sh test       all tests
-# It makes .venv if there is none, and writes into this folder only. Kill it whenever you like: the
-# same command goes on where it stopped, since a stage that is done leaves its minutes in
-# results/done. Remove that folder to begin anew.
+# It makes .venv if there is none. Stop it with Ctrl-C whenever you like: the same command goes on
+# where it was. A stage that is done leaves its minutes in .run/; it is done again if what it has
+# made is gone or newer, or if a stage before it was done again. `rm -r .run` begins anew.
 set -euo pipefail
 cd "$(dirname "$0")"
 TEST_SETS=(easy.jsonl medium.jsonl hard.jsonl)
+seen=""         # the stages so far
 
 say() { printf '\n== %s\n' "$1"; }
 
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
 install() {
-    if [ ! -e .venv/installed ]; then
+    if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
+        if [ ! -e .venv/bin/python ] || ! is_new_enough .venv/bin/python; then
+            local python=${PYTHON:-python3}
+            is_new_enough "$python" || {
+                echo "run.sh: $python is not Python 3.11 or newer; name one:" \
+                    "PYTHON=python3.12 bash run.sh" >&2
+                exit 1
+            }
+            "$python" -m venv --clear .venv
+        fi
         say "install: a minute, or more where downloads are slow"
-        "${PYTHON:-python3}" -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         touch .venv/installed
     fi
-    source .venv/bin/activate
+    export PATH="$PWD/.venv/bin:$PATH"
 }
 
-# stage NAME WHAT LOOK COMMAND...: say what comes and run the command, unless it was done before
+# stage NAME FILE WHAT LOOK COMMAND...: run a command that makes FILE, unless it was done before; say
+# what it does, and what to look at. Training that was stopped is resumed.
 stage() {
-    local name=$1 what=$2 look=$3 start=$SECONDS
-    shift 3
-    if [ -e "results/done/$name" ]; then
+    local name=$1 file=$2 what=$3 look=$4 start=$SECONDS mark=.run/$1 other seconds
+    shift 4
+    case " $seen " in *" $name "*) return ;; esac     # questions are drawn with the instructions
+    seen="$seen $name"
+    if [ -e "$mark" ] && [ -e "$file" ] && [ ! "$file" -nt "$mark" ]; then
         say "$name: done before"
         return
     fi
     say "$name: $what"
+    if [ -e "$mark.started" ]; then
+        case "$*" in *sft.py* | *rl.py*) set -- "$@" --resume ;; esac
+    fi
+    # What the stages after it have made is out of date from now on.
+    mkdir -p .run
+    for other in .run/*; do
+        case " $seen " in *" $(basename "$other" .started) "*) ;; *) rm -f "$other" ;; esac
+    done
+    rm -f "$mark"
+    touch "$mark.started"
     "$@"
-    local seconds=$((SECONDS - start))
-    mkdir -p results/done
-    printf '%d:%02d\n' $((seconds / 60)) $((seconds % 60)) > "results/done/$name.part"
-    mv "results/done/$name.part" "results/done/$name"
-    say "$name: done in $(cat "results/done/$name"). $look"
+    seconds=$((SECONDS - start))
+    printf '%d:%02d\n' $((seconds / 60)) $((seconds % 60)) > "$mark.started"
+    mv "$mark.started" "$mark"
+    say "$name: done in $(cat "$mark"). $look"
 }
 
 parallel() {    # on every GPU, or on 2 cores
     local processes
     processes=$(python -c "import torch; print(torch.cuda.device_count() or 2)")
-    torchrun --nproc_per_node="$processes" "$@"
+    python -m torch.distributed.run --nproc_per_node="$processes" "$@"
 }
 
 play() {
-    stage play-data "12 questions are drawn" "They are in data/play." \
-        python build_data.py --train 3 --val 3 --test 4 --scenes 0 --out data/play
+    python build_data.py --train 3 --val 3 --test 4 --scenes 0 --out data/play
     python evaluate.py --data "${TEST_SETS[@]/#/data/play/}" --num_samples 1 --out results/play
     python extras/report.py results/play --data "${TEST_SETS[@]/#/data/play/}" --conversation \
-        --out results/play.html
-    say "open results/play.html: every turn with its picture"
+        --out results/play/report.html
+    say "open results/play/report.html: every turn with its picture"
 }
 
-main_job() {    # $1: flags of build_data.py
-    stage cold-start-data "a scripted teacher solves the questions" \
+train_base() {
+    stage data data/instruct.jsonl "questions and instructions are drawn" \
+        "See data/instruct.jsonl." python build_data.py
+    stage base checkpoints/base/model.safetensors "a stand-in for a pretrained model is trained" \
+        "See checkpoints/base/metrics.jsonl." \
+        parallel sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \
+        --batch_size 16 --epochs 2.5 --aggregation response
+}
+
+main_job() {
+    stage data data/val.jsonl "questions are drawn" "See the pictures in data/images." \
+        python build_data.py --scenes 0
+    stage cold-start-data data/coldstart.jsonl "a scripted teacher solves the questions" \
         "Read a line of data/coldstart.jsonl." python collect_coldstart.py
-    stage cold-start "the base model learns to search" "See checkpoints/sft/metrics.jsonl." \
-        parallel sft.py --resume
-    stage rl "RL with the over-turn mask" \
-        "See its curves: python extras/report.py --curves checkpoints/rl/metrics.jsonl" \
-        parallel rl.py --resume
-    stage rl-no-mask "the same without the mask" "See checkpoints/rl-no-mask/metrics.jsonl." \
-        parallel rl.py --no-overturn_mask --out checkpoints/rl-no-mask --resume
-    local run
+    stage cold-start checkpoints/sft/model.safetensors "the base model learns to search" \
+        "See checkpoints/sft/metrics.jsonl." parallel sft.py
+    stage rl checkpoints/rl/model.safetensors "RL with the over-turn mask" \
+        "See checkpoints/rl/metrics.jsonl." parallel rl.py
+    stage rl-no-mask checkpoints/rl-no-mask/model.safetensors "the same without the mask" \
+        "See checkpoints/rl-no-mask/metrics.jsonl." \
+        parallel rl.py --no-overturn_mask --out checkpoints/rl-no-mask
+    local run name
     for run in sft rl rl-no-mask; do
-        stage "evaluate-$run" "accuracy over turn budgets" "See results/$run/table.json." \
+        stage "evaluate-$run" "results/$run/table.json" "accuracy over turn budgets" \
+            "See results/$run/table.json." \
             parallel evaluate.py --model "checkpoints/$run" --num_samples 2 --out "results/$run"
     done
     python extras/report.py results/sft results/rl results/rl-no-mask \
         --curves checkpoints/rl/metrics.jsonl checkpoints/rl-no-mask/metrics.jsonl
-    say "minutes of each stage (of the last start, if it was killed)"
-    (cd results/done && grep "" *)
+    say "minutes of each stage (of its last start, if it was stopped)"
+    for name in $seen; do echo "$name $(cat ".run/$name")"; done
     say "open results/report.html: tables, curves and conversations"
 }
 
-case "${1:-main}" in
-main) install
-    stage data "questions are drawn" "See the pictures in data/images." \
-        python build_data.py --scenes 0
-    main_job ;;
-scratch) install
-    stage data-scratch "questions and instructions are drawn" "See data/instruct.jsonl." \
-        python build_data.py
-    stage base "a stand-in for a pretrained model is trained" "See checkpoints/base." \
-        parallel sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \
-        --batch_size 16 --epochs 2.5 --aggregation response --resume
-    main_job ;;
+[ $# -le 1 ] || { echo "run.sh: takes one word, or none" >&2; exit 2; }
+case "${1:-}" in
+"") install; main_job ;;
+scratch) install; train_base; main_job ;;
 play) install; play ;;
 test) install; python -m pytest -q tests ;;
 *) echo "run.sh: '$1' is none of play, scratch, test, or nothing" >&2; exit 2 ;;

@@ -1198,7 +1198,7 @@ def start_training(stage, policy, args, process, freeze_vision, total_steps, rul
     resume = args.resume or process.attempt > 1
     run.first_step = load_state(args.out, run, resume, total_steps)
     if args.track and process.rank == 0:
-        run.tracker = track.Tracker(args)
+        run.tracker = track.Tracker(args.track, args.out, info["flags"], run.first_step > 0)
     return run
 
 

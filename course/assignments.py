@@ -40,7 +40,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = ["mutants.py", "teaching.md"]     # files that are not in a student's copy
 GENERATED = [".git", ".venv", "__pycache__", ".pytest_cache", "data", "checkpoints", "results",
-             "downloads", "grade.json"]    # neither are these
+             ".run", "downloads", "grade.json"]    # neither are these
+MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.md"]    # of checkpoints/: a copy has them
 TIMEOUT = 600   # seconds for the tests of a task; a loop that never ends is a failure, too
 
 
@@ -295,6 +296,16 @@ def copy_project(folder):
                     dirs_exist_ok=True)
 
 
+def copy_models(folder):
+    """Copy the models base, sft and rl, without what training keeps beside them."""
+    for name in (".", "base", "sft", "rl"):
+        for pattern in MODEL_FILES:
+            for path in (ROOT / "checkpoints" / name).glob(pattern):
+                target = folder / path.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+
 def start(number, folder):
     """Make a student's copy in a new folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -302,6 +313,7 @@ def start(number, folder):
     if ROOT in folder.resolve().parents:
         sys.exit(f"{folder} is inside the project itself: name a folder outside of it")
     copy_project(folder)
+    copy_models(folder)
     blank_tasks(folder, number, range(len(ASSIGNMENTS[number].tasks)))
     print(f"assignment {number} is in {folder}: read course/{number}.md there, and grade "
           f"it with: python course/assignments.py grade {number}")

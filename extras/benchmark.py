@@ -137,7 +137,7 @@ def alternate_all(title, sides, repeats):
 def load_policy(args, process, library=False):
     """Return the policy of --model. library: with transformers' own attention, in the text and in
     the vision tower."""
-    policy = sft.load_policy(args.model, process.device, hint="the README's main command")
+    policy = sft.load_policy(args.model, process.device, hint="bash run.sh")
     if library:
         policy.model.set_attn_implementation("sdpa")
     return policy

@@ -13,11 +13,12 @@ NUM_COLOURS = 128       # of an animation; more would make the file larger
 
 class ShownTurn(NamedTuple):
     """A turn as it is shown. view: what the model saw last, or None if its call was refused. box:
-    of its zoom in the original image, or None if it is no zoom."""
+    of its zoom in the original image, or None if it is no zoom; zooms are numbered from 1."""
     number: int
     view: Image.Image
     text: str
     box: tuple
+    zoom_number: int
 
 
 def shown_turns(row, image):
@@ -35,7 +36,7 @@ def shown_turns(row, image):
             num_zooms += 1
             box = boxes[num_zooms]
             next_view = views[num_zooms]
-        turns.append(ShownTurn(number, view, turn["text"], box))
+        turns.append(ShownTurn(number, view, turn["text"], box, num_zooms))
         view = next_view
     return turns
 
@@ -56,15 +57,26 @@ def print_trajectory(row):
     """Print a trajectory turn by turn: what the model writes, and what the tool shows it."""
     image = tools.open_image(row["image_path"])
     turns = shown_turns(row, image)
-    print(f"\n{row['image_path']}, {image.width} x {image.height}\n{row['question']}")
+    print(f"\n{row['image_path']}, {image.width} x {image.height}\n{plain(row['question'])}")
     for turn in turns:
         if turn.number > 1:
             shown = "an error message"
             if turn.view is not None:
                 shown = f"a crop of {turn.view.width} x {turn.view.height} pixels"
             print(f"    the tool shows {shown}")
-        print(f"turn {turn.number}: {turn.text}")
-    print(outcome(row))
+        print(f"turn {turn.number}: {plain(turn.text)}")
+    print(plain(outcome(row)))
+
+
+def plain(text):
+    """Return a text without control characters, with which a model could drive the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
+def fit(image, width):
+    """Return an image of this width, or narrower if it would be more than twice as high."""
+    scale = min(width / image.width, 2 * width / image.height)
+    return image.resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
 def draw_box(draw, box, number, scene_size, font):
@@ -72,6 +84,7 @@ def draw_box(draw, box, number, scene_size, font):
     # boxes of neighbouring numbers have other insets, so that equal boxes can be told apart
     inset = 2 + 2 * ((number + 1) % 3)
     left, top, right, bottom = (round(value * side) for value, side in zip(box, scene_size * 2))
+    inset = min(inset, (right - left) // 2, (bottom - top) // 2)    # of a small box
     draw.rectangle((left + inset, top + inset, right - inset, bottom - inset),
                    outline=BOX_COLOUR, width=2)
     draw.text((left + inset + 4, top + inset + 2), str(number), "white", font, stroke_width=2,
@@ -85,16 +98,14 @@ def draw_trajectory(row, path, side=560, size=110, pad=10):
     font = ImageFont.load_default(size=15)
 
     # 1. the scene with the boxes; a tile (view or None, text) for every turn
-    scene = image.resize((side, round(side * image.height / image.width)))
+    scene = fit(image, side)
     draw = ImageDraw.Draw(scene)
     tiles = []
-    num_zooms = 0
     for turn in shown_turns(row, image):
         text = textwrap.fill(f"turn {turn.number}  {turn.text}", 78, break_on_hyphens=False)
         tiles.append((turn.view, text))
         if turn.box is not None:
-            num_zooms += 1
-            draw_box(draw, turn.box, num_zooms, scene.size, font)
+            draw_box(draw, turn.box, turn.zoom_number, scene.size, font)
 
     # 2. how much room they need
     caption = "\n".join([*textwrap.wrap(row["question"], 75), outcome(row)])
@@ -122,7 +133,7 @@ def draw_animation(row, path, side=480, size=220, pad=10, seconds=2.5):
     image = tools.open_image(row["image_path"])
     turns = shown_turns(row, image)
     font = ImageFont.load_default(size=15)
-    scene = image.resize((side, round(side * image.height / image.width)))
+    scene = fit(image, side)
     texts = [textwrap.fill(f"turn {turn.number}  {turn.text}", 46, break_on_hyphens=False)
              for turn in turns]
 
@@ -137,11 +148,9 @@ def draw_animation(row, path, side=480, size=220, pad=10, seconds=2.5):
 
     # 2. one picture after the other
     frames = []
-    num_zooms = 0
     for turn, text in zip(turns, texts):
         if turn.box is not None:
-            num_zooms += 1
-            draw_box(ImageDraw.Draw(scene), turn.box, num_zooms, scene.size, font)
+            draw_box(ImageDraw.Draw(scene), turn.box, turn.zoom_number, scene.size, font)
         sheet = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(sheet)
         draw.text((pad, pad), question, "black", font)

@@ -262,8 +262,8 @@ def read_trajectories(folders, tables, data):
 def pick_questions(runs, num_questions):
     """Return the trajectories about at most num_questions questions of each level, {run: [row]}.
 
-    Half of the questions are those that went wrong most often over all runs, the others the first
-    ones besides. A question is known by its level and id."""
+    Half of the questions are those that were not right most often over all runs, the others the
+    first ones besides. A question is known by its level and id."""
     # 1. How often did each one go wrong? In the order in which they come first.
     num_wrong = collections.Counter()
     for rows in runs.values():
@@ -274,7 +274,7 @@ def pick_questions(runs, num_questions):
     for level in {level for level, _ in num_wrong}:
         questions = [question for question in num_wrong if question[0] == level]
         hardest = sorted(questions, key=lambda question: -num_wrong[question])
-        hardest = hardest[:num_questions // 2]
+        hardest = hardest[:(num_questions + 1) // 2]
         others = [question for question in questions if question not in hardest]
         picked.update(hardest, others[:num_questions - len(hardest)])
     return {run: [row for row in rows if (row["level"], row["id"]) in picked]
@@ -310,8 +310,8 @@ def write_page(path, levels, tables, curves, all_runs, num_questions, image_byte
     page = (root.ROOT / "docs" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", data.replace("<", "\\u003c"))
     tools.write_atomic(path, lambda file: file.write(page.encode()))
-    print(f"\n{path}: {len(runs)} runs, {num_shown} trajectories, {len(images)} images, "
-          f"{len(page) / 1e6:.1f} MB")
+    print(f"\n{path}: {len(runs)} evaluations, {num_shown} trajectories, {len(images)} images, "
+          f"{len(curves)} training curves, {len(page) / 1e6:.1f} MB")
     if note:
         print(note)
 
@@ -419,7 +419,8 @@ def parse_args():
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     add("--curves", type=Path, nargs="+", default=(), metavar="METRICS",
         help="metrics.jsonl files of training, for the page (default: none)")
-    add("--out", type=Path, default=Path("results/report.html"), help="the page")
+    add("--out", type=Path, help="the page (default: results/report.html, or results/curves.html if "
+        "no evaluation is named)")
     add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib "
         "(default: not drawn)")
     add("--curves_chart", type=Path, help="draw the held-out accuracy of --curves over the steps "
@@ -432,6 +433,7 @@ def parse_args():
     add("--conversation", action="store_true", help="print it turn by turn")
     args = parser.parse_args()
     terminal.check_number_flags(args, [])
+    args.out = args.out or Path("results", "report.html" if args.runs else "curves.html")
     check_chart(args.chart)
     check_chart(args.curves_chart, "--curves_chart")
     tools.check(args.curves or not args.curves_chart, "--curves_chart needs --curves METRICS")
@@ -472,8 +474,6 @@ def main():
                      for file in args.curves)
     if args.curves_chart:
         draw_curves(curves, args.curves_chart)
-        if not args.runs:
-            return
     levels = compare(tables)
     comparisons = {level: comparison(level, experiments) for level, experiments in levels.items()}
     # 2. write and draw

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import root  # noqa: F401
@@ -26,15 +27,20 @@ def to_half(folder):
     InputError if there is no such file, or if a weight is too large."""
     path = folder / FILE_NAME
     tools.check(path.is_file(), f"{path} does not exist: name the folder of a small model")
+    try:
+        loaded = load_file(path)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise tools.InputError(f"{folder} holds no whole model: {error}") from None
     weights = {}
-    for name, weight in load_file(path).items():
+    for name, weight in loaded.items():
         weights[name] = weight.half()
         tools.check(torch.isfinite(weights[name]).all(), f"{path}: {name} has a value that float16 "
                     "cannot hold")
     content = save(weights, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = "float16"
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        if part is not None:
+            part["dtype"] = "float16"
     config_text = json.dumps(config, indent=2) + "\n"
     tools.write_atomic(folder / "config.json", lambda file: file.write(config_text.encode()))
     tools.write_atomic(path, lambda file: file.write(content))

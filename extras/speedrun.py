@@ -38,9 +38,12 @@ def measure(folder):
         tools.check(size == (NUM_QUESTIONS, NUM_QUESTIONS * NUM_SAMPLES),
                     f"{folder}: {level} was not evaluated on all {NUM_QUESTIONS} questions, "
                     f"{NUM_SAMPLES} times each; evaluate with the defaults of evaluate.py")
-    accuracy = table["mean"]["accuracy"]
-    missing = [turns for turns in GOALS if turns not in accuracy]
-    tools.check(not missing, f"{folder} has no accuracy at {' and '.join(missing)} turns")
+    accuracy = {}
+    for turns in GOALS:
+        levels = [table[level]["accuracy"] for level in LEVELS]
+        tools.check(all(turns in level for level in levels),
+                    f"{folder} has no accuracy at {turns} turns")
+        accuracy[turns] = statistics.fmean(level[turns] for level in levels)
     # 2. the log of training, all steps of it
     path = Path("checkpoints") / folder.name / "metrics.jsonl"
     steps = tools.read_jsonl(path, report.check_step)
@@ -53,8 +56,7 @@ def measure(folder):
                         for value in values), f"{path} has a step without '{name}'")
         sums[name] = sum(values)
     minutes = (sums["seconds_rollout"] + sums["seconds_update"]) / 60
-    return {"accuracy": {turns: accuracy[turns] for turns in GOALS},
-            "sampled": sums["num_sampled_tokens"], "trained": sums["num_trained_tokens"],
+    return {"accuracy": accuracy, "sampled": sums["num_sampled_tokens"], "trained": sums["num_trained_tokens"],
             "minutes": minutes}
 
 
@@ -66,7 +68,7 @@ def check_seeds(folders):
                     f"{folder} is not a folder NAME.seedN of an evaluation")
         names.add(re.sub(r"\.seed\d+$", "", folder.name))
     num_seeds = len({folder.name for folder in folders})
-    tools.check(len(names) == 1 and num_seeds >= NUM_SEEDS,
+    tools.check(len(names) == 1 and num_seeds == len(folders) == NUM_SEEDS,
                 f"name {NUM_SEEDS} seeds of one run: NAME.seed0 NAME.seed1 NAME.seed2")
     return names.pop()
 
@@ -95,7 +97,7 @@ def main():
     # 2. does it count?
     for turns, goal in GOALS.items():
         failed = [folder.name for folder, run in zip(folders, runs)
-                  if run["accuracy"][turns] < goal]
+                  if run["accuracy"][turns] < goal - 1e-9]
         tools.check(not failed, f"it does not count: at {turns} turns {' and '.join(failed)} has "
                     f"less than {100 * goal:.0f}%")
     print("it counts: every seed reaches both goals")

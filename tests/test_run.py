@@ -1,5 +1,5 @@
 """Specification of run.sh: which commands it gives, in which order, and that it goes on where it
-was killed. python and torchrun write down how they were called, and do nothing else."""
+was stopped. python writes down how it was called and makes the file that the command would make."""
 
 import os
 import shutil
@@ -10,99 +10,154 @@ import pytest
 from root import ROOT
 
 STUB = """#!/usr/bin/env bash
-[ "$1" = -c ] && { echo 2; exit; }
-echo "$(basename "$0") $*" >> calls.txt
-if [ -e kill ] && [[ "$*" == *"$(cat kill)"* ]]; then rm kill; kill -9 $PPID; fi
-if [ -e fail ] && [[ "$*" == *"$(cat fail)"* ]]; then rm fail; echo "rl.py: error: no"; exit 1; fi
-exit 0
+if [ "$1" = -c ]; then [[ "$2" == *torch* ]] && echo 2; exit 0; fi
+echo "$*" | sed 's/^-m torch.distributed.run --nproc_per_node=2/torchrun/' >> calls.txt
+if [ -e stop ] && [[ "$*" == *"$(cat stop)" ]]; then
+    how=$(cat how); rm stop how
+    if [ "$how" = kill ]; then kill -9 $PPID; fi
+    exit 1
+fi
+for file in data/val.jsonl data/instruct.jsonl data/coldstart.jsonl checkpoints/{base,sft,rl}/m \\
+    checkpoints/rl-no-mask/m results/{sft,rl,rl-no-mask,play}/table.json; do
+    mkdir -p "${file%/*}"
+done
+case "$*" in
+*"build_data.py --scenes 0") touch data/val.jsonl ;;
+*build_data.py) touch data/val.jsonl data/instruct.jsonl ;;
+*collect_coldstart.py) touch data/coldstart.jsonl ;;
+*"sft.py --model tiny"*) touch checkpoints/base/model.safetensors ;;
+*sft.py*) touch checkpoints/sft/model.safetensors ;;
+*"--no-overturn_mask"*) touch checkpoints/rl-no-mask/model.safetensors ;;
+*rl.py*) touch checkpoints/rl/model.safetensors ;;
+*evaluate.py*) touch "${!#}/table.json" ;;
+esac
 """
-DATA = "python build_data.py --scenes 0"
-TRAIN = "torchrun --nproc_per_node=2"
+DATA = "build_data.py --scenes 0"
 MAIN_JOB = [
-    "python collect_coldstart.py", f"{TRAIN} sft.py --resume", f"{TRAIN} rl.py --resume",
-    f"{TRAIN} rl.py --no-overturn_mask --out checkpoints/rl-no-mask --resume",
-    *(f"{TRAIN} evaluate.py --model checkpoints/{run} --num_samples 2 --out results/{run}"
+    "collect_coldstart.py", "torchrun sft.py", "torchrun rl.py",
+    "torchrun rl.py --no-overturn_mask --out checkpoints/rl-no-mask",
+    *(f"torchrun evaluate.py --model checkpoints/{run} --num_samples 2 --out results/{run}"
       for run in ("sft", "rl", "rl-no-mask"))]
-REPORT = ("python extras/report.py results/sft results/rl results/rl-no-mask --curves "
+REPORT = ("extras/report.py results/sft results/rl results/rl-no-mask --curves "
           "checkpoints/rl/metrics.jsonl checkpoints/rl-no-mask/metrics.jsonl")
+BASE = ("torchrun sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base "
+        "--batch_size 16 --epochs 2.5 --aggregation response")
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Return a function that gives run.sh a word and returns its (exit status, output, calls)."""
-    shutil.copy(ROOT / "run.sh", tmp_path)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/installed").touch()
-    (tmp_path / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"')
-    for name in ("python", "torchrun"):
-        path = tmp_path / ".venv/bin" / name
-        path.write_text(STUB)
-        path.chmod(0o755)
+    """Return a function that gives run.sh a word and returns (the completed process, its calls).
+    stop_at: a command that fails the first time, or kills run.sh (how: "fail", "kill")."""
+    folder = tmp_path / "a folder"
+    (folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "run.sh", folder)
+    shutil.copy(ROOT / "requirements.txt", folder)
+    (folder / ".venv/installed").touch()
+    python = folder / ".venv/bin/python"
+    python.write_text(STUB)
+    python.chmod(0o755)
 
-    def call(*words):
-        (tmp_path / "calls.txt").write_text("")
-        completed = subprocess.run(["bash", tmp_path / "run.sh", *words], capture_output=True,
+    def call(*words, stop_at=None, how=None):
+        (folder / "calls.txt").write_text("")
+        if stop_at:
+            (folder / "stop").write_text(stop_at.removeprefix("torchrun "))
+            (folder / "how").write_text(how)
+        completed = subprocess.run(["bash", folder / "run.sh", *words], capture_output=True,
                                    text=True, cwd="/", env={"PATH": os.environ["PATH"]})
-        return completed, (tmp_path / "calls.txt").read_text().splitlines()
+        return completed, (folder / "calls.txt").read_text().splitlines()
 
+    call.folder = folder
     return call
 
 
 def test_the_main_job(run):
     """Every stage once, and the report each time; minutes and the page's place at the end."""
     completed, calls = run()
-    assert completed.returncode == 0 and calls == [DATA, *MAIN_JOB, REPORT]
+    assert completed.returncode == 0, completed.stderr
+    assert calls == [DATA, *MAIN_JOB, REPORT]
     assert "== rl: RL with the over-turn mask" in completed.stdout
-    assert "rl-no-mask:0:00" in completed.stdout and "results/report.html" in completed.stdout
+    assert "\nrl-no-mask 0:0" in completed.stdout and "results/report.html" in completed.stdout
     completed, calls = run()
     assert calls == [REPORT] and "== rl: done before" in completed.stdout
 
 
 @pytest.mark.parametrize("stage", range(len(MAIN_JOB)))
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_it_goes_on_where_it_was_killed_or_failed(run, tmp_path, stage, how):
-    call = MAIN_JOB[stage].removeprefix("python ").removeprefix(f"{TRAIN} ")
-    (tmp_path / how).write_text(call)
-    completed, calls = run()
+def test_it_goes_on_where_it_was_stopped(run, stage, how):
+    """Training is resumed; the other commands go on by themselves."""
+    completed, calls = run(stop_at=MAIN_JOB[stage], how=how)
     assert completed.returncode != 0 and calls == [DATA, *MAIN_JOB[:stage + 1]]
     completed, calls = run()
-    assert completed.returncode == 0 and calls == [*MAIN_JOB[stage:], REPORT]
+    again = MAIN_JOB[stage]
+    if "sft.py" in again or "rl.py" in again:
+        again += " --resume"
+    assert completed.returncode == 0 and calls == [again, *MAIN_JOB[stage + 1:], REPORT]
+    assert run()[1] == [REPORT]
 
 
 def test_from_scratch(run):
-    _, calls = run("scratch")
-    base = (f"{TRAIN} sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base "
-            "--batch_size 16 --epochs 2.5 --aggregation response --resume")
-    assert calls == ["python build_data.py", base, *MAIN_JOB, REPORT]
+    """Also after the main job: everything is trained anew, from the new base. The other way round
+    everything is there."""
+    run()
+    assert run("scratch")[1] == ["build_data.py", BASE, *MAIN_JOB, REPORT]
+    assert run()[1] == [REPORT] == run("scratch")[1]
+
+
+@pytest.mark.parametrize("file, first", [
+    ("data/coldstart.jsonl", 0), ("checkpoints/sft/model.safetensors", 1),
+    ("results/rl/table.json", 5)])
+@pytest.mark.parametrize("change", ["removed", "newer"])
+def test_what_is_gone_or_newer_is_made_again(run, file, first, change):
+    """And everything after it: not resumed, but from the start."""
+    run()
+    path = run.folder / file
+    if change == "removed":
+        path.unlink()
+    else:
+        os.utime(path, (2e9, 2e9))
+    assert run()[1] == [*MAIN_JOB[first:], REPORT]
+
+
+def test_anew(run):
+    run()
+    shutil.rmtree(run.folder / ".run")
+    assert run()[1] == [DATA, *MAIN_JOB, REPORT]
 
 
 def test_play(run):
-    """The questions are drawn once and played each time."""
-    _, first = run("play")
-    _, second = run("play")
-    assert [call.split()[1] for call in first] == ["build_data.py", "evaluate.py",
+    _, calls = run("play")
+    assert [call.split()[0] for call in calls] == ["build_data.py", "evaluate.py",
                                                    "extras/report.py"]
-    assert second == first[1:]
 
 
 def test_tests(run):
-    assert run("test")[1] == ["python -m pytest -q tests"]
+    assert run("test")[1] == ["-m pytest -q tests"]
 
 
-def test_another_word_is_one_line(run):
-    completed, calls = run("plya")
-    assert completed.returncode == 2 and not calls
-    assert completed.stderr == "run.sh: 'plya' is none of play, scratch, test, or nothing\n"
+@pytest.mark.parametrize("words, message", [
+    (["plya"], "run.sh: 'plya' is none of play, scratch, test, or nothing\n"),
+    (["play", "--fast"], "run.sh: takes one word, or none\n")])
+def test_another_word_is_one_line(run, words, message):
+    completed, calls = run(*words)
+    assert completed.returncode == 2 and not calls and completed.stderr == message
 
 
-def test_it_installs_once(run, tmp_path, monkeypatch):
-    """Into .venv. The stub of python3 makes no folder, so nothing else is run."""
-    (tmp_path / ".venv/installed").unlink()
-    (tmp_path / "bin").mkdir()
-    shutil.copy(tmp_path / ".venv/bin/python", tmp_path / "bin/python3")
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    _, calls = run("test")
-    assert calls == ["python3 -m venv .venv", "python -m pip install --quiet "
-                     "--disable-pip-version-check -r requirements.txt",
-                     "python -m pytest -q tests"]
-    assert run("test")[1] == calls[2:]
+def test_it_installs_once(run):
+    """And again if the requirements are newer. A Python that is there is kept."""
+    (run.folder / ".venv/installed").unlink()
+    install = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
+    assert run("test")[1] == [install, "-m pytest -q tests"]
+    assert run("test")[1] == ["-m pytest -q tests"]
+    os.utime(run.folder / "requirements.txt", (2e9, 2e9))
+    assert run("test")[1][0] == install
+
+
+def test_an_old_python_is_refused_in_one_line(run, monkeypatch, tmp_path):
+    shutil.rmtree(run.folder / ".venv")
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    completed, calls = run("test")
+    assert completed.returncode == 1 and not calls
+    assert completed.stderr == ("run.sh: python3 is not Python 3.11 or newer; name one: "
+                                "PYTHON=python3.12 bash run.sh\n")

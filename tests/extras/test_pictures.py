@@ -75,3 +75,27 @@ def test_the_example_is_correct_and_of_middle_length():
             for number, (reward, length) in enumerate([(1, 4), (1, 5), (0, 6), (1, 7), (1, 8)])]
     assert pictures.example(rows)["number"] == 3
     assert pictures.example(rows[:1]) is None
+
+
+@pytest.mark.parametrize("size", [(3000, 300), (300, 3000), (1500, 1500)])
+def test_small_boxes_and_odd_sizes(tmp_path, size):
+    """A box that is narrower than the frame around it; pictures that are very flat or very high. No
+    picture is larger than a screen."""
+    Image.new("RGB", size, "blue").save(tmp_path / "image.png")
+    zooms = [{"bbox_2d": [0.5, 0.5, 0.52, 0.52], "source": "original_image"},
+             {"bbox_2d": [0.9, 0.9, 0.93, 0.93], "source": "original_image"}]
+    turns = [*({"text": "<think>Go.</think>", "zoom": zoom} for zoom in zooms),
+             {"text": "<answer>\x1b[2J1</answer>"}]
+    row = {"id": "a", "question": "What?", "answer": "1", "prediction": "1",
+           "finish_reason": "answer", "turns": turns, "image_path": str(tmp_path / "image.png")}
+    pictures.draw_trajectory(row, tmp_path / "t.png")
+    pictures.draw_animation(row, tmp_path / "t.gif")
+    for name in ("t.png", "t.gif"):
+        assert max(Image.open(tmp_path / name).size) < 1500
+
+
+def test_a_model_cannot_drive_the_terminal(solved, capsys):
+    turns = [{"text": "<answer>\x1b[2J\u202e1</answer>"}]
+    pictures.print_trajectory({**solved, "turns": turns})
+    printed = capsys.readouterr().out
+    assert "<answer>?[2J?1</answer>" in printed and "\x1b" not in printed

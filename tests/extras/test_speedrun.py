@@ -10,10 +10,10 @@ from extras import speedrun
 
 def write_run(folder, name, at_32=0.95, at_6=0.44, questions=200, samples=800, steps=(1, 2),
               **metrics):
-    """Write a run of two steps and its evaluation."""
+    """Write a run of two steps and its evaluation; every level has the same figures."""
     level = {"accuracy": {"6": at_6, "32": at_32}, "standard_error": {"6": 0.01, "32": 0.01},
              "questions": questions, "samples": samples}
-    table = dict.fromkeys(("easy", "medium", "hard", "mean"), level)
+    table = dict.fromkeys(("easy", "medium", "hard"), level)
     (folder / "results" / name).mkdir(parents=True)
     (folder / "results" / name / "table.json").write_text(json.dumps(table))
     figures = {"num_sampled_tokens": 4000, "num_trained_tokens": 1000, "seconds_rollout": 20.0,
@@ -61,9 +61,23 @@ def test_a_run_that_does_not_count(seeds, tmp_path, monkeypatch, changes, messag
 
 
 def test_three_seeds_of_one_run(seeds, tmp_path, monkeypatch):
+    write_run(tmp_path, "mine.seed2")
     write_run(tmp_path, "other.seed2")
-    for folders in (seeds[:2], [*seeds[:2], seeds[0]], [*seeds[:2], "results/other.seed2"]):
+    for folders in (seeds[:2], [*seeds[:2], seeds[0]], [*seeds[:2], "results/other.seed2"],
+                    [*seeds, seeds[0]]):
         with pytest.raises(tools.InputError, match="name 3 seeds of one run"):
             check(monkeypatch, *folders)
     with pytest.raises(tools.InputError, match="is not a folder NAME.seedN"):
         check(monkeypatch, "results")
+
+
+def test_exactly_the_goal_counts(seeds, tmp_path, monkeypatch, capsys):
+    """Levels with 288, 399 and 369 of 800 right have a mean of 0.44, which is less in floats."""
+    write_run(tmp_path, "mine.seed2")
+    path = tmp_path / "results/mine.seed2/table.json"
+    table = json.loads(path.read_text())
+    for level, count in zip(table.values(), (288, 399, 369)):
+        level["accuracy"]["6"] = count / 800
+    path.write_text(json.dumps(table))
+    check(monkeypatch, *seeds)
+    assert "it counts" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Specification of extras/track.py, with a tracker that writes down how it was called."""
 
 import atexit
+import importlib.util
 import json
 import sys
 
@@ -36,7 +37,9 @@ def recorded(request, monkeypatch, tmp_path):
     """Install a tracker; return a function that reads its calls."""
     (tmp_path / f"{request.param}.py").write_text(RECORDER)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name == request.param)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(track.importlib.util, "find_spec",
+                        lambda name: find_spec(name) if name == request.param else None)
     yield lambda: [json.loads(line) for line in (tmp_path / "calls.jsonl").open()]
     sys.modules.pop(request.param, None)
 
@@ -59,13 +62,13 @@ def test_every_line_of_the_log_is_mirrored(recorded, stage, trained_folder, worl
     out = tmp_path / "my-run"
     run_script(*command(stage, trained_folder, world, out), "--track", "my-project")
     init, *logs = recorded()
-    assert init == ["init", "my-project", "my-run", "2", "allow"]
+    assert init == ["init", "my-project", "my-run", 2, "never"]
     lines = tools.read_jsonl(out / "metrics.jsonl")
     assert [step for _, _, step in logs] == [1, 2]
     for (_, numbers, _), line in zip(logs, lines, strict=True):
         assert numbers and numbers.items() <= line.items()
         assert all(value is None or isinstance(value, str)
-                   for name, value in line.items() if name not in numbers)
+                   for name, value in line.items() if name not in [*numbers, "step"])
     finish, = [function for function in at_exit if function.__name__ == "finish"]
     finish()
     assert recorded()[-1] == ["finish"]
@@ -77,6 +80,20 @@ def test_without_a_tracker_the_flag_is_refused(no_library, stage, trained_folder
                            check=False)
     assert "error: --track needs trackio or wandb: pip install trackio" in completed.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_library(monkeypatch, tmp_path):
+    """wandb leaves a folder of its name where it runs."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.delitem(sys.modules, "trackio")
+    found = track.importlib.util.find_spec("wandb")
+    if found is not None and found.loader is not None:
+        pytest.skip("wandb is installed")
+    if track.importlib.util.find_spec("trackio") is None:
+        with pytest.raises(tools.InputError, match="pip install trackio"):
+            track.find_library()
 
 
 def test_without_the_flag_nothing_is_imported(recorded, trained_folder, world, tmp_path):
