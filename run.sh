@@ -111,11 +111,24 @@ main_job() {
     say "open results/report.html: tables, curves and conversations"
 }
 
+run_tests() {   # in two halves at the same time, one for each core
+    local half=(tests/test_evaluate.py tests/test_rl.py tests/test_sft.py) status=0 output
+    output=$(mktemp)
+    python -m pytest -q "${half[@]}" > "$output" 2>&1 &
+    trap 'kill $! 2> /dev/null || true' EXIT      # also after Ctrl-C
+    python -m pytest -q tests "${half[@]/#/--ignore=}" || status=1
+    wait $! || status=1
+    say "the other half: ${half[*]}"
+    cat "$output"
+    rm "$output"
+    return $status
+}
+
 [ $# -le 1 ] || { echo "run.sh: takes one word, or none" >&2; exit 2; }
 case "${1:-}" in
 "") install; main_job ;;
 scratch) install; train_base; main_job ;;
 play) install; play ;;
-test) install; python -m pytest -q tests ;;
+test) install; run_tests ;;
 *) echo "run.sh: '$1' is none of play, scratch, test, or nothing" >&2; exit 2 ;;
 esac

@@ -519,7 +519,7 @@ def token_logprobs(policy, batch, chunk_size=None):
 
     # 3. Log-probabilities of the targets, chunk by chunk.
     if chunk_size is None:
-        chunk_size = positions_per_chunk(policy.model.config.text_config.vocab_size)
+        chunk_size = positions_per_chunk(len(policy.model.lm_head.weight))
 
     def target_logprobs(hidden_chunk, target_chunk):
         logprobs = vocab_logprobs(policy, hidden_chunk)                 # (n, V)
@@ -1299,13 +1299,13 @@ def add_training_flags(group, weight_decay, save_every):
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in backward to save memory")
     add("--lora", type=int, default=0, metavar="RANK",
-        help="train adapters of this rank in the language model instead of its weights "
-             "(extras/lora.py; default: 0, all weights)")
+        help="train adapters of this rank in the language model instead of its weights, see "
+             "extras/lora.py; 0: all weights")
     add("--lora_alpha", type=float, default=32.0, help="adapters are multiplied by this / RANK")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=2, help="how many checkpoints are kept")
     add("--track", metavar="PROJECT",
-        help="mirror metrics.jsonl to trackio or wandb (default: to neither)")
+        help="mirror metrics.jsonl to a project in trackio or wandb (default: to neither)")
     add("--resume", action="store_true",
         help="continue from the newest whole checkpoint in --out/state, if there is one")
 

@@ -256,16 +256,16 @@ class ServedPlayer:
         """Play these conversations. Yield each as soon as it has ended, as Engine.play_all does.
 
         A rollout has no turns, no finish_reason and no reward if the server gave no usable reply.
-        Raises InputError if an earlier run had to be given up.
+        Raises InputError at the end if there were so many of these that the rest was given up.
         """
-        tools.check(not self.client.stopped.is_set(), f"{self.client.url} gives no usable replies "
-                    f"({self.client.failures()}); run the same command again, it continues where "
-                    "it was")
         # No reward until a conversation was played and scored.
         for rollout in rollouts:
             rollout.reward = None
         for rollout, _ in map_in_threads(self.client, self.play, rollouts, self.num_threads):
             yield rollout
+        tools.check(not self.client.stopped.is_set(), f"{self.client.url} gives no usable replies "
+                    f"({self.client.failures()}); run the same command again, it continues where "
+                    "it was")
 
     def play(self, rollout):
         """Play one conversation and fill in its rollout."""

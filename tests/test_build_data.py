@@ -770,8 +770,17 @@ def test_every_image_of_every_row_opens(built):
 SMALL = ["--train", 1, "--val", 1, "--test", 1, "--scenes", 1, "--workers", 1]
 
 
+def test_without_scenes_there_are_no_instructions(tmp_path):
+    """What an earlier run has written stays."""
+    for scenes in (1, 0):
+        run_script("build_data.py", *SMALL, "--scenes", scenes, "--out", tmp_path / "one")
+    run_script("build_data.py", *SMALL, "--scenes", 0, "--out", tmp_path / "none")
+    assert (tmp_path / "one/instruct.jsonl").exists() and (tmp_path / "none/val.jsonl").exists()
+    assert not (tmp_path / "none/instruct.jsonl").exists()
+
+
 @pytest.mark.parametrize("flags", [
-    ["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", 0], ["--workers", 0], ["--seed", -1],
+    ["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", -1], ["--workers", 0], ["--seed", -1],
     ["--min_pixels", 0], ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
 def test_a_bad_number_is_one_line(tmp_path, flags):
     line = refused("build_data.py", *SMALL, *flags, "--out", tmp_path / "out")

@@ -130,8 +130,18 @@ def test_play(run):
                                                    "extras/report.py"]
 
 
+TESTS = ["-m pytest -q tests --ignore=tests/test_evaluate.py "
+         "--ignore=tests/test_rl.py --ignore=tests/test_sft.py",
+         "-m pytest -q tests/test_evaluate.py tests/test_rl.py tests/test_sft.py"]
+
+
 def test_tests(run):
-    assert run("test")[1] == ["-m pytest -q tests"]
+    """Two halves at the same time; if one of them fails, so does the command."""
+    completed, calls = run("test")
+    assert completed.returncode == 0 and sorted(calls) == TESTS
+    assert "the other half: tests/test_evaluate.py" in completed.stdout
+    for half in TESTS:
+        assert run("test", stop_at=half, how="fail")[0].returncode == 1
 
 
 @pytest.mark.parametrize("words, message", [
@@ -146,8 +156,9 @@ def test_it_installs_once(run):
     """And again if the requirements are newer. A Python that is there is kept."""
     (run.folder / ".venv/installed").unlink()
     install = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
-    assert run("test")[1] == [install, "-m pytest -q tests"]
-    assert run("test")[1] == ["-m pytest -q tests"]
+    first, *tests = run("test")[1]
+    assert first == install and sorted(tests) == TESTS
+    assert sorted(run("test")[1]) == TESTS
     os.utime(run.folder / "requirements.txt", (2e9, 2e9))
     assert run("test")[1][0] == install
 

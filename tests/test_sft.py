@@ -2023,12 +2023,12 @@ def test_missing_data_names_the_command_that_makes_it(error_of):
 
 
 def test_a_missing_model_names_the_command_that_makes_it(error_of, world):
-    """It is the command of the README."""
+    """It is the command of the page about the stages."""
     error = error_of("--model", "checkpoints/nothing", "--data", world / "coldstart.jsonl")
     command = error.split("make it with: ")[1]
     assert "sft.py --model tiny" in command
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    assert command in " ".join(readme.split())
+    page = (ROOT / "docs/stages.md").read_text().replace("\\\n", " ")
+    assert command in " ".join(page.split())
 
 
 def test_the_folder_of_the_model_is_not_trained_in(error_of, tmp_path):

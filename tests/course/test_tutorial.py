@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 
 from support.launch import ROOT, checked, run_here, run_script
@@ -50,6 +51,7 @@ def test_every_command_runs_at_toy_size(tmp_path, monkeypatch):
     page = (ROOT / "course" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 8
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         if block.startswith("python - <<'END'\n"):
