@@ -277,7 +277,8 @@ def to_device(device, *arrays):
 class SlotCache:
     """Keys and values of every slot: two tensors (num_slots, K, length, D) per layer, K key heads.
 
-    The cache grows with the longest conversation. Rejected draft tokens are not erased: their
+    On a CPU the cache grows with the longest conversation; on a GPU it has its full size at once.
+    Rejected draft tokens are not erased: their
     columns are overwritten before any query can see them. Attention runs over spans of neighbouring
     slots, each cut to its own longest conversation. So nothing is copied, and a short conversation
     is not charged for the longest one, if slots are sorted by length (see Engine.evict)."""
@@ -288,7 +289,7 @@ class SlotCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads     # H / K
-        # On a CPU padding costs most. On a GPU calls do: all slots attend in one, and the number
+        # On a CPU padding costs most. On a GPU calls do: a span may have all slots, and its number
         # of columns is a multiple of 8 (PyTorch would pad other masks anew in every layer). A GPU's
         # allocator would keep what was outgrown, so there all memory is taken at once.
         on_gpu = self.device.type == "cuda"
@@ -312,7 +313,8 @@ class SlotCache:
         return -(-num_columns // self.column_multiple) * self.column_multiple
 
     def reserve(self, num_columns):
-        """Make room for conversations of num_columns tokens. Grows by half at least."""
+        """Make room for conversations of num_columns tokens. Grow by half at least, up to
+        max_length."""
         length = self.length
         if num_columns <= length:
             return
@@ -494,7 +496,7 @@ class DecodePass:
 
     For one step of a 7B model Python starts some 1,400 kernels, which takes three times as long as
     the kernels do. A graph is recorded once and then started at once. But a graph always uses the
-    same memory, and no shape may change. So all S slots of the cache take part, with w rows each,
+    same memory, and no shape may change. So all b slots of the cache take part, with w rows each,
     w = 1 + num_speculative_tokens. With w = 3:
 
         slot 0    a b c     a pending token and a draft of two
@@ -530,6 +532,7 @@ class DecodePass:
         # What never changes: no tensor may be copied to the device while a graph is recorded.
         self.rows = torch.arange(num_rows, device=device)
         self.slot_of_row = self.rows // width
+        # Never read: a mask of four dimensions keeps transformers from making one.
         self.any_mask = torch.zeros(1, 1, 1, 1, device=device)
 
     def fits(self, feeds):
@@ -544,7 +547,7 @@ class DecodePass:
         # 1. Lay the tokens out in rows, padded. A token is sampled after the last num_sampled
         #    tokens of each feed.
         shape = (self.cache.num_slots, self.width)
-        token_ids = np.zeros(shape, dtype=np.int64)                         # (S, w)
+        token_ids = np.zeros(shape, dtype=np.int64)                         # (b, w)
         first_position = np.zeros((self.cache.num_slots, 1), dtype=np.int64)
         first_column = np.zeros((self.cache.num_slots, 1), dtype=np.int64)
         sampled_rows = []
@@ -559,7 +562,7 @@ class DecodePass:
             sampled_rows.extend(range(end_row - feed.num_sampled, end_row))
         offset = np.arange(self.width)                                      # (w,)
         rows = np.stack([token_ids, first_position + offset, first_column + offset])
-        self.host_integers.copy_(torch.from_numpy(rows.reshape(3, -1)))     # (3, S * w)
+        self.host_integers.copy_(torch.from_numpy(rows.reshape(3, -1)))     # (3, b * w)
         self.host_uniforms[sampled_rows] = torch.tensor(uniforms, dtype=torch.float64)
         # 2. Run. Padding needs columns, too.
         self.cache.reserve(int(first_column.max()) + self.width)
@@ -583,24 +586,24 @@ class DecodePass:
     def body(self, num_columns):
         """Go from token ids to sampled ids. Nothing here waits for the device, or depends on what a
         tensor contains."""
-        token_ids, positions, columns = self.integers                       # (S * w,) each
+        token_ids, positions, columns = self.integers                       # (b * w,) each
         # 1. All slots are one span. A query sees the columns up to its own.
-        last_visible = columns.view(-1, 1, self.width, 1)                   # (S, 1, w, 1)
+        last_visible = columns.view(-1, 1, self.width, 1)                   # (b, 1, w, 1)
         last_visible = last_visible.expand(-1, -1, -1, self.cache.queries_per_key)
-        last_visible = last_visible.flatten(2)[..., None]                   # (S, 1, w * H / K, 1)
+        last_visible = last_visible.flatten(2)[..., None]                   # (b, 1, w * H / K, 1)
         is_hidden = torch.arange(num_columns, device=columns.device) > last_visible
         mask = torch.zeros(is_hidden.shape, dtype=self.cache.dtype, device=columns.device)
-        mask.masked_fill_(is_hidden, -math.inf)                             # (S, 1, w * H / K, C)
+        mask.masked_fill_(is_hidden, -math.inf)                             # (b, 1, w * H / K, S)
         span = Span(slice(0, len(self.rows)), slice(0, self.cache.num_slots), self.width,
                     num_columns, mask)
         plan = CachePlan(self.cache.layers, [span], self.slot_of_row, columns, self.rows, self.rows)
         # 2. The language model alone: with images, its wrapper would wait for the device.
         model = self.policy.model
         hidden = model.model.language_model(
-            inputs_embeds=model.get_input_embeddings()(token_ids[None]),    # (1, S * w, D)
+            inputs_embeds=model.get_input_embeddings()(token_ids[None]),    # (1, b * w, width)
             position_ids=positions.expand(3, 1, -1), attention_mask=self.any_mask, use_cache=True,
             attend=plan.attend, **{self.cache_argument: plan}).last_hidden_state[0]
-        logprobs = sft.vocab_logprobs(self.policy, hidden)                  # (S * w, V)
+        logprobs = sft.vocab_logprobs(self.policy, hidden)                  # (b * w, V)
         self.sampled.copy_(sample(logprobs, self.uniforms, self.greedy))
 
     def replay(self, num_columns):
@@ -618,9 +621,10 @@ class DecodePass:
 
 
 class Engine:
-    """Play conversations: fill the slots, then step until all are finished. A step: schedule ->
-    forward -> sample -> accept -> let the tool answer complete turns -> evict finished
-    conversations. `greedy`: take the most likely token instead of a sample."""
+    """Play conversations: fill the slots, then step until all are finished. A step, which is one
+    forward pass: schedule -> forward -> sample -> accept -> let the tool answer complete turns ->
+    evict finished conversations. (begin_step() is about a step of rl.py.) `greedy`: take the most
+    likely token instead of a sample."""
 
     def __init__(self, policy, limits, max_num_seqs=64, seed=0, step=0, greedy=False, judge=None,
                  num_speculative_tokens=4, short_model_len=None):
@@ -693,8 +697,8 @@ class Engine:
 
         Most conversations are short. So they are played in max_num_seqs slots of short_length
         tokens. Those that outgrow their slot are set aside, and played to the end in the same
-        memory, in fewer slots of max_model_len tokens: their tokens are fed again. What was
-        appended in the meantime is short again."""
+        memory, in fewer slots of max_model_len tokens: their tokens are fed again. What the
+        caller has appended in the meantime begins in short slots: hence the loop."""
         model = self.policy.model
         was_training = model.training
         model.eval()
@@ -713,8 +717,8 @@ class Engine:
     def play_queue(self, queue, max_slots, slot_length):
         """Play until no conversation is in this queue or in a slot, in slots of slot_length
         tokens."""
-        # 1. A cache with a slot for each of them, up to max_slots. A draft may be longer than the
-        #    conversation.
+        # 1. A cache with a slot for each of them, up to max_slots. A draft may reach beyond the
+        #    slot's last token.
         self.queue = queue
         num_slots = min(max_slots, len(queue))
         if num_slots == 0:
@@ -740,8 +744,9 @@ class Engine:
                 yield from self.step()
 
     def load_images(self, rollout):
-        """Return a Future of the images with which a conversation starts. One that was set aside:
-        all its images as the model sees them. A new one: its question's image and that copy."""
+        """Let a thread read the images with which a conversation begins; return its Future. Of a
+        new one: (PIL image, (patches, grid)). Of one that was set aside: [(patches, grid)] of all
+        its images."""
         if rollout.token_ids:
             original, *crops = rollout.views
             views = [original, *map(self.shown, crops)]
@@ -752,15 +757,15 @@ class Engine:
     def take_images(self, rollout):
         """Return what load_images promised for a conversation that starts now. Those of the next
         conversation that needs any are prepared meanwhile."""
-        prepared, images = self.next_images
-        if prepared is not rollout:
-            images = self.load_images(rollout)
+        prepared_for, future = self.next_images
+        if prepared_for is not rollout:
+            future = self.load_images(rollout)
         self.next_images = (None, None)
-        for other in self.queue:
+        for other in self.queue:    # other samples of this question copy its prompt: no image
             if other.token_ids or other.row is not rollout.row:
                 self.next_images = (other, self.load_images(other))
                 break
-        return images.result()
+        return future.result()
 
     def start_next(self, slot):
         """Start the next conversation of the queue in a free slot, and return it. Return None if
@@ -814,7 +819,6 @@ class Engine:
         _, next_positions = self.forward([feed], first_slot=slot)
         rollout.num_cached_tokens = len(rollout.token_ids) - 1
         rollout.next_position = next_positions[0]
-        rollout.pending_image = None
 
     def shown(self, crop):
         """Return what the model sees of a crop: the crop, or a black picture."""
@@ -856,8 +860,8 @@ class Engine:
             if rollout.finish_reason is not None:
                 finished.append(rollout)
                 free_slots.append(slot)
-            elif len(rollout.token_ids) > self.slot_length:     # in the middle of a turn or not
-                rollout.pending_image = None
+            elif len(rollout.token_ids) > self.slot_length:     # also within a turn
+                rollout.pending_image = None    # feed_again() feeds all images
                 self.set_aside.append(rollout)
                 free_slots.append(slot)
         # 4. Evict from the last slot on, since evict() moves the slots after the one that is free.

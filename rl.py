@@ -341,12 +341,14 @@ class GroupsOfStep:
         """Assign advantages in the groups that have ended. Return new conversations of those
         without signal. judge_is_done: False while a reward of None may still become a number."""
         new_rollouts = []
-        for group_index, group in list(self.undecided.items()):
+        for group_index, group in list(self.undecided.items()):     # a copy: ask() adds to it
+            # 1. Has it ended, with a score? If not, later.
             has_ended = all(rollout.finish_reason is not None for rollout in group)
             is_scored = all(rollout.reward is not None for rollout in group)
             if not has_ended or not (is_scored or judge_is_done):
                 continue
             del self.undecided[group_index]
+            # 2. With signal it is kept. Without it is asked again, if an attempt is left.
             group, = assign_advantages([group], self.args, self.baseline)
             if any(rollout.advantage != 0 for rollout in group):
                 self.with_signal[group_index] = group
@@ -544,11 +546,11 @@ def deal_micro_batches(rollouts, max_tokens):
     """Return this rank's micro-batches of the rollouts of all ranks, as lists. Every rank must call
     this.
 
-    Ranks work in rounds, one micro-batch each, since gradients are summed over ranks while backward
-    runs. So a round takes as long as its largest micro-batch, and all micro-batches of a round
-    should have about as many tokens. There are as few rounds as max_tokens tokens per micro-batch
-    allow (only a conversation that is longer exceeds them). Who played a conversation does not
-    matter.
+    With --shard_optimizer gradients are summed over ranks in every micro-batch. So ranks work in
+    rounds, one micro-batch each, and a round takes as long as its largest micro-batch: all of them
+    should have about as many tokens. (Without it ranks wait once, at the end.) The number of rounds
+    grows until every micro-batch fits in max_tokens; only a conversation that is longer exceeds
+    them. Who played a conversation does not matter.
 
     Lengths 6 5 4 3 2 1 on two ranks with at most 6 tokens: two rounds, so four micro-batches.
     Longest first, each into the emptiest: 6 | 5 | 4 1 | 3 2. Rank 0 gets 6 and 4 1, rank 1 gets 5
@@ -573,7 +575,8 @@ def fill_evenly(rollouts, num_parts):
     """Return num_parts lists of these rollouts, the fullest first: each rollout, in the order that
     is given, goes into the list with the fewest tokens. In a list they are in the order of their
     groups, since a group shares an image."""
-    # (tokens, number, rollouts) of each list, as a heap: the emptiest is the first
+    # (tokens, number, rollouts) of each list. All are empty, so this is a heap already: the
+    # emptiest is the first.
     parts = [(0, number, []) for number in range(num_parts)]
     for rollout in rollouts:
         num_tokens, number, part = heapq.heappop(parts)

@@ -34,8 +34,8 @@ install() {
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
-# stage NAME FILE WHAT LOOK COMMAND...: run a command that makes FILE, unless it was done before; say
-# what it does, and what to look at. Training that was stopped is resumed.
+# stage NAME FILE WHAT LOOK COMMAND...: run a command that makes FILE, unless it was done before;
+# say what it does, and what to look at. Training that was stopped is resumed.
 stage() {
     local name=$1 file=$2 what=$3 look=$4 start=$SECONDS mark=.run/$1 other seconds
     shift 4
@@ -49,7 +49,7 @@ stage() {
     if [ -e "$mark.started" ]; then
         case "$*" in *sft.py* | *rl.py*) set -- "$@" --resume ;; esac
     fi
-    # What the stages after it have made is out of date from now on.
+    # From now on what other stages have made is out of date, but for those that came before it.
     mkdir -p .run
     for other in .run/*; do
         case " $seen " in *" $(basename "$other" .started) "*) ;; *) rm -f "$other" ;; esac

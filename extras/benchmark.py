@@ -919,9 +919,10 @@ def passes_of_rank(rng, num_slots, slot_length, asks_at_once, num_groups=32, gro
                    silent=0.5, resample=3):
     """Return the decoding passes of one rank in a step of RL, simulated: in short slots, in long
     ones, and how many conversations outgrow a short slot. A pass gives every slot a sampled token;
-    with prompt and views a conversation grows by tokens_per_pass. Lengths are log-normal. A share
-    `silent` of the groups ends without signal, and is asked again at most `resample` times: at
-    once, or in rounds."""
+    with prompt and views a conversation grows by tokens_per_pass (7,250 tokens, of which 1,000 are
+    sampled). Lengths are log-normal, and end where a whole turn of 2,048 would no longer fit. A
+    share `silent` of the groups ends without signal, and is asked again at most `resample` times:
+    at once, or in rounds."""
     waiting = collections.deque()       # (tokens so far, tokens at its end, group, attempt)
     set_aside = collections.deque()
     num_left = {}                       # conversations of each group and attempt
@@ -999,7 +1000,7 @@ def case_step(args, process, num_gpus=8, num_trials=20):
     """Print the seconds of one step of RL with Qwen2.5-VL-7B on 8 H100, 256 prompts x 16, for the
     slowest of them, as Markdown tables. Nothing is run: passes and rounds are simulated, half of
     the groups are asked again. The seconds of a pass are measured (without graphs) or counted as in
-    extras/plan.py, those of the other parts are counted as in `paper`."""
+    extras/plan.py, those of the other parts are counted from their FLOPs as in `paper`."""
     rng = np.random.default_rng(0)
 
     def pass_seconds(num_slots, num_columns, graphs):
@@ -1008,7 +1009,9 @@ def case_step(args, process, num_gpus=8, num_trials=20):
         num_bytes = 16.58e9 + num_slots * num_columns * 57_344      # weights, keys and values
         return SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH)
 
-    stages, _, num_tokens = count_stages(num_gpus, 256, 16, 4, 250, 1500, 250, 64)
+    stages, _, num_tokens = count_stages(num_gpus, num_prompts=256, group_size=16, num_turns=4,
+                                         turn_tokens=250, view_tokens=1500, text_tokens=250,
+                                         num_slots=64)
 
     def stage_seconds(part):
         return sum(flops for name, (flops, _, _) in stages.items()
@@ -1025,7 +1028,8 @@ def case_step(args, process, num_gpus=8, num_trials=20):
             ("the same, groups are asked again at once", 64, 8192, True, True),
             ("96 slots of 6,144 tokens first", 96, 6144, True, True),
             ("42 slots of 12,288 tokens first", 42, 12_288, True, True)]
-    say("| decoding | passes | in long slots | fed again | seconds | of feeding again |\n"
+    say("| decoding | passes in short slots | passes in long slots | conversations fed again | "
+        "seconds of passes, slowest rank | seconds of feeding again |\n"
         "|---|---|---|---|---|---|")
     for name, num_slots, slot_length, asks_at_once, graphs in rows:
         short_seconds = pass_seconds(num_slots, min(slot_length, 16_384), graphs)
@@ -1039,7 +1043,7 @@ def case_step(args, process, num_gpus=8, num_trials=20):
             f"{slowest.mean():,.0f} | {num_outgrown * slot_length * token_seconds:,.0f} |")
 
     # 2. The other parts.
-    num_attempts = 1 + 1 / 2 + 1 / 4 + 1 / 8
+    num_attempts = 1 + 1 / 2 + 1 / 4 + 1 / 8    # half of the groups are asked again, three times
     prefill = num_attempts * (stage_seconds("rollout: images") + stage_seconds("rollout: prefill"))
     update = stage_seconds("update")
     say("\n| other parts | seconds |\n|---|---|\n"

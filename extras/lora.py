@@ -7,11 +7,11 @@ A begins random and B with zeros, so the model is unchanged at first. Gradients 
 are needed for A and B only: 7B fits on one GPU of 80 GB, 3B on one of 24 GB (docs/large.md).
 
 1. A and B are float32 even if W is bfloat16: steps are small. They are not added to W while the
-   policy plays: bfloat16 has 8 bits, so W + B A would be W again as long as B A is small.
+   policy plays: bfloat16 has 8 significant bits, so W + B A would be W as long as B A is small.
 2. An exported model is a plain one, with W + B A in float32 in the place of W. Nothing is lost in
    the file; who loads it in bfloat16 rounds the sum. (Adapters beside the base would be exact, but
    servers that do not know them would silently serve the base.)
-3. A checkpoint holds A and B. The base comes from --model again.
+3. A checkpoint holds A, B and their moments. The base comes from --model again.
 4. Layers are found by what they are, linear layers inside the language model. The vision tower has
    layers of the same names, and stays as it is.
 """

@@ -12,8 +12,9 @@ NUM_COLOURS = 128       # of an animation; more would make the file larger
 
 
 class ShownTurn(NamedTuple):
-    """A turn as it is shown. view: what the model saw last, or None if its call was refused. box:
-    of its zoom in the original image, or None if it is no zoom; zooms are numbered from 1."""
+    """A turn as it is shown. view: the crop to which the turn before led, None after a refused
+    call. box: of this turn's crop in the original image, None if it led to none. zoom_number: how
+    many crops there are up to this turn. (Black crops of --blank_crops are shown as they were.)"""
     number: int
     view: Image.Image
     text: str
@@ -81,7 +82,7 @@ def fit(image, width):
 
 def draw_box(draw, box, number, scene_size, font):
     """Draw a zoom's box and its number into the scene."""
-    # boxes of neighbouring numbers have other insets, so that equal boxes can be told apart
+    # boxes of neighbouring numbers have different insets, so that equal boxes can be told apart
     inset = 2 + 2 * ((number + 1) % 3)
     left, top, right, bottom = (round(value * side) for value, side in zip(box, scene_size * 2))
     inset = min(inset, (right - left) // 2, (bottom - top) // 2)    # of a small box

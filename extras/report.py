@@ -419,8 +419,8 @@ def parse_args():
         default=[Path(f"data/{level}.jsonl") for level in ("easy", "medium", "hard")])
     add("--curves", type=Path, nargs="+", default=(), metavar="METRICS",
         help="metrics.jsonl files of training, for the page (default: none)")
-    add("--out", type=Path, help="the page (default: results/report.html, or results/curves.html if "
-        "no evaluation is named)")
+    add("--out", type=Path, help="the page (default: results/report.html; without an evaluation "
+        "results/curves.html)")
     add("--chart", type=Path, help="draw accuracy over turns into this PNG or SVG, with matplotlib "
         "(default: not drawn)")
     add("--curves_chart", type=Path, help="draw the held-out accuracy of --curves over the steps "

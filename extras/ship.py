@@ -26,7 +26,7 @@ def to_half(folder):
     """Round the weights of a model's folder to float16. Return the bytes of its new file. Raise
     InputError if there is no such file, or if a weight is too large."""
     path = folder / FILE_NAME
-    tools.check(path.is_file(), f"{path} does not exist: name the folder of a small model")
+    tools.check(path.is_file(), f"{path} does not exist: name the folder of a model in one file")
     try:
         loaded = load_file(path)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -28,8 +28,8 @@ NUM_SAMPLES = 4         # of each question
 
 def measure(folder):
     """Return the figures of one run: accuracy {number of turns: mean of levels}, tokens sampled,
-    tokens trained on, and minutes of its steps. Raise InputError if it was not evaluated as the
-    rules say."""
+    tokens trained on, and minutes of its steps. Raise InputError unless every question was asked
+    four times and the log has every step."""
     # 1. the evaluation: the default one, of the whole test sets
     table = report.read_table(folder)
     for level in LEVELS:
@@ -50,14 +50,15 @@ def measure(folder):
     complete = [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     tools.check(steps and complete, f"{path} does not hold every step from 1 on")
     sums = {}
-    for name in ("num_sampled_tokens", "num_trained_tokens", "seconds_rollout", "seconds_update"):
+    for name in ("num_sampled_tokens", "num_trained_tokens", "seconds_rollout", "seconds_wait",
+                 "seconds_update"):
         values = [step.get(name) for step in steps]
         tools.check(all(isinstance(value, (int, float)) and 0 <= value < math.inf
                         for value in values), f"{path} has a step without '{name}'")
         sums[name] = sum(values)
-    minutes = (sums["seconds_rollout"] + sums["seconds_update"]) / 60
-    return {"accuracy": accuracy, "sampled": sums["num_sampled_tokens"], "trained": sums["num_trained_tokens"],
-            "minutes": minutes}
+    minutes = (sums["seconds_rollout"] + sums["seconds_wait"] + sums["seconds_update"]) / 60
+    return {"accuracy": accuracy, "sampled": sums["num_sampled_tokens"],
+            "trained": sums["num_trained_tokens"], "minutes": minutes}
 
 
 def check_seeds(folders):
@@ -97,7 +98,7 @@ def main():
     # 2. does it count?
     for turns, goal in GOALS.items():
         failed = [folder.name for folder, run in zip(folders, runs)
-                  if run["accuracy"][turns] < goal - 1e-9]
+                  if run["accuracy"][turns] < goal - 1e-9]     # a mean of floats may miss it
         tools.check(not failed, f"it does not count: at {turns} turns {' and '.join(failed)} has "
                     f"less than {100 * goal:.0f}%")
     print("it counts: every seed reaches both goals")

@@ -21,9 +21,9 @@ def find_library():
 
 
 class Tracker:
-    """A run in a project, named like the folder --out. What is still waiting to be sent is sent when
-    Python ends, also after a signal. If training is resumed, trackio goes on in the same run, and
-    has the steps twice that were done again; wandb begins another run of the same name.
+    """A run in a project, named like the folder --out. What is still waiting is sent when Python
+    ends, also after a signal. If training is resumed, trackio goes on in the same run, and has the
+    steps twice that were done again; wandb begins another run of the same name.
 
     flags: of the run, as texts. is_resumed: whether there were steps before."""
 

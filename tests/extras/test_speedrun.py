@@ -16,8 +16,8 @@ def write_run(folder, name, at_32=0.95, at_6=0.44, questions=200, samples=800, s
     table = dict.fromkeys(("easy", "medium", "hard"), level)
     (folder / "results" / name).mkdir(parents=True)
     (folder / "results" / name / "table.json").write_text(json.dumps(table))
-    figures = {"num_sampled_tokens": 4000, "num_trained_tokens": 1000, "seconds_rollout": 20.0,
-               "seconds_update": 10.0, **metrics}
+    figures = {"num_sampled_tokens": 4000, "num_trained_tokens": 1000, "seconds_rollout": 15.0,
+               "seconds_wait": 5.0, "seconds_update": 10.0, **metrics}
     tools.write_jsonl(folder / "checkpoints" / name / "metrics.jsonl",
                       [{"step": step, **figures} for step in steps])
 
