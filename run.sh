@@ -112,7 +112,7 @@ main_job() {
 }
 
 run_tests() {   # in two halves at the same time, one for each core
-    local half=(tests/test_evaluate.py tests/test_rl.py tests/test_sft.py) status=0 output
+    local half=(tests/test_rl.py tests/test_sft.py) status=0 output
     output=$(mktemp)
     export OMP_NUM_THREADS=1    # more threads than cores wait for each other
     python -m pytest -q "${half[@]}" > "$output" 2>&1 &

@@ -130,16 +130,15 @@ def test_play(run):
                                                    "extras/report.py"]
 
 
-TESTS = ["-m pytest -q tests --ignore=tests/test_evaluate.py "
-         "--ignore=tests/test_rl.py --ignore=tests/test_sft.py",
-         "-m pytest -q tests/test_evaluate.py tests/test_rl.py tests/test_sft.py"]
+TESTS = ["-m pytest -q tests --ignore=tests/test_rl.py --ignore=tests/test_sft.py",
+         "-m pytest -q tests/test_rl.py tests/test_sft.py"]
 
 
 def test_tests(run):
     """Two halves at the same time; if one of them fails, so does the command."""
     completed, calls = run("test")
     assert completed.returncode == 0 and sorted(calls) == TESTS
-    assert "the other half: tests/test_evaluate.py" in completed.stdout
+    assert "the other half: tests/test_rl.py tests/test_sft.py" in completed.stdout
     for half in TESTS:
         assert run("test", stop_at=half, how="fail")[0].returncode == 1
 
