@@ -69,11 +69,7 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
     cache = cache_memory(model, max_num_seqs * min(short_model_len, max_model_len))
     _, vision_prefill = vision_memory(model, max_model_len, gradient_checkpointing, frozen=True)
     prefill = max(text_prefill(model, max_model_len), vision_prefill)
-
-    weights = w * sum(p.numel() for p in model.parameters())
-    if lora_rank:
-        weights += F * num_adapter_parameters(model, lora_rank)
-    return {"weights": weights,
+    return {"weights": weight_memory(model, lora_rank),
             "gradients": gradients,
             "optimizer": optimizer,
             "activations": activations,
@@ -85,6 +81,13 @@ def plan_memory(model, num_ranks, *, micro_batch_tokens, max_num_seqs, max_model
 
 
 # The functions below calculate the lines of the table above, in its letters.
+
+
+def weight_memory(model, lora_rank):
+    """Return the bytes of the weights, and of the adapters beside them."""
+    w, F = value_sizes(model)
+    num_adapters = num_adapter_parameters(model, lora_rank) if lora_rank else 0
+    return w * sum(p.numel() for p in model.parameters()) + F * num_adapters
 
 
 def value_sizes(model):

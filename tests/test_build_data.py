@@ -780,8 +780,8 @@ def test_without_scenes_there_are_no_instructions(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", -1], ["--workers", 0], ["--seed", -1],
-    ["--min_pixels", 0], ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
+    ["--train", 0], ["--val", 0], ["--test", -1], ["--scenes", -1], ["--workers", 0],
+    ["--seed", -1], ["--min_pixels", 0], ["--max_pixels", 0], ["--min_pixels", 9000]], ids=str)
 def test_a_bad_number_is_one_line(tmp_path, flags):
     line = refused("build_data.py", *SMALL, *flags, "--out", tmp_path / "out")
     assert "\n" not in line and flags[0] in line

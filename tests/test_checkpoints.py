@@ -47,8 +47,8 @@ def play(questions, tmp_path_factory):
 @pytest.mark.parametrize("name, lowest, highest", [
     ("base", 0, 0), ("sft", 0.6, 1), ("rl", 0.85, 1)])
 def test_a_model_has_the_skill_that_its_card_claims(play, name, lowest, highest):
-    """In the mean of levels at 32 turns: 0, 82 and 97% on many questions. RL also finds most answers
-    after the turns that it was trained with."""
+    """In the mean of levels at 32 turns: 0, 82 and 97% on many questions. RL also finds most
+    answers after the turns that it was trained with."""
     accuracy = play(name)["mean"]["accuracy"]
     assert lowest <= accuracy["32"] <= highest
     if name == "rl":

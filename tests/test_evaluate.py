@@ -762,8 +762,8 @@ def test_columns_of_a_graph_by_hand(num_columns, expected):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_recorded_step_never_waits_for_the_device(name):
-    """The released models without weights: on the meta device an operation that needs a value (item,
-    nonzero, a data-dependent shape) raises an error. Every tensor is on that device: one of the CPU
+    """The released models without weights: on the meta device an operation that needs a value
+    (item, nonzero, a data-dependent shape) raises an error. Every tensor is on that device: one of the CPU
     would be copied while the graph is recorded."""
     config = AutoConfig.for_model(**copy.deepcopy(RELEASED[name]))
     with torch.device("meta"):

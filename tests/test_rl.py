@@ -858,8 +858,8 @@ def test_validation_by_hand(results, expected, tmp_path):
     args = argparse.Namespace(max_turns=6, out=tmp_path)
     metrics = rl.validate(engine, held_out, args, step=50)
     assert metrics == {
-        "step": 50, "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1], "val_over_turn": 0.25,
-        "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
+        "step": 50, "val_accuracy": expected[0], "val_accuracy_in_cap": expected[1],
+        "val_over_turn": 0.25, "val_over_context": 0.0, "val_void": 0.25, "unfinished_accuracy": expected[2]}
     assert engine.calls == [("begin_step", 2**31),
                             ("run", [0, 1, 2, 3], ["folder"] * 4, [0, 1, 2, 3]), "free_cache"]
     rows = tools.read_jsonl(tmp_path / "rollouts/val_00050.jsonl")
