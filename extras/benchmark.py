@@ -914,63 +914,81 @@ def count_stages(num_gpus, num_prompts, group_size, num_turns, turn_tokens, view
     return stages, num_params, T
 
 
-def passes_of_rank(rng, num_slots, slot_length, asks_at_once, num_groups=32, group_size=16,
-                   mean_length=7250, spread=0.5, max_length=30_720, tokens_per_pass=7.25,
-                   silent=0.5, resample=3):
-    """Return the decoding passes of one rank in a step of RL, simulated: in short slots, in long
-    ones, and how many conversations outgrow a short slot. A pass gives every slot a sampled token;
-    with prompt and views a conversation grows by tokens_per_pass (7,250 tokens, of which 1,000 are
-    sampled). Lengths are log-normal, and end where a whole turn of 2,048 would no longer fit. A
-    share `silent` of the groups ends without signal, and is asked again at most `resample` times:
-    at once, or in rounds."""
-    waiting = collections.deque()       # (tokens so far, tokens at its end, group, attempt)
-    set_aside = collections.deque()
-    num_left = {}                       # conversations of each group and attempt
-    next_round = []
-    num_outgrown = 0
-    passes = [0, 0]
+class SimulatedRank:
+    """The decoding of one rank in a step of RL, simulated: in short slots first, as Engine.play_all
+    does. A pass gives every slot a sampled token. Half of the groups end without signal, and are
+    asked again: at once, or in rounds."""
 
-    def ask(group, attempt):
-        lengths = rng.lognormal(math.log(mean_length) - spread**2 / 2, spread, group_size)
-        waiting.extend((0, min(length, max_length), group, attempt) for length in lengths)
-        num_left[group, attempt] = group_size
+    num_groups = 32
+    group_size = 16
+    mean_length = 7250          # tokens of a conversation, of which 1,000 are sampled
+    tokens_per_pass = 7.25      # so much longer it gets with each, with its prompt and its views
+    spread = 0.5                # lengths are log-normal
+    max_length = 30_720         # a whole turn of 2,048 would no longer fit
+    long_slot_length = 32_768
+    resample = 3
 
-    def end(group, attempt):
-        num_left[group, attempt] -= 1
-        is_silent = num_left[group, attempt] == 0 and rng.random() < silent
-        if is_silent and attempt < resample:
-            if asks_at_once:
-                ask(group, attempt + 1)
-            else:
-                next_round.append((group, attempt + 1))
+    def __init__(self, rng, num_slots, slot_length, asks_at_once):
+        self.rng = rng
+        self.num_slots = num_slots
+        self.slot_length = slot_length
+        self.asks_at_once = asks_at_once
+        self.waiting = collections.deque()      # (tokens so far, tokens at its end, group, attempt)
+        self.set_aside = collections.deque()
+        self.next_round = []                    # (group, attempt)
+        self.num_left = {}                      # conversations of each group and attempt
 
-    def play(queue, num_slots, slot_length):
+    def run(self):
+        """Return the passes in short slots, those in long ones, and how many conversations have
+        outgrown a short slot."""
+        num_long_slots = self.num_slots * self.slot_length // self.long_slot_length
+        short_passes, long_passes, num_outgrown = 0, 0, 0
+        for group in range(self.num_groups):
+            self.ask(group, 0)
+        while self.waiting:
+            short_passes += self.play(self.waiting, self.num_slots, self.slot_length)
+            num_outgrown += len(self.set_aside)
+            long_passes += self.play(self.set_aside, num_long_slots, self.long_slot_length)
+            for group, attempt in self.next_round:
+                self.ask(group, attempt)
+            self.next_round.clear()
+        return short_passes, long_passes, num_outgrown
+
+    def ask(self, group, attempt):
+        """Let the conversations of a group wait for a slot."""
+        mean_of_log = math.log(self.mean_length) - self.spread**2 / 2
+        for length in self.rng.lognormal(mean_of_log, self.spread, self.group_size):
+            self.waiting.append((0, min(length, self.max_length), group, attempt))
+        self.num_left[group, attempt] = self.group_size
+
+    def play(self, queue, num_slots, slot_length):
+        """Play until the queue and all slots are empty. Return the passes."""
         now = 0
-        playing = []                    # (pass of its end in this slot, ...), as a heap
+        playing = []        # (pass in which it leaves its slot, ...), as a heap
         while queue or playing:
             # 1. Fill the slots.
             while queue and len(playing) < num_slots:
                 start, length, group, attempt = queue.popleft()
-                num_passes = (min(length, slot_length) - start) / tokens_per_pass
+                num_passes = (min(length, slot_length) - start) / self.tokens_per_pass
                 heapq.heappush(playing, (now + num_passes, length, group, attempt))
             # 2. Go on to the next conversation that leaves its slot.
             now, length, group, attempt = heapq.heappop(playing)
             if length > slot_length:
-                set_aside.append((slot_length, length, group, attempt))
+                self.set_aside.append((slot_length, length, group, attempt))
             else:
-                end(group, attempt)
+                self.end(group, attempt)
         return now
 
-    for group in range(num_groups):
-        ask(group, 0)
-    while waiting:
-        passes[0] += play(waiting, num_slots, slot_length)
-        num_outgrown += len(set_aside)
-        passes[1] += play(set_aside, num_slots * slot_length // 32_768, 32_768)
-        for group, attempt in next_round:
-            ask(group, attempt)
-        next_round.clear()
-    return *passes, num_outgrown
+    def end(self, group, attempt):
+        """Count a conversation that has ended. After the last one the group may be asked again."""
+        self.num_left[group, attempt] -= 1
+        has_signal = self.num_left[group, attempt] > 0 or self.rng.random() >= 0.5
+        if has_signal or attempt == self.resample:
+            return
+        if self.asks_at_once:
+            self.ask(group, attempt + 1)
+        else:
+            self.next_round.append((group, attempt + 1))
 
 
 def update_rounds(rng, balanced, num_gpus=8, num_rollouts=512, mean_tokens=7250, spread=0.5,
@@ -996,31 +1014,19 @@ def update_rounds(rng, balanced, num_gpus=8, num_rollouts=512, mean_tokens=7250,
     return sum(longest) * num_gpus / rl.sum_of_tokens(rollouts)
 
 
-def case_step(args, process, num_gpus=8, num_trials=20):
-    """Print the seconds of one step of RL with Qwen2.5-VL-7B on 8 H100, 256 prompts x 16, for the
-    slowest of them, as Markdown tables. Nothing is run: passes and rounds are simulated, half of
-    the groups are asked again. The seconds of a pass are measured (without graphs) or counted as in
-    extras/plan.py, those of the other parts are counted from their FLOPs as in `paper`."""
+def pass_seconds(num_slots, num_columns, graphs):
+    """Return the seconds of a decoding pass of Qwen2.5-VL-7B on an H100: measured without graphs,
+    counted with them as in extras/plan.py."""
+    if not graphs:
+        return 0.0403           # 16 slots, docs/speed.md
+    num_bytes = 16.58e9 + num_slots * num_columns * 57_344      # weights, keys and values
+    return SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH)
+
+
+def print_decoding(token_seconds, num_gpus, num_trials):
+    """Print the passes and seconds of decoding, simulated, as a Markdown table. token_seconds: of
+    one token of a conversation that is fed again."""
     rng = np.random.default_rng(0)
-
-    def pass_seconds(num_slots, num_columns, graphs):
-        if not graphs:
-            return 0.0403           # measured with 16 slots, docs/speed.md
-        num_bytes = 16.58e9 + num_slots * num_columns * 57_344      # weights, keys and values
-        return SMALL_KERNELS + num_bytes / (0.6 * GPU_BANDWIDTH)
-
-    stages, _, num_tokens = count_stages(num_gpus, num_prompts=256, group_size=16, num_turns=4,
-                                         turn_tokens=250, view_tokens=1500, text_tokens=250,
-                                         num_slots=64)
-
-    def stage_seconds(part):
-        return sum(flops for name, (flops, _, _) in stages.items()
-                   if name.startswith(part)) / (0.4 * GPU_FLOPS)
-
-    # 1. Decoding. The longest conversation in a long slot takes about 16,384 columns. What has
-    #    outgrown its slot is fed again: one forward pass, of which an update has four.
-    forward = stage_seconds("update: images") + stage_seconds("update: text") / 4
-    token_seconds = forward / (256 * 16 / num_gpus * num_tokens)
     rows = [("16 slots, no graphs", 16, 32_768, False, False),
             ("64 short slots first, no graphs", 64, 8192, False, False),
             ("16 slots, graphs", 16, 32_768, False, True),
@@ -1032,15 +1038,36 @@ def case_step(args, process, num_gpus=8, num_trials=20):
         "seconds of passes, slowest rank | seconds of feeding again |\n"
         "|---|---|---|---|---|---|")
     for name, num_slots, slot_length, asks_at_once, graphs in rows:
+        # 1. Passes of all ranks of all trials.
+        ranks = np.array([SimulatedRank(rng, num_slots, slot_length, asks_at_once).run()
+                          for _ in range(num_trials * num_gpus)])          # (ranks, 3)
+        short_passes, long_passes, num_outgrown = ranks.mean(axis=0)
+        # 2. Seconds of the slowest. The longest conversation in a long slot takes about 16,384
+        #    columns.
         short_seconds = pass_seconds(num_slots, min(slot_length, 16_384), graphs)
         long_seconds = pass_seconds(16, 16_384, graphs)
-        ranks = np.array([passes_of_rank(rng, num_slots, slot_length, asks_at_once)
-                          for _ in range(num_trials * num_gpus)])          # (ranks, 3)
         seconds_of_rank = ranks[:, 0] * short_seconds + ranks[:, 1] * long_seconds
         slowest = seconds_of_rank.reshape(num_trials, num_gpus).max(axis=1)
-        short_passes, long_passes, num_outgrown = ranks.mean(axis=0)
         say(f"| {name} | {short_passes:,.0f} | {long_passes:,.0f} | {num_outgrown:,.0f} | "
             f"{slowest.mean():,.0f} | {num_outgrown * slot_length * token_seconds:,.0f} |")
+
+
+def case_step(args, process, num_gpus=8, num_trials=20):
+    """Print the seconds of one step of RL with Qwen2.5-VL-7B on 8 H100, 256 prompts x 16, for the
+    slowest of them, as Markdown tables. Nothing is run: decoding and the rounds of the update are
+    simulated, the other parts are counted from their FLOPs as in `paper`."""
+    stages, _, num_tokens = count_stages(num_gpus, num_prompts=256, group_size=16, num_turns=4,
+                                         turn_tokens=250, view_tokens=1500, text_tokens=250,
+                                         num_slots=64)
+
+    def stage_seconds(part):
+        return sum(flops for name, (flops, _, _) in stages.items()
+                   if name.startswith(part)) / (0.4 * GPU_FLOPS)
+
+    # 1. Decoding. What has outgrown its slot is fed again: one forward pass, of which an update has
+    #    four.
+    forward = stage_seconds("update: images") + stage_seconds("update: text") / 4
+    print_decoding(forward / (256 * 16 / num_gpus * num_tokens), num_gpus, num_trials)
 
     # 2. The other parts.
     num_attempts = 1 + 1 / 2 + 1 / 4 + 1 / 8    # half of the groups are asked again, three times
