@@ -278,10 +278,10 @@ class SlotCache:
     """Keys and values of every slot: two tensors (num_slots, K, length, D) per layer, K key heads.
 
     On a CPU the cache grows with the longest conversation; on a GPU it has its full size at once.
-    Rejected draft tokens are not erased: their
-    columns are overwritten before any query can see them. Attention runs over spans of neighbouring
-    slots, each cut to its own longest conversation. So nothing is copied, and a short conversation
-    is not charged for the longest one, if slots are sorted by length (see Engine.evict)."""
+    Rejected draft tokens are not erased: their columns are overwritten before any query can see
+    them. Attention runs over spans of neighbouring slots, each cut to its own longest conversation.
+    So nothing is copied, and a short conversation is not charged for the longest one, if slots are
+    sorted by length (see Engine.evict)."""
 
     def __init__(self, config, num_slots, dtype, device, max_length):
         self.num_slots = num_slots

@@ -91,15 +91,31 @@ from extras.images import check_images
 # ---- The algorithm ------------------------------------------------------------------------------
 
 
+def group_baselines(rewards, kept, baseline):
+    """Return b of each group, (P, 1): what is subtracted from its rewards. So it is also what the
+    mask pays for an unfinished response.
+
+    rewards (P, G) float, kept M (P, G) bool. `baseline` chooses:
+        "group"      the mean reward of all responses; unfinished ones enter with their reward, 0
+                     (official code)
+        "completed"  the mean reward of the kept responses; NaN if there is none
+        a number     that number"""
+    if baseline == "group":
+        return rewards.mean(1, keepdim=True)                                                # (P, 1)
+    if baseline == "completed":
+        kept_rewards = torch.where(kept, rewards, 0.0)                                      # (P, G)
+        return kept_rewards.sum(1, keepdim=True) / kept.sum(1, keepdim=True)                # (P, 1)
+    return torch.full_like(rewards[:, :1], baseline)                                        # (P, 1)
+
+
 def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     """Return A'_i = M_i (r_i - b) / (s + eps) of each response in its group.
 
     rewards (P, G) float, kept M (P, G) bool -> (P, G) float of the same dtype. `baseline` chooses b
-    and the rewards whose unbiased standard deviation is s:
-        "group"      b is the mean reward of all responses; unfinished ones enter with their reward,
-                     0 (official code)
-        "completed"  b is the mean reward of the kept responses; s is theirs too
-        a number     b is that number; in s it replaces the reward of responses that are not kept
+    (see group_baselines) and the rewards whose unbiased standard deviation is s:
+        "group"      those of all responses
+        "completed"  those of the kept responses
+        a number     those of all responses; it replaces the reward of those that are not kept
     All A' of a group are 0, never NaN, if fewer than two responses enter s, if the rewards that
     enter s are equal, or if one of these is NaN (no score). A NaN that does not enter s, that of an
     unfinished response, changes nothing where b is a number or "completed".
@@ -126,7 +142,7 @@ def group_advantages(rewards, kept, baseline, *, eps=1e-6):
     highest_reward = torch.where(is_counted, rewards, -math.inf).amax(1, keepdim=True)      # (P, 1)
     lowest_reward = torch.where(is_counted, rewards, math.inf).amin(1, keepdim=True)        # (P, 1)
     has_spread = highest_reward > lowest_reward                                             # (P, 1)
-    b = baseline if is_number else mean_reward
+    b = group_baselines(rewards, kept, baseline)                                            # (P, 1)
     advantages = (rewards - b) / (variance.sqrt() + eps)                                    # (P, G)
     return torch.where(kept & has_spread, advantages, 0.0)                                  # (P, G)
 
@@ -137,8 +153,8 @@ def count_denominator(mask, kept, *, divisor="kept", aggregation="response",
 
     mask (B, T) bool: sampled tokens; kept (B,) bool. divisor: count the kept responses only
     ("kept", the paper; the default of these functions) or all ("all", the default of --divisor).
-    aggregation: count responses ("response"), their sampled
-    tokens ("token"), or max_response_tokens for each response ("constant")."""
+    aggregation: count responses ("response"), their sampled tokens ("token"), or
+    max_response_tokens for each response ("constant")."""
     is_counted = kept if divisor == "kept" else torch.ones_like(kept)                       # (B,)
     if aggregation == "token":
         return (mask.sum(1) * is_counted).sum().double()
@@ -228,8 +244,8 @@ class Questions:
     held_out: list
 
 
-def pick_questions(num_questions, prompt_numbers, seed, step):
-    """Return the index of the question that each of these prompts of a step asks.
+def pick_question(num_questions, prompt_number, seed, step):
+    """Return the index of the question that a prompt of a step asks.
 
     Each step has an order of its own, one permutation of all questions, and prompt number n is the
     n-th of it. So no question is asked twice in a step, unless there are too few.
@@ -237,12 +253,12 @@ def pick_questions(num_questions, prompt_numbers, seed, step):
     A step of two groups whose order of five questions is 2 4 3 0 1. Groups 0 and 1 are played, then
     group 1 again, because it had no signal. Its prompt number is now 2 + 1:
 
-    >>> pick_questions(5, [0, 1], seed=0, step=0)
+    >>> [pick_question(5, prompt_number, seed=0, step=0) for prompt_number in (0, 1)]
     [2, 4]
-    >>> pick_questions(5, [3], seed=0, step=0)
-    [0]"""
+    >>> pick_question(5, 3, seed=0, step=0)
+    0"""
     step_order = np.random.default_rng([seed, step]).permutation(num_questions)
-    return [int(step_order[prompt_number % num_questions]) for prompt_number in prompt_numbers]
+    return int(step_order[prompt_number % num_questions])
 
 
 def truncate_rollout(rollout, max_turns):
@@ -265,16 +281,6 @@ def reward_or_nan(rollout):
     return math.nan if rollout.reward is None else rollout.reward
 
 
-def group_baselines(rewards, kept, baseline):
-    """Return b of each group, (P,): what group_advantages subtracts. So it is also what the mask
-    pays for an unfinished conversation. NaN if none is kept ("completed") or the judge failed."""
-    if baseline == "group":
-        return rewards.mean(1)
-    if baseline == "completed":
-        return torch.where(kept, rewards, 0.0).sum(1) / kept.sum(1)
-    return torch.full_like(rewards[:, 0], baseline)
-
-
 def assign_advantages(groups, args, baseline):
     """Return the groups as they are trained on: copies with their A', cut at the training cap.
     groups: P lists of G finished rollouts. baseline: of group_advantages. In the rollouts
@@ -290,9 +296,9 @@ def assign_advantages(groups, args, baseline):
             kept[group_number, sample_number] = is_kept(rollout, args)
     # 2. For the log: a masked conversation is worth b; one that is not masked, its reward. With
     #    --baseline outcome those beyond the training cap would have been unfinished.
-    group_b = group_baselines(rewards, kept, baseline)                                      # (P,)
-    values = torch.where(kept, rewards, group_b[:, None])                                   # (P, G)
-    for group, b, group_values in zip(groups, group_b.tolist(), values.tolist()):
+    b_of_groups = group_baselines(rewards, kept, baseline)                                  # (P, 1)
+    values = torch.where(kept, rewards, b_of_groups)                                        # (P, G)
+    for group, [b], group_values in zip(groups, b_of_groups.tolist(), values.tolist()):
         for rollout, value in zip(group, group_values):
             rollout.baseline = b
             is_late = args.baseline == "outcome" and len(rollout.turns) > args.max_turns
@@ -328,8 +334,8 @@ class GroupsOfStep:
         # The question's number in the order of this step. It also enters the random streams.
         prompt_number = self.num_attempts[group_index] * args.prompts_per_step + group_index
         self.num_attempts[group_index] += 1
-        question_index, = pick_questions(len(self.training_questions), [prompt_number], args.seed,
-                                         self.step)
+        question_index = pick_question(len(self.training_questions), prompt_number, args.seed,
+                                       self.step)
         row, image_folder = self.training_questions[question_index]
         rollouts = evaluate.make_rollouts([row], args.group_size, image_folder, [prompt_number],
                                           self.prompts)
@@ -860,7 +866,7 @@ def train(policy, questions, args, process, judge=None):
     run = sft.start_training("rl", policy, args, process, args.freeze_vision, args.steps,
                              args.optimizer)
     is_main = process.rank == 0
-    log_file = sft.open_log(args.out, run.first_step) if is_main else None
+    log = sft.MetricsLog(args.out, run) if is_main else None
     evaluations = read_evaluations(args.out) if run.first_step > 0 else []
     # 2. Two engines: validation has a larger turn budget, and so has training with "outcome".
     training_turns = args.eval_turns if args.baseline == "outcome" else args.max_turns
@@ -886,7 +892,7 @@ def train(policy, questions, args, process, judge=None):
                 last_step = steps_done
         # 5. Log, save rollouts, checkpoint.
         if is_main:
-            write_metrics(log_file, progress_bar, run.tracker, {
+            write_metrics(log, progress_bar, {
                 **metrics, **evaluation_metrics(evaluations, steps_done, len(questions.held_out))})
             if steps_done % args.save_rollouts_every == 0:
                 save_rollouts(args.out, steps_done, groups_with_signal)
@@ -904,9 +910,9 @@ def train(policy, questions, args, process, judge=None):
         judge.report_cost(policy.device, process.rank)
 
 
-def write_metrics(log_file, progress_bar, tracker, metrics):
+def write_metrics(log, progress_bar, metrics):
     """Append a line to metrics.jsonl and show the most important numbers next to the bar."""
-    sft.log_line(log_file, metrics, tracker)
+    log.write(metrics)
     shown_metrics = []
     for name in ("reward", "over_turn", "incorrect", "val_accuracy"):
         if metrics.get(name) is not None:
@@ -1042,8 +1048,7 @@ def check_args(args):
                            "overturn_penalty", "lora"],
         any_number=["baseline"])
     run_folder.check_warmup(args.warmup_ratio)
-    if args.track:
-        track.find_library()
+    track.check(args.track)
     tools.check(args.group_size >= 2, "--group_size must be at least 2: an advantage compares "
                 "conversations about one question")
     evaluate.check_rollout_flags(args)

@@ -1045,29 +1045,31 @@ def load_state(out, run, resume, total_steps):
     return step
 
 
-def open_log(out, step):
-    """Open metrics.jsonl for appending. Lines after `step` are removed first: a run wrote them that
-    was killed before its next checkpoint."""
-    log_path = Path(out) / "metrics.jsonl"
-    complete_lines = []
-    if log_path.exists():
-        complete_lines = log_path.read_bytes().split(b"\n")[:-1]
-    content = b"".join(line + b"\n" for line in complete_lines[:step])
-    tools.write_atomic(log_path, lambda file: file.write(content))
-    return log_path.open("a", encoding="utf-8")
+class MetricsLog:
+    """metrics.jsonl of a TrainingRun, and with --track a tracker that mirrors it (rank 0)."""
 
+    def __init__(self, out, run):
+        """Open the file for appending. Lines after the run's first step are removed: a run wrote
+        them that was killed before its next checkpoint."""
+        self.tracker = run.tracker
+        path = Path(out) / "metrics.jsonl"
+        complete_lines = []
+        if path.exists():
+            complete_lines = path.read_bytes().split(b"\n")[:-1]
+        content = b"".join(line + b"\n" for line in complete_lines[:run.first_step])
+        tools.write_atomic(path, lambda file: file.write(content))
+        self.file = path.open("a", encoding="utf-8")
 
-def log_line(log_file, metrics, tracker=None):
-    """Append the metrics of a step, a dict, as a line of JSON. tracker: mirrors them, see
-    extras/track.py."""
-    try:
-        log_file.write(tools.json_line(metrics))
-        log_file.flush()        # a kill loses no finished step
-    except OSError as error:    # the disk is full; this error does not know where
-        error.filename = log_file.name
-        raise
-    if tracker is not None:
-        tracker.log(metrics)
+    def write(self, metrics):
+        """Append the metrics of a step, a dict, as a line of JSON."""
+        try:
+            self.file.write(tools.json_line(metrics))
+            self.file.flush()       # a kill loses no finished step
+        except OSError as error:    # the disk is full; this error does not know where
+            error.filename = self.file.name
+            raise
+        if self.tracker is not None:
+            self.tracker.log(metrics)
 
 
 def export(policy, out):
@@ -1250,7 +1252,7 @@ def train(policy, rows, root, args, process):
     steps = range(run.first_step, total_steps)
     batches = prefetch(partial(load_batch, policy, rows, root, args, process), steps)
     is_main = process.rank == 0
-    log_file = open_log(args.out, run.first_step) if is_main else None
+    log = MetricsLog(args.out, run) if is_main else None
     progress_bar = terminal.progress_bar(steps, initial=run.first_step, total=total_steps,
                                          disable=not is_main, desc=f"sft {args.out.name}")
     for step, sequences in zip(progress_bar, batches):
@@ -1265,7 +1267,7 @@ def train(policy, rows, root, args, process):
         if is_main:
             metrics = {"step": step + 1, "loss": finite_or_none(loss),
                        "grad_norm": finite_or_none(grad_norm), "lr": lr, "tokens": num_tokens}
-            log_line(log_file, metrics, run.tracker)
+            log.write(metrics)
             progress_bar.set_postfix_str(f"loss {loss:.4f} norm {grad_norm:.2f}", refresh=False)
         end_step(run, args, step + 1, total_steps, policy.device)
     export(policy, args.out)
@@ -1343,8 +1345,7 @@ def parse_args():
     args = parser.parse_args()
     terminal.check_number_flags(args, ["seed", "weight_decay", "warmup_ratio", "lora"])
     run_folder.check_warmup(args.warmup_ratio)
-    if args.track:
-        track.find_library()
+    track.check(args.track)
     return args
 
 

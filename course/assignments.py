@@ -162,7 +162,7 @@ ASSIGNMENTS = {
                  "test_evaluate.py::test_a_question_counts_once_however_many_samples_it_has": 1,
                  "test_evaluate.py::test_what_was_not_scored_is_not_wrong": 2})]),
     4: Assignment("GRPO, the over-turn mask, and what an unfinished conversation is worth", 5, [
-        Task("advantages of a group", ["rl.py:group_advantages"], {
+        Task("advantages of a group", ["rl.py:group_baselines", "rl.py:group_advantages"], {
             "test_rl.py::test_group_advantages_by_hand": 5,
             "test_rl.py::test_group_advantages_one_by_one": 3,
             "test_rl.py::test_groups_do_not_know_of_each_other": 3,

@@ -10,7 +10,6 @@ print everything:
 """
 
 import collections
-import re
 import statistics
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def measure(folder):
     """Return the row of extras/experiments.jsonl about one run, which was evaluated into
     results/NAME.seedN and trained in checkpoints/NAME.seedN. Levels have the same weight."""
     # 1. what evaluation and training have written
-    name, _, seed = folder.name.rpartition(".seed")
+    name, seed = report.name_and_seed(folder)
     table = report.read_table(folder)
     steps = tools.read_jsonl(Path("checkpoints") / folder.name / "metrics.jsonl")
     # 2. figures of all levels, and their means
@@ -69,7 +68,7 @@ def measure(folder):
     for level in [*LEVELS, "mean"]:
         accuracy[level] = {budget: round(table[level]["accuracy"][budget], 4) for budget in BUDGETS}
     mean_turns = statistics.fmean(table[level]["mean_turns_correct"] or 0 for level in LEVELS)
-    return {"run": name, "seed": int(seed),
+    return {"run": name, "seed": seed,
             "num_sampled_tokens": sum(step["num_sampled_tokens"] for step in steps),
             "accuracy": accuracy, "mean_turns_correct": round(mean_turns, 2),
             "shares": mean_shares}
@@ -158,8 +157,7 @@ def main():
     if FIGURES.exists():
         rows = {(row["run"], row["seed"]): row for row in tools.read_jsonl(FIGURES)}
     for folder in args.results:
-        tools.check(folder.is_dir() and re.search(r"\.seed\d+$", folder.name),
-                    f"{folder} is not a folder NAME.seedN of an evaluation")
+        report.name_and_seed(folder)    # refuses other folders, also those without a table
         if (folder / "table.json").exists():
             row = measure(folder)
             rows[row["run"], row["seed"]] = row

@@ -103,6 +103,13 @@ def by_name(pairs):
     return named
 
 
+def name_and_seed(folder):
+    """Return (NAME, N) of a folder NAME.seedN of an evaluation. Raise InputError for another."""
+    match = re.fullmatch(r"(.+)\.seed(\d+)", folder.name)
+    tools.check(folder.is_dir() and match, f"{folder} is not a folder NAME.seedN of an evaluation")
+    return match[1], int(match[2])
+
+
 def group_seeds(tables):
     """Return {experiment: {run: table}} for {run: table}. NAME.seedN is a run of NAME."""
     experiments = collections.defaultdict(dict)
@@ -259,7 +266,7 @@ def read_trajectories(folders, tables, data):
     return runs
 
 
-def pick_questions(runs, num_questions):
+def pick_trajectories(runs, num_questions):
     """Return the trajectories about at most num_questions questions of each level, {run: [row]}.
 
     Half of the questions are those that were not right most often over all runs, the others the
@@ -289,7 +296,7 @@ def write_page(path, levels, tables, curves, all_runs, num_questions, image_byte
     """Write one page that holds everything, its images in at most image_bytes each. Of the
     trajectories it has those of num_questions questions of each level."""
     # 1. every image once, however many trajectories are about it
-    runs = pick_questions(all_runs, num_questions)
+    runs = pick_trajectories(all_runs, num_questions)
     image_paths = {}
     for rows in runs.values():
         image_paths.update(dict.fromkeys(row["image_path"] for row in rows))

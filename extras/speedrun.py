@@ -9,7 +9,6 @@ not depend on the machine. Those of evaluations are free.
 """
 
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -63,15 +62,10 @@ def measure(folder):
 
 def check_seeds(folders):
     """Return the name of the run. Raise InputError unless these are three seeds of one run."""
-    names = set()
-    for folder in folders:
-        tools.check(folder.is_dir() and re.search(r"\.seed\d+$", folder.name),
-                    f"{folder} is not a folder NAME.seedN of an evaluation")
-        names.add(re.sub(r"\.seed\d+$", "", folder.name))
-    num_seeds = len({folder.name for folder in folders})
-    tools.check(len(names) == 1 and num_seeds == len(folders) == NUM_SEEDS,
+    names, seeds = zip(*map(report.name_and_seed, folders))
+    tools.check(len(set(names)) == 1 and len(set(seeds)) == len(folders) == NUM_SEEDS,
                 f"name {NUM_SEEDS} seeds of one run: NAME.seed0 NAME.seed1 NAME.seed2")
-    return names.pop()
+    return names[0]
 
 
 def main():

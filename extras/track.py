@@ -10,6 +10,12 @@ import importlib.util
 import tools
 
 
+def check(project):
+    """Raise InputError if --track names a project and no tracker is installed."""
+    if project is not None:
+        find_library()
+
+
 def find_library():
     """Return the name of the tracker that is installed. Raise InputError if none is."""
     for name in ("trackio", "wandb"):

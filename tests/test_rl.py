@@ -500,7 +500,7 @@ def test_the_baseline_of_a_step(flag, overturn_mask, unfinished_accuracy, expect
 
 def test_questions_of_a_step_depend_on_seed_step_and_prompt_number_only():
     def pick(prompt_numbers, seed=0, step=7):
-        return rl.pick_questions(110, prompt_numbers, seed, step)
+        return [rl.pick_question(110, number, seed, step) for number in prompt_numbers]
     whole = pick(range(40))
     assert pick([1, 3]) == [whole[1], whole[3]]
     assert len(set(whole)) == 40 and all(0 <= index < 110 for index in whole)
@@ -510,11 +510,9 @@ def test_questions_of_a_step_depend_on_seed_step_and_prompt_number_only():
 
 def test_no_question_comes_twice_in_a_step():
     """Not in a further attempt either, as long as there are others."""
-    picked = []
-    for attempt in range(4):
-        picked += rl.pick_questions(160, range(40 * attempt, 40 * attempt + 40), 0, 3)
-    assert sorted(picked) == list(range(160))
-    assert rl.pick_questions(160, range(160, 200), 0, 3) == picked[:40]
+    picked = [rl.pick_question(160, number, 0, 3) for number in range(200)]
+    assert sorted(picked[:160]) == list(range(160))
+    assert picked[160:] == picked[:40]
 
 
 def mask_of(text):
@@ -685,7 +683,7 @@ class ScriptedEngine:
 
 def test_groups_without_signal_are_played_again_by_hand():
     """Groups 0 and 2 of four are this rank's; five questions, in the order 2 4 3 0 1 of the
-    example of pick_questions. Group 0 has signal. Group 2 has none, gets prompt number
+    example of pick_question. Group 0 has signal. Group 2 has none, gets prompt number
     4 + 2 (the second of the order, after all five), and has none again."""
     args = argparse.Namespace(seed=0, prompts_per_step=4, resample=1, group_size=2,
                               overturn_mask=True, mask_void=False, overturn_penalty=0.0,
@@ -778,7 +776,7 @@ def in_rounds(engine, questions, step, group_indices, args, baseline):
         left = [index for index in group_indices if index not in found]
         numbers = [attempt * args.prompts_per_step + index for index in left]
         for index, number in zip(left, numbers):
-            question_index = rl.pick_questions(len(questions), [number], args.seed, step)[0]
+            question_index = rl.pick_question(len(questions), number, args.seed, step)
             row, folder = questions[question_index]
             group = engine.run([row], args.group_size, folder, [number])
             rewards = torch.tensor([[r.reward for r in group]], dtype=torch.float64)

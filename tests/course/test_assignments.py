@@ -104,12 +104,12 @@ def test_a_students_copy(tmp_path):
     (tmp_path / "mine").mkdir()
     assignments.start(4, tmp_path / "mine")
     source = (tmp_path / "mine" / "rl.py").read_text()
-    assert source.count("raise NotImplementedError(\"assignment 4, task ") == 7
+    assert source.count("raise NotImplementedError(\"assignment 4, task ") == 8
     assert "A'_i = M_i (r_i - b) / (s + eps)" in source
     ast.parse(source)
     names = {str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*")}
     assert {"tools.py", "extras/root.py", "tests/conftest.py", "tests/support/launch.py",
-            "course/4.md", "course/assignments.py"} <= names
+            "course/4.md", "course/assignments.py", "checkpoints/sft/model.safetensors"} <= names
     assert not {".git", "course/mutants.py", "course/teaching.md"} & names
 
 

@@ -213,11 +213,11 @@ def test_the_page_has_the_questions_that_went_wrong_most_often_and_others():
 
     runs = {"one": [row("a", 1), row("b", 0), row("c", 0), row("c", None)],
             "two": [row("a", 1), row("b", 1), row("c", 0), row("a", 0, "hard")]}
-    picked = report.pick_questions(runs, 2)
+    picked = report.pick_trajectories(runs, 2)
     assert picked == {"one": [row("a", 1), row("c", 0), row("c", None)],
                       "two": [row("a", 1), row("c", 0), row("a", 0, "hard")]}
-    assert report.pick_questions(runs, 1)["one"] == [row("c", 0), row("c", None)]
-    assert report.pick_questions(runs, 3) == runs
+    assert report.pick_trajectories(runs, 1)["one"] == [row("c", 0), row("c", None)]
+    assert report.pick_trajectories(runs, 3) == runs
 
 
 def test_the_page_says_what_is_not_on_it(world, tmp_path, monkeypatch, capsys):
