@@ -6,7 +6,8 @@
 #     bash run.sh test       all tests
 # It makes .venv if there is none. Stop it with Ctrl-C whenever you like: the same command goes on
 # where it was. A stage that is done leaves its minutes in .run/; it is done again if what it has
-# made is gone or newer, or if a stage before it was done again. `rm -r .run` begins anew.
+# made is gone or newer, or if a stage before it was done again. `rm -r .run` begins anew. The
+# minutes that it tells before a stage are those of 2 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")"
 TEST_SETS=(easy.jsonl medium.jsonl hard.jsonl)
@@ -78,29 +79,31 @@ play() {
 }
 
 train_base() {
-    stage data data/instruct.jsonl "questions and instructions are drawn" \
+    stage data data/instruct.jsonl "questions and instructions are drawn, 2 minutes" \
         "See data/instruct.jsonl." python build_data.py
-    stage base checkpoints/base/model.safetensors "a stand-in for a pretrained model is trained" \
+    stage base checkpoints/base/model.safetensors \
+        "a stand-in for a pretrained model is trained, 15 minutes" \
         "See checkpoints/base/metrics.jsonl." \
         parallel sft.py --model tiny --data data/instruct.jsonl --out checkpoints/base \
         --batch_size 16 --epochs 2.5 --aggregation response
 }
 
 main_job() {
-    stage data data/val.jsonl "questions are drawn" "See the pictures in data/images." \
+    stage data data/val.jsonl "questions are drawn, 1 minute" "See the pictures in data/images." \
         python build_data.py --scenes 0
-    stage cold-start-data data/coldstart.jsonl "a scripted teacher solves the questions" \
+    stage cold-start-data data/coldstart.jsonl "a scripted teacher solves the questions, 1 minute" \
         "Read a line of data/coldstart.jsonl." python collect_coldstart.py
-    stage cold-start checkpoints/sft/model.safetensors "the base model learns to search" \
+    stage cold-start checkpoints/sft/model.safetensors \
+        "the base model learns to search, 9 minutes" \
         "See checkpoints/sft/metrics.jsonl." parallel sft.py
-    stage rl checkpoints/rl/model.safetensors "RL with the over-turn mask" \
+    stage rl checkpoints/rl/model.safetensors "RL with the over-turn mask, 5 minutes" \
         "See checkpoints/rl/metrics.jsonl." parallel rl.py
-    stage rl-no-mask checkpoints/rl-no-mask/model.safetensors "the same without the mask" \
-        "See checkpoints/rl-no-mask/metrics.jsonl." \
+    stage rl-no-mask checkpoints/rl-no-mask/model.safetensors \
+        "the same without the mask, 5 minutes" "See checkpoints/rl-no-mask/metrics.jsonl." \
         parallel rl.py --no-overturn_mask --out checkpoints/rl-no-mask
     local run name
     for run in sft rl rl-no-mask; do
-        stage "evaluate-$run" "results/$run/table.json" "accuracy over turn budgets" \
+        stage "evaluate-$run" "results/$run/table.json" "accuracy over turn budgets, 2 minutes" \
             "See results/$run/table.json." \
             parallel evaluate.py --model "checkpoints/$run" --num_samples 2 --out "results/$run"
     done
